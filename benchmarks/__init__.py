@@ -1,0 +1,1 @@
+"""The profiler, and programs that measure this project against what a user would pick instead."""
