@@ -1,1 +1,1 @@
-"""The model: ordered low-rank layers, their training, and the torch-free contract with the server."""
+"""The model: ordered low-rank layers, their training, and the artifact that is served."""

@@ -1,1 +1,1 @@
-"""The HTTP service: which point answers which request, and the engine that runs it. Never imports torch."""
+"""The HTTP service and the engine behind it. Never imports torch."""
