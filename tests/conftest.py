@@ -74,7 +74,7 @@ def tiny_manifest() -> Manifest:
         OperatingPoint(
             ranks=ranks,
             precision="fp32",
-            score=Score(0.5 + 0.1 * i, 0.48 + 0.1 * i, 0.52 + 0.1 * i),
+            score=Score(*(round(base + 0.1 * i, 2) for base in (0.5, 0.48, 0.52))),
             macs=sum(layer.macs(r) for layer, r in zip(TINY_LAYERS, ranks, strict=True)),
             params=sum(layer.params(r) for layer, r in zip(TINY_LAYERS, ranks, strict=True)) + 16,
             graph=f"points/{i:02}.onnx",

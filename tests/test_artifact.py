@@ -1,0 +1,182 @@
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from maestro_core import artifact
+from maestro_core.artifact import Artifact, ArtifactError, Layer
+from tests.conftest import tiny_contents, tiny_manifest
+
+
+def edit_manifest(path: Path, **fields: object) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | fields))
+
+
+def test_an_artifact_reads_back_as_written(tiny_artifact: Artifact) -> None:
+    again = artifact.load(tiny_artifact.path)
+
+    assert again == tiny_artifact
+    assert again.manifest == replace(tiny_manifest(), files=again.manifest.files)
+
+
+def test_the_manifest_has_the_documented_fields(tiny_artifact: Artifact) -> None:
+    manifest = json.loads((tiny_artifact.path / "manifest.json").read_text())
+
+    assert list(manifest) == [
+        *("format", "name", "version", "task", "input", "output", "labels", "metric"),
+        *("dense_macs", "dense_params", "layers", "points", "files", "provenance"),
+    ]
+    assert manifest["layers"][1] == {
+        "name": "fc",
+        "kind": "linear",
+        "in": 384,
+        "out": 10,
+        "kernel": [],
+        "stride": [],
+        "padding": [],
+        "dilation": [],
+        "positions": 1,
+        "max_rank": 10,
+    }
+    assert manifest["points"][2] == {
+        "ranks": [2, 5],
+        "precision": "fp32",
+        "score": {"value": 0.7, "low": 0.68, "high": 0.72},
+        "macs": 3890,
+        "params": 2016,
+        "graph": "points/02.onnx",
+    }
+
+
+@pytest.mark.parametrize(("rank", "params"), [(0, 0), (1, 15), (3, 45), (4, 54), (6, 54)])
+def test_a_layer_costs_the_cheaper_of_factors_and_dense(rank: int, params: int) -> None:
+    layer = Layer("conv", "conv2d", 1, 6, (3, 3), (1, 1), (1, 1), (1, 1), 64, 6)
+
+    assert layer.params(rank) == params == min(rank * (6 + 9), 6 * 9)
+    assert layer.macs(rank) == 64 * params
+    assert layer.is_dense(rank) == (rank in (4, 6))
+
+
+def test_a_missing_file_is_named(tiny_artifact: Artifact) -> None:
+    (tiny_artifact.path / "points/02.onnx").unlink()
+
+    with pytest.raises(ArtifactError, match=r"points/02\.onnx: No such file"):
+        artifact.load(tiny_artifact.path)
+
+
+def test_a_wrong_digest_is_named(tiny_artifact: Artifact) -> None:
+    weights = tiny_artifact.weights_path
+    data = bytearray(weights.read_bytes())
+    data[0] ^= 1
+    weights.write_bytes(data)
+
+    with pytest.raises(ArtifactError, match=r"weights\.bin: its SHA-256"):
+        artifact.load(tiny_artifact.path)
+
+
+def test_truncated_weights_are_named(tiny_artifact: Artifact) -> None:
+    os.truncate(tiny_artifact.weights_path, 100)
+
+    with pytest.raises(ArtifactError, match=r"weights\.bin: 100 bytes, but the manifest says"):
+        artifact.load(tiny_artifact.path)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "points/../../secret", "a\\..\\b"])
+def test_a_path_out_of_the_directory_is_refused(tiny_artifact: Artifact, name: str) -> None:
+    files = {name: {"size": 1, "sha256": "00"}}
+    manifest = json.loads((tiny_artifact.path / "manifest.json").read_text())
+    edit_manifest(tiny_artifact.path, files=manifest["files"] | files)
+
+    with pytest.raises(ArtifactError, match="leaves the artifact"):
+        artifact.load(tiny_artifact.path)
+
+
+def test_a_link_out_of_the_directory_is_refused(tiny_artifact: Artifact, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    weights = tiny_artifact.weights_path
+    weights.rename(outside)
+    weights.symlink_to(outside)
+
+    with pytest.raises(ArtifactError, match=r"weights\.bin' leaves the artifact"):
+        artifact.load(tiny_artifact.path)
+
+
+@pytest.mark.parametrize("number", [2, 0, "1", None])
+def test_an_unknown_format_is_refused_by_number(tiny_artifact: Artifact, number: object) -> None:
+    edit_manifest(tiny_artifact.path, format=number)
+
+    with pytest.raises(ArtifactError, match=r"manifest\.json: format .* is unknown; .* reads 1"):
+        artifact.load(tiny_artifact.path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "JSON: Invalid JSON"),
+        ("[]", "JSON: "),
+        ('{"format": 1}', "name: Field required"),
+        ("\udc80", "JSON: Invalid JSON"),
+    ],
+)
+def test_a_broken_manifest_is_refused(tiny_artifact: Artifact, text: str, message: str) -> None:
+    path = tiny_artifact.path / "manifest.json"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+
+    with pytest.raises(ArtifactError, match=message):
+        artifact.load(tiny_artifact.path)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ([7, 10], r"points\.4\.ranks: layer 'conv' has ranks 0\.\.6, not 7"),
+        ([6], r"points\.4\.ranks: 1 ranks for 2 layers"),
+        ([6, -1], r"points\.4\.ranks\.1: "),
+        ([6, 2], r"points\.4\.ranks: layer 'fc' falls below points\.3"),
+    ],
+)
+def test_wrong_ranks_are_named(tiny_artifact: Artifact, ranks: list[int], message: str) -> None:
+    points = json.loads((tiny_artifact.path / "manifest.json").read_text())["points"]
+    points[4]["ranks"] = ranks
+    edit_manifest(tiny_artifact.path, points=points)
+
+    with pytest.raises(ArtifactError, match=message):
+        artifact.load(tiny_artifact.path)
+
+
+def test_no_directory_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no such artifact directory"):
+        artifact.load(tmp_path / "none.maestro")
+
+
+def test_saving_replaces_an_artifact_as_a_whole(tiny_artifact: Artifact) -> None:
+    contents = tiny_contents() | {"notes.txt": b"second"}
+
+    saved = artifact.save(tiny_artifact.path, replace(tiny_manifest(), version="2"), contents)
+
+    assert saved.manifest.version == "2"
+    assert [p.name for p in tiny_artifact.path.parent.iterdir()] == ["tiny.maestro"]
+
+
+def test_an_interrupted_write_leaves_the_old_artifact(
+    tiny_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(ArtifactError, match="cannot be written: No space left on device"):
+        artifact.save(tiny_artifact.path, replace(tiny_manifest(), version="2"), tiny_contents())
+
+    assert artifact.load(tiny_artifact.path).manifest.version == "1"
+    assert [p.name for p in tiny_artifact.path.parent.iterdir()] == ["tiny.maestro"]
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+
+    with pytest.raises(ArtifactError, match=r"tiny\.maestro: cannot be written"):
+        artifact.save(tmp_path / "file" / "tiny.maestro", tiny_manifest(), tiny_contents())
