@@ -1,0 +1,156 @@
+"""From the bytes of a request to the model's input tensor, and what can be wrong with them."""
+
+import io
+import warnings
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from maestro_core.artifact import Tensor
+from server.errors import BadRequestError, InvalidError, UnsupportedMediaError
+
+Floats = NDArray[np.float32]
+
+MAX_PIXELS = 4096 * 4096
+_NPY_HEADER_BYTES = 10_000
+
+
+def from_json(body: bytes) -> dict[str, Any]:
+    """Return the JSON object in `body`.
+
+    Raises:
+        BadRequestError: it is not JSON.
+        InvalidError: it is not an object, or has no `inputs`.
+    """
+    if not body:
+        raise BadRequestError("the body is empty")
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise BadRequestError(f"the body is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidError('the body must be a JSON object: {"inputs": …}')
+    if "inputs" not in value:
+        raise InvalidError("inputs: missing; it takes the input tensor as nested lists")
+    return value
+
+
+def from_lists(values: object, tensor: Tensor) -> Floats:
+    """Return nested lists of numbers as the input, (n, …).
+
+    Raises:
+        InvalidError: they are ragged, not numbers, not finite or of another shape.
+    """
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise InvalidError("inputs: the lists are ragged") from error
+    if array.dtype.kind not in "iuf":
+        raise InvalidError("inputs: must hold numbers only")
+    return shaped(array, tensor)
+
+
+def from_npy(body: bytes, tensor: Tensor) -> Floats:
+    """Return an array in NumPy's `.npy` format as the input, (n, …).
+
+    The header is held against the length of the body before memory is taken for what it claims.
+
+    Raises:
+        BadRequestError: it is not such a file, or shorter or longer than it says.
+        InvalidError: it is not of numbers, not finite or of another shape.
+    """
+    file = io.BytesIO(body)
+    try:
+        version = np.lib.format.read_magic(file)
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, fortran, dtype = read(file, max_header_size=_NPY_HEADER_BYTES)
+    except (ValueError, KeyError, EOFError, SyntaxError, TypeError) as error:
+        raise BadRequestError(f"the body is not a .npy file: {error}") from error
+    if dtype.kind not in "iuf" or dtype.itemsize > 8:
+        raise InvalidError(f"the .npy file must hold numbers, not {dtype}")
+    data = body[file.tell() :]
+    if any(size < 0 for size in shape) or prod(shape) * dtype.itemsize != len(data):
+        raise BadRequestError(
+            f"the .npy file says shape {shape} of {dtype}, but {len(data)} bytes follow"
+        )
+    array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+    return shaped(array, tensor)
+
+
+def from_image(body: bytes, tensor: Tensor) -> Floats:
+    """Return a PNG or JPEG picture as the input, (1, channels, height, width).
+
+    Turned upright, converted, resized, scaled to 0..1 and normalised, as the manifest says.
+
+    Raises:
+        BadRequestError: it cannot be decoded.
+        InvalidError: it is too large, or of more than 8 bits.
+        UnsupportedMediaError: the model does not take pictures.
+    """
+    wanted = tensor.image
+    if wanted is None:
+        raise UnsupportedMediaError("this model does not take pictures; send JSON or .npy")
+    picture = _open(body)
+    try:
+        upright = ImageOps.exif_transpose(picture).convert(wanted.mode)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BadRequestError(f"the picture is broken: {error}") from error
+    size = (wanted.width, wanted.height)
+    if upright.size != size:
+        upright = upright.resize(size, Image.Resampling.BILINEAR)
+    pixels = np.asarray(upright, np.float32).reshape(wanted.height, wanted.width, -1) / 255
+    mean, std = np.asarray(wanted.mean, np.float32), np.asarray(wanted.std, np.float32)
+    scaled = (pixels - mean) / std
+    return np.ascontiguousarray(scaled.transpose(2, 0, 1)[None], np.float32)
+
+
+def shaped(array: NDArray[Any], tensor: Tensor) -> Floats:
+    """Return `array` as the input (n, …); one sample may come without its batch axis.
+
+    Raises:
+        InvalidError: it has another shape, no sample, or numbers that are not finite.
+    """
+    sample = tensor.shape[1:]
+    if array.shape == sample:
+        array = array[None]
+    if array.shape[1:] != sample or array.ndim != len(tensor.shape) or not len(array):
+        raise InvalidError(
+            f"{tensor.name}: shape {list(array.shape)}, but the model takes {_text(tensor.shape)}"
+        )
+    with np.errstate(over="ignore"):
+        floats = np.ascontiguousarray(array, np.float32)
+    if not np.isfinite(floats).all():
+        raise InvalidError(f"{tensor.name}: holds NaN or infinite values")
+    return floats
+
+
+def _text(shape: Sequence[int]) -> str:
+    return "[" + ", ".join("n" if size < 0 else str(size) for size in shape) + "], n at least 1"
+
+
+def _open(body: bytes) -> Image.Image:
+    if not body:
+        raise BadRequestError("the body is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = Image.open(io.BytesIO(body), formats=("PNG", "JPEG"))
+    except UnidentifiedImageError as error:
+        raise BadRequestError("the body is neither a PNG nor a JPEG picture") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InvalidError(f"the picture has more than {MAX_PIXELS} pixels") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BadRequestError(f"the picture is broken: {error}") from error
+    if picture.width * picture.height > MAX_PIXELS:
+        raise InvalidError(f"the picture has more than {MAX_PIXELS} pixels")
+    if picture.mode.startswith(("I", "F")):
+        raise InvalidError(f"the picture has mode {picture.mode}; send 8 bits per channel")
+    return picture

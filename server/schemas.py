@@ -1,0 +1,111 @@
+"""The shapes of what goes over HTTP. Parameters are checked here; answers are described here.
+
+Tensor data never passes through these: a model per number would cost more than the network does.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from server.errors import InvalidError
+
+MAX_LATENCY_MS = 3_600_000.0
+
+
+class InferParameters(BaseModel):
+    """What a client may ask of an inference, besides its input."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    max_latency_ms: Annotated[float, Field(gt=0, le=MAX_LATENCY_MS)] | None = None
+    min_accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
+    on_miss: Literal["degrade", "reject"] = "degrade"
+    point: Annotated[int, Field(ge=0)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=1000)] | None = None
+
+
+_PARAMETERS = TypeAdapter(InferParameters)
+
+
+def parse_parameters(
+    query: Mapping[str, str], body: Mapping[str, Any], header_ms: str | None
+) -> InferParameters:
+    """Return the parameters of one request. The body wins over the query, except for the target:
+    of all that are given, header included, the smallest binds.
+
+    Raises:
+        InvalidError: a parameter is unknown, or out of its range.
+    """
+    of_query = _validate(query)
+    of_body = _validate(body)
+    of_header = _validate({} if header_ms is None else {"max_latency_ms": header_ms})
+    targets = [p.max_latency_ms for p in (of_query, of_body, of_header) if p.max_latency_ms]
+    fields = of_query.model_dump(exclude_unset=True) | of_body.model_dump(exclude_unset=True)
+    return InferParameters.model_construct(
+        None, **fields | {"max_latency_ms": min(targets, default=None)}
+    )
+
+
+def _validate(values: Mapping[str, Any]) -> InferParameters:
+    if not values:
+        return _NOTHING
+    try:
+        return _PARAMETERS.validate_python(dict(values))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(InferParameters.model_fields)
+            raise InvalidError(f"unknown parameter '{name}'; known: {known}") from error
+        raise InvalidError(f"{name}: {first['msg']}, not {str(first['input'])[:40]!r}") from error
+
+
+_NOTHING = InferParameters()
+
+
+class Label(BaseModel):
+    """One of the most likely classes."""
+
+    label: str
+    index: int
+    score: float
+
+
+class InferAnswer(BaseModel):
+    """The output, and how it came about. Times in milliseconds, accuracy 0..1."""
+
+    model: str
+    outputs: list[list[float]]
+    label: str | None = Field(description="Of the first sample, where the model has labels")
+    top: list[list[Label]] | None = Field(description="Per sample; with `top_k`")
+    point: int
+    ranks: dict[str, int]
+    accuracy: float
+    predicted_ms: float = Field(description="Tail latency that was counted on, queueing excluded")
+    queue_ms: float
+    compute_ms: float
+    total_ms: float = Field(description="From the request's arrival to the answer's hand-over")
+    max_latency_ms: float | None
+    target_met: bool | None
+    batch_size: int
+
+
+class Problem(BaseModel):
+    """RFC 9457, with `error` as the Open Inference Protocol has it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    error: str
+
+
+class ProfileRequest(BaseModel):
+    """What to calibrate."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    budget_s: Annotated[float, Field(gt=0, le=600)] | None = None

@@ -1,0 +1,34 @@
+"""What an operator can set: `MAESTRO_…` environment variables."""
+
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+from platformdirs import user_cache_path
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+SHIPPED = "mnist-lenet.maestro"
+
+
+def shipped_artifact() -> Path:
+    """Return the directory of the model that ships with the project."""
+    return Path(str(resources.files("server"))) / "artifacts" / SHIPPED
+
+
+class Settings(BaseSettings):
+    """Each field is read from `MAESTRO_` + its name in capitals."""
+
+    model_config = SettingsConfigDict(env_prefix="MAESTRO_", frozen=True)
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    artifact: Path = Field(default_factory=shipped_artifact)
+    state_dir: Path = Field(default_factory=lambda: user_cache_path("maestro"))
+    # Threads that compute one batch; 0 means one per core.
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    max_batch: Annotated[int, Field(ge=1, le=1024)] = 16
+    max_queue: Annotated[int, Field(ge=1)] = 1024
+    max_body_bytes: Annotated[int, Field(ge=1)] = 16 * 2**20
+    calibration_budget_s: Annotated[float, Field(gt=0, le=120)] = 10.0
+    admin_token: SecretStr | None = None

@@ -1,0 +1,171 @@
+"""Every body a client may send: good ones become the tensor, bad ones get one clear error."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maestro_core.artifact import Tensor
+from server import inputs
+from server.errors import ServiceError
+from tests.conftest import tiny_manifest
+
+TENSOR = tiny_manifest().input
+SAMPLE = np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 8, 8)
+
+
+def picture(mode: str = "L", size: tuple[int, int] = (8, 8), kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, size, 128 if mode in ("L", "I;16") else None).save(file, kind)
+    return file.getvalue()
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("values", [SAMPLE.tolist(), [SAMPLE.tolist()], [SAMPLE.tolist()] * 3])
+def test_lists_become_the_tensor(values: list[object]) -> None:
+    x = inputs.from_lists(values, TENSOR)
+
+    assert x.shape[1:] == (1, 8, 8)
+    np.testing.assert_array_equal(x[-1], SAMPLE)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([[1.0, 2.0], [1.0]], "inputs: the lists are ragged"),
+        ([["a"]], "inputs: must hold numbers only"),
+        ([[None]], "inputs: must hold numbers only"),
+        ([[True]], "inputs: must hold numbers only"),
+        ({}, "inputs: must hold numbers only"),
+        ([], r"x: shape \[0\], but the model takes \[n, 1, 8, 8\], n at least 1"),
+        (np.zeros((0, 1, 8, 8)).tolist(), "x: shape"),
+        (np.zeros((1, 1, 8, 9)).tolist(), r"x: shape \[1, 1, 8, 9\], but"),
+        (np.zeros(64).tolist(), r"x: shape \[64\], but"),
+        ([[[[1e39] * 8] * 8]], "x: holds NaN or infinite values"),
+    ],
+)
+def test_wrong_lists_are_named(values: object, message: str) -> None:
+    with pytest.raises(ServiceError, match=message) as caught:
+        inputs.from_lists(values, TENSOR)
+
+    assert caught.value.status == 422
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b"", 400, "the body is empty"),
+        (b"{", 400, "the body is not JSON"),
+        (b'{"inputs": [NaN]}', 400, "the body is not JSON"),
+        (b"[" * 100_000, 400, "the body is not JSON"),
+        (b"[1]", 422, "must be a JSON object"),
+        (b"{}", 422, "inputs: missing"),
+    ],
+)
+def test_wrong_json_is_named(body: bytes, status: int, message: str) -> None:
+    with pytest.raises(ServiceError, match=message) as caught:
+        inputs.from_json(body)
+
+    assert caught.value.status == status
+
+
+@pytest.mark.parametrize("dtype", ["f4", ">f8", "u1", "i8", "f2"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_npy_becomes_the_tensor(dtype: str, order: str) -> None:
+    array = np.asarray(np.arange(128).reshape(2, 1, 8, 8), dtype, order=order)  # type: ignore[call-overload]
+
+    x = inputs.from_npy(npy(array), TENSOR)
+
+    assert x.dtype == np.float32
+    np.testing.assert_array_equal(x, np.arange(128).reshape(2, 1, 8, 8))
+
+
+def test_npy_with_nan_is_refused() -> None:
+    with pytest.raises(ServiceError, match="x: holds NaN or infinite values"):
+        inputs.from_npy(npy(np.full((1, 1, 8, 8), np.nan)), TENSOR)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b"", 400, "not a .npy file"),
+        (b"\x93NUMPY", 400, "not a .npy file"),
+        (b"\x93NUMPY\x09\x00" + bytes(100), 400, "not a .npy file"),
+        (npy(SAMPLE)[:-4], 400, "but 252 bytes follow"),
+        (npy(SAMPLE) + b"more", 400, "but 260 bytes follow"),
+        (npy(SAMPLE).replace(b"(1, 8, 8)", b"(9**9,  )"), 400, "not a .npy file"),
+        (npy(SAMPLE).replace(b"(1, 8, 8)", b"(1,-8, 8)"), 400, r"says shape \(1, -8, 8\)"),
+        (npy(SAMPLE).replace(b"(1, 8, 8)", b"(9999999)"), 400, "not a .npy file"),
+        (npy(np.array(["a"])), 422, "must hold numbers"),
+        (npy(np.array([1j])), 422, "must hold numbers"),
+    ],
+)
+def test_wrong_npy_is_named(body: bytes, status: int, message: str) -> None:
+    with pytest.raises(ServiceError, match=message) as caught:
+        inputs.from_npy(body, TENSOR)
+
+    assert caught.value.status == status
+
+
+def test_pickled_objects_are_never_loaded() -> None:
+    file = io.BytesIO()
+    np.save(file, np.array([{}], dtype=object), allow_pickle=True)
+
+    with pytest.raises(ServiceError, match="must hold numbers"):
+        inputs.from_npy(file.getvalue(), TENSOR)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("size", [(8, 8), (30, 17)])
+def test_a_picture_is_scaled_and_normalised(kind: str, mode: str, size: tuple[int, int]) -> None:
+    x = inputs.from_image(picture(mode, size, kind), TENSOR)
+
+    level = 128 / 255 if mode == "L" else 0
+    assert x.shape == (1, 1, 8, 8)
+    np.testing.assert_allclose(x, (level - 0.5) / 0.25, atol=0.02)
+
+
+def test_a_colour_picture_has_its_channels_first() -> None:
+    tensor = Tensor("x", "float32", (-1, 3, 8, 8), None)
+    assert TENSOR.image is not None
+    colour = type(TENSOR.image)("RGB", 8, 8, (0.0, 0.5, 0.0), (1.0, 0.5, 1.0))
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (255, 0, 51)).save(file, "PNG")
+
+    x = inputs.from_image(file.getvalue(), Tensor(tensor.name, "float32", tensor.shape, colour))
+
+    np.testing.assert_allclose(x[0, :, 0, 0], [1, -1, 0.2], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b"", 400, "the body is empty"),
+        (b"GIF89a" + bytes(50), 400, "neither a PNG nor a JPEG"),
+        (picture()[:40], 400, "neither a PNG nor a JPEG"),
+        (picture(size=(200, 200))[:100], 400, "the picture is broken"),
+        (picture("I;16"), 422, "mode I;16; send 8 bits"),
+        (picture("1", (5000, 5000)), 422, "more than 16777216 pixels"),
+        (picture("1", (10000, 10000)), 422, "more than 16777216 pixels"),
+        (picture("1", (20000, 20000)), 422, "more than 16777216 pixels"),
+    ],
+)
+def test_wrong_pictures_are_named(body: bytes, status: int, message: str) -> None:
+    with pytest.raises(ServiceError, match=message) as caught:
+        inputs.from_image(body, TENSOR)
+
+    assert caught.value.status == status
+
+
+def test_a_model_without_pictures_says_so() -> None:
+    with pytest.raises(ServiceError, match="does not take pictures") as caught:
+        inputs.from_image(picture(), Tensor("x", "float32", (-1, 4)))
+
+    assert caught.value.status == 415

@@ -1,0 +1,62 @@
+import pytest
+
+from server.errors import InvalidError, ServiceError, UnavailableError
+from server.schemas import parse_parameters
+
+
+def test_nothing_given_means_no_target() -> None:
+    parameters = parse_parameters({}, {}, None)
+
+    assert parameters.max_latency_ms is None
+    assert parameters.on_miss == "degrade"
+
+
+def test_the_smallest_target_binds() -> None:
+    query, body = {"max_latency_ms": "20"}, {"max_latency_ms": 7.5}
+
+    assert parse_parameters(query, body, "30").max_latency_ms == 7.5
+    assert parse_parameters(query, {}, "30").max_latency_ms == 20
+    assert parse_parameters({}, body, "3").max_latency_ms == 3
+
+
+def test_the_body_wins_over_the_query_elsewhere() -> None:
+    parameters = parse_parameters({"point": "1", "top_k": "2"}, {"point": 3}, None)
+
+    assert (parameters.point, parameters.top_k) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ({"max_latency_ms": "-1"}, r"max_latency_ms: .*greater than 0, not '-1'"),
+        ({"max_latency_ms": "0"}, r"max_latency_ms: .*greater than 0"),
+        ({"max_latency_ms": "nan"}, r"max_latency_ms: "),
+        ({"max_latency_ms": "inf"}, r"max_latency_ms: "),
+        ({"max_latency_ms": "1e9"}, r"max_latency_ms: .*less than or equal to 3600000"),
+        ({"max_latency_ms": "soon"}, r"max_latency_ms: .*not 'soon'"),
+        ({"max_latency_ms": "9" * 5000}, r"max_latency_ms: "),
+        ({"min_accuracy": "98.5"}, r"min_accuracy: .*less than or equal to 1"),
+        ({"on_miss": "panic"}, r"on_miss: .*'degrade' or 'reject'"),
+        ({"point": "-1"}, r"point: "),
+        ({"max_latency": "5"}, r"unknown parameter 'max_latency'; known: max_latency_ms, "),
+    ],
+)
+def test_a_wrong_parameter_is_named(query: dict[str, str], message: str) -> None:
+    with pytest.raises(InvalidError, match=message):
+        parse_parameters(query, {}, None)
+
+
+def test_a_wrong_header_is_named() -> None:
+    with pytest.raises(InvalidError, match=r"max_latency_ms: .*'soon'"):
+        parse_parameters({}, {}, "soon")
+
+
+def test_a_problem_repeats_its_detail_as_error() -> None:
+    error: ServiceError = UnavailableError("the queue is full", retry_after_s=1.2)
+
+    problem = error.problem()
+
+    assert problem["status"] == 503
+    assert problem["error"] == problem["detail"] == "the queue is full"
+    assert problem["retry_after_ms"] == 1200
+    assert error.headers() == {"Retry-After": "2"}
