@@ -1,0 +1,87 @@
+"""The machine that measures: what its latencies depend on, read without any privilege."""
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# The instruction sets that kernels are chosen by, by their names in /proc/cpuinfo.
+_VECTOR_SETS = ("avx", "avx2", "fma", "avx512", "avx_vnni", "amx", "asimd", "sve", "sme", "i8mm")
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """One machine as the process sees it: `cores` are those that it may use."""
+
+    cpu: str
+    instruction_sets: tuple[str, ...]
+    cores: int
+    memory_gib: int
+    accelerator: str | None
+
+    @classmethod
+    def here(cls) -> "Host":
+        """Return the machine that this process runs on."""
+        info = _cpuinfo()
+        flags = info.get("flags", info.get("Features", "")).split()
+        return cls(
+            cpu=info.get("model name") or platform.processor() or platform.machine(),
+            instruction_sets=tuple(sorted(f for f in flags if f.startswith(_VECTOR_SETS))),
+            cores=usable_cores(),
+            memory_gib=_memory_gib(),
+            accelerator=_accelerator(),
+        )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Host":
+        """Return the host that `dataclasses.asdict` wrote."""
+        accelerator = data["accelerator"]
+        return cls(
+            cpu=str(data["cpu"]),
+            instruction_sets=tuple(str(name) for name in data["instruction_sets"]),
+            cores=int(data["cores"]),
+            memory_gib=int(data["memory_gib"]),
+            accelerator=None if accelerator is None else str(accelerator),
+        )
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use: its affinity, and a container's quota."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        cores = os.cpu_count() or 1
+    quota, _, period = _text("/sys/fs/cgroup/cpu.max").partition(" ")
+    if quota.isdigit() and period.strip().isdigit():
+        cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
+
+
+def _cpuinfo() -> dict[str, str]:
+    first = _text("/proc/cpuinfo").split("\n\n")[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _memory_gib() -> int:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
+    except (AttributeError, ValueError, OSError):
+        return 0
+
+
+def _accelerator() -> str | None:
+    for card in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        for line in _text(card).splitlines():
+            if line.startswith("Model:"):
+                return line.partition(":")[2].strip()
+    return None
+
+
+def _text(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
