@@ -1,0 +1,248 @@
+"""Linear and convolution layers in two ordered factors, cut to any rank by a prefix view.
+
+Knows how one layer computes at a rank. Which layers of a network to factorise is factorize.py's.
+"""
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+DOMAIN = "maestro"
+OPSET = 1
+
+
+class LowRankLinear(nn.Module):
+    """A linear map `y = up[:r]ᵀ down[:r] x + bias` whose rank is chosen at each call.
+
+    `down` is (rank, in), `up` is (rank, out): row-major in rank, so that a smaller rank is a
+    contiguous prefix. The most important component comes first (Maestro, ICML 2024, §3).
+    """
+
+    down: nn.Parameter
+    up: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = True) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.down = nn.Parameter(torch.empty(rank, in_features))
+        self.up = nn.Parameter(torch.empty(rank, out_features))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        _init_(self.down, self.up)
+
+    @classmethod
+    def from_dense(cls, dense: nn.Linear) -> Self:
+        """Return the layer of full rank that computes what `dense` does; nothing is shared."""
+        layer = cls(dense.in_features, dense.out_features, 0, bias=dense.bias is not None)
+        _take_factors_(layer, dense)
+        return layer
+
+    @property
+    def rank(self) -> int:
+        """Return how many components there are."""
+        return self.down.shape[0]
+
+    def forward(self, x: Tensor, rank: int | None = None) -> Tensor:
+        """Return (…, out) for x (…, in) with the first `rank` components; None means all.
+
+        Raises:
+            ValueError: the rank is not in 0..self.rank.
+        """
+        if torch.onnx.is_in_onnx_export():
+            return _symbolic("LowRankLinear", self, x, (*x.shape[:-1], self.out_features), {})
+        down, up = prefix(self, rank)
+        return F.linear(F.linear(x, down), up.t(), self.bias)  # (…, in) -> (…, r) -> (…, out)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, rank={self.rank}"
+
+
+class LowRankConv2d(nn.Module):
+    """A convolution in two: `down` (rank, in, kh, kw), then the 1×1 `up` (rank, out) and the bias.
+
+    The window (stride, padding, dilation) is the first one's. The matrix that is factorised is
+    out × (in·kh·kw) (Maestro, ICML 2024, §3). Zero padding and one group only.
+    """
+
+    down: nn.Parameter
+    up: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: tuple[int, int],
+        rank: int,
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+        dilation: tuple[int, int] = (1, 1),
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding = padding
+        self.dilation = dilation
+        self.down = nn.Parameter(torch.empty(rank, in_channels, *kernel_size))
+        self.up = nn.Parameter(torch.empty(rank, out_channels))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        _init_(self.down, self.up)
+
+    @classmethod
+    def from_dense(cls, dense: nn.Conv2d) -> Self:
+        """Return the layer of full rank that computes what `dense` does; nothing is shared.
+
+        Raises:
+            ValueError: `dense` has groups, or padding that is not the same zeros on both sides.
+        """
+        reason = why_dense(dense)
+        if reason:
+            raise ValueError(f"this convolution has {reason}")
+        layer = cls(
+            dense.in_channels,
+            dense.out_channels,
+            _pair(dense.kernel_size),
+            0,
+            _pair(dense.stride),
+            _padding(dense),
+            _pair(dense.dilation),
+            bias=dense.bias is not None,
+        )
+        _take_factors_(layer, dense)
+        return layer
+
+    @property
+    def rank(self) -> int:
+        """Return how many components there are."""
+        return self.down.shape[0]
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and width that come out of a picture of this height and width."""
+        (kh, kw), (sh, sw) = self.kernel_size, self.stride
+        (ph, pw), (dh, dw) = self.padding, self.dilation
+        return (
+            (height + 2 * ph - dh * (kh - 1) - 1) // sh + 1,
+            (width + 2 * pw - dw * (kw - 1) - 1) // sw + 1,
+        )
+
+    def forward(self, x: Tensor, rank: int | None = None) -> Tensor:
+        """Return (b, out, h', w') for x (b, in, h, w) with the first `rank` components.
+
+        Raises:
+            ValueError: the rank is not in 0..self.rank.
+        """
+        size = self.output_size(x.shape[-2], x.shape[-1])
+        if torch.onnx.is_in_onnx_export():
+            shape = (*x.shape[:-3], self.out_channels, *size)
+            return _symbolic("LowRankConv2d", self, x, shape, self._window())
+        down, up = prefix(self, rank)
+        if down.shape[0] == 0:  # torch refuses a convolution to no channels
+            y = torch.einsum("...rhw,ro->...ohw", x.new_empty(*x.shape[:-3], 0, *size), up)
+            return y if self.bias is None else y + self.bias[:, None, None]
+        h = F.conv2d(x, down, None, self.stride, self.padding, self.dilation)  # (b, r, h', w')
+        return F.conv2d(h, up.t()[:, :, None, None], self.bias)  # (b, out, h', w')
+
+    def _window(self) -> dict[str, Sequence[int]]:
+        """Return the attributes of ONNX's Conv; its pads are all the begins, then all the ends."""
+        return {
+            "strides": self.stride,
+            "pads": (*self.padding, *self.padding),
+            "dilations": self.dilation,
+        }
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, {self.kernel_size}, rank={self.rank}, "
+            f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}"
+        )
+
+
+LowRankLayer = LowRankLinear | LowRankConv2d
+
+
+def prefix(layer: LowRankLayer, rank: int | None) -> tuple[Tensor, Tensor]:
+    """Return views of the first `rank` rows of `down` and `up`; None means all.
+
+    Raises:
+        ValueError: the rank is not in 0..layer.rank.
+    """
+    if rank is None:
+        return layer.down, layer.up
+    if not 0 <= rank <= layer.rank:
+        raise ValueError(f"this layer has ranks 0..{layer.rank}, not {rank}")
+    return layer.down[:rank], layer.up[:rank]
+
+
+def why_dense(module: nn.Linear | nn.Conv2d) -> str:
+    """Return why `module` can't be factorised, or an empty string."""
+    if isinstance(module, nn.Conv2d):
+        if module.groups != 1:
+            return f"groups={module.groups}: only 1 is factorised"
+        if module.padding_mode != "zeros":
+            return f"padding_mode='{module.padding_mode}': only zeros is factorised"
+        if module.padding == "same" and any(
+            d * (k - 1) % 2 for d, k in zip(module.dilation, module.kernel_size, strict=True)
+        ):
+            return "padding='same' of unequal sides"
+    return ""
+
+
+def _init_(down: Tensor, up: Tensor) -> None:
+    for factor in (down, up):
+        if factor.numel():
+            bound = factor[0].numel() ** -0.5
+            nn.init.uniform_(factor, -bound, bound)
+
+
+def _take_factors_(layer: LowRankLayer, dense: nn.Linear | nn.Conv2d) -> None:
+    """Give `layer` W = P S Qᵀ as up = (P √S)ᵀ and down = √S Qᵀ (Maestro, ICML 2024, §3.2)."""
+    weight = dense.weight.detach()  # (out, in, …)
+    exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    p, s, qt = torch.linalg.svd(exact.flatten(1), full_matrices=False)
+    root = s.sqrt()
+    down = (root[:, None] * qt).reshape(-1, *weight.shape[1:])
+    layer.down = nn.Parameter(down.to(weight.dtype).contiguous(), dense.weight.requires_grad)
+    layer.up = nn.Parameter((p * root).t().to(weight.dtype).contiguous(), layer.down.requires_grad)
+    if dense.bias is not None:
+        layer.bias = nn.Parameter(dense.bias.detach().clone(), dense.bias.requires_grad)
+    layer.train(dense.training)
+
+
+def _padding(dense: nn.Conv2d) -> tuple[int, int]:
+    if dense.padding == "valid":
+        return (0, 0)
+    if isinstance(dense.padding, str):
+        ((kh, kw), (dh, dw)) = dense.kernel_size, dense.dilation
+        return (dh * (kh - 1) // 2, dw * (kw - 1) // 2)
+    return _pair(dense.padding)
+
+
+def _pair(values: Sequence[int]) -> tuple[int, int]:
+    first, second = values
+    return (first, second)
+
+
+def _symbolic(
+    kind: str,
+    layer: LowRankLayer,
+    x: Tensor,
+    shape: Sequence[int | torch.SymInt],
+    attributes: dict[str, Sequence[int]],
+) -> Tensor:
+    """Return the one node that stands for the layer in the template (graph.py expands it)."""
+    inputs = (x, layer.down, layer.up, *(() if layer.bias is None else (layer.bias,)))
+    return torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{kind}",
+        inputs,
+        attrs={name: list(values) for name, values in attributes.items()},
+        dtype=x.dtype,
+        shape=shape,
+        version=OPSET,
+    )
