@@ -86,7 +86,8 @@ def test_every_interval_is_as_narrow_as_asked() -> None:
     assert stopped_on == "precision"
     assert all(LOOSE.is_met(x) for x in latencies)
     assert all(x.p50_low_ms <= x.p50_ms <= x.p50_high_ms for x in latencies)
-    assert all(x.p50_low_ms <= 1.15 * (x.point + 1) * x.batch <= x.p50_high_ms for x in latencies)
+    errors = [x.p50_ms / (1.15 * (x.point + 1) * x.batch) - 1 for x in latencies]
+    assert max(map(abs, errors)) < 2 * LOOSE.relative
 
 
 def test_a_budget_that_runs_out_is_kept_and_reported() -> None:
