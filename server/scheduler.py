@@ -1,0 +1,434 @@
+"""The queue in front of the engine: take in, plan, resolve. A state machine without a clock.
+
+Every call takes `now` in seconds; a clock that runs backwards is read as standing still. What
+runs where, and who is told, is the caller's business.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+from server.latencies import Latencies
+from server.requests import (
+    Admitted,
+    Batch,
+    Explanation,
+    Plan,
+    PointVerdict,
+    Refusal,
+    Request,
+)
+from server.selector import MS, Choice, Policy, Tables, View, choose
+from server.slowdown import Slowdown
+from server.waiting import Entry, WaitingList
+
+# A request without a target is in no hurry, but not behind everybody for ever: it takes its place
+# as if it had this long, times its priority level.
+PATIENCE_S = 5.0
+
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    batch: Batch
+    ends_s: float  # when it usually ends
+    cancelled: set[str]
+
+
+class Scheduler:
+    """Requests in, batches out.
+
+    policy: which batch to run (`selector.choose`). slots: batches that may run at once.
+    sheds: refuse and give up what can't be on time; False for policies that don't know how.
+    """
+
+    def __init__(
+        self,
+        latencies: Latencies,
+        *,
+        policy: Policy = choose,
+        max_queue: int = 1024,
+        slots: int = 1,
+        sheds: bool = True,
+    ) -> None:
+        if max_queue < 1 or slots < 1:
+            raise ValueError(f"max_queue and slots must be at least 1, not {max_queue}, {slots}")
+        self._tables = Tables(latencies)
+        self._policy = policy
+        self._max_queue = max_queue
+        self._slots = slots
+        self._sheds = sheds
+        self._slowdown = Slowdown()
+        self._waiting = WaitingList()
+        self._entries: dict[str, Entry] = {}
+        self._running: dict[int, _Running] = {}
+        self._where: dict[str, int] = {}  # request id -> batch id
+        self._now = -math.inf
+        self._arrivals = 0
+        self._batches = 0
+        self._draining = False
+
+    # -- taking in ---------------------------------------------------------------------------
+
+    def submit(self, request: Request, now: float) -> Admitted | Refusal:
+        """Take a request in, or say at once why not.
+
+        Raises:
+            ValueError: its id is here already, its point doesn't exist, or its rows fill more
+                than a batch.
+        """
+        now = self._tick(now)
+        if request.id in self._entries or request.id in self._where:
+            raise ValueError(f"request id {request.id!r} is here already")
+        entry, refusal = self._prepare(request, now)
+        if refusal is None:
+            refusal = self._no_room(entry, now)
+        displaced: tuple[Request, ...] = ()
+        if refusal is not None and refusal.reason in ("full", "overloaded"):
+            displaced = self._displace_for(entry, now)
+            refusal = refusal if not displaced else None
+        if refusal is not None:
+            return refusal
+        self._waiting.add(entry)
+        self._entries[request.id] = entry
+        return Admitted(displaced)
+
+    def _prepare(self, request: Request, now: float) -> tuple[Entry, Refusal | None]:
+        """Return the entry, and why it can be refused whatever else waits."""
+        tables = self._tables
+        latencies = tables.latencies
+        self._check(request)
+        accuracy, top = latencies.accuracy, len(latencies.accuracy) - 1
+        lowest, highest = 0, top
+        if request.min_accuracy is not None:
+            lowest = next((p for p, a in enumerate(accuracy) if a >= request.min_accuracy), top + 1)
+        if request.point is not None:
+            below = accuracy[request.point] < (request.min_accuracy or 0.0)
+            lowest = highest = request.point
+            lowest += below * (top + 1)
+        if lowest > top:
+            return self._entry(request, top, top), _below_floor(request, accuracy)
+        if request.deadline_s is None and request.point is None:
+            lowest = tables.best[top]
+        entry = self._entry(request, lowest, highest)
+        if self._draining:
+            return entry, Refusal("draining", "the server is shutting down", retry_after_s=1.0)
+        if request.deadline_s is None:
+            return entry, None
+        quickest_ms = self._factor(now) * tables.fastest_ms(lowest, request.rows)
+        if MS * (entry.expiry_s - now) >= quickest_ms or not self._sheds:
+            return entry, None
+        if request.on_miss == "reject":
+            return entry, self._infeasible(request, quickest_ms)
+        return self._late(entry, quickest_ms, now), None
+
+    def _check(self, request: Request) -> None:
+        points, max_batch = len(self._tables.best), self._tables.latencies.max_batch
+        if request.point is not None and request.point >= points:
+            raise ValueError(f"point must be in 0..{points - 1}, not {request.point}")
+        if request.rows > max_batch:
+            raise ValueError(f"rows must be in 1..{max_batch}, not {request.rows}")
+
+    def _entry(self, request: Request, lowest: int, highest: int) -> Entry:
+        self._arrivals += 1
+        overhead_s = self._tables.latencies.overhead_ms / MS
+        expiry_s = math.inf if request.deadline_s is None else request.deadline_s - overhead_s
+        place_s = expiry_s
+        if request.deadline_s is None:
+            place_s = request.arrival_s + PATIENCE_S * request.level
+        return Entry(
+            request,
+            (place_s, request.level, self._arrivals),
+            expiry_s,
+            lowest,
+            highest,
+            request.min_accuracy or 0.0,
+            request.rows * self._tables.unit_ms[lowest],
+        )
+
+    def _late(self, entry: Entry, quickest_ms: float, now: float) -> Entry:
+        """Return the entry for a target that no point makes: as soon as may be, at its lowest.
+
+        It may have to wait for one running batch, the longest there is, before its own.
+        """
+        longest_ms = self._factor(now) * self._tables.tail_ms[-1][-1]
+        return replace(
+            entry,
+            order=(now + quickest_ms / MS, *entry.order[1:]),
+            expiry_s=now + (longest_ms + 2 * quickest_ms) / MS,
+            highest=entry.lowest,
+            late=True,
+        )
+
+    def _infeasible(self, request: Request, quickest_ms: float) -> Refusal:
+        least_ms = quickest_ms + self._tables.latencies.overhead_ms
+        target_ms = MS * ((request.deadline_s or math.inf) - request.arrival_s)
+        return Refusal(
+            "infeasible",
+            f"no allowed point answers within {target_ms:g} ms here; the fastest needs "
+            f"{least_ms:.3g} ms",
+            min_feasible_ms=least_ms,
+        )
+
+    def _no_room(self, entry: Entry, now: float) -> Refusal | None:
+        """Return why the queue can't take the entry, if it can't."""
+        if len(self._waiting) >= self._max_queue:
+            return Refusal(
+                "full",
+                f"{self._max_queue} requests wait already",
+                retry_after_s=self._drain_s(now),
+            )
+        if not self._sheds:
+            return None
+        wait_ms = self._wait_ms(entry, now)
+        quickest_ms = self._factor(now) * self._tables.fastest_ms(entry.lowest, entry.request.rows)
+        if now + (wait_ms + quickest_ms) / MS <= entry.expiry_s:
+            return None
+        return Refusal(
+            "overloaded",
+            f"{len(self._waiting)} requests wait; this one would be late",
+            min_feasible_ms=wait_ms + quickest_ms + self._tables.latencies.overhead_ms,
+            retry_after_s=self._drain_s(now),
+        )
+
+    def _displace_for(self, entry: Entry, now: float) -> tuple[Request, ...]:
+        """Give up one waiting request of lower priority, if the entry then fits."""
+        levels = [other.request.level for other in self._waiting]
+        if not levels or max(levels) <= entry.request.level:
+            return ()
+        victim = max(self._waiting, key=lambda other: (other.request.level, other.order))
+        self._waiting.remove(victim)
+        if self._no_room(entry, now) is not None:
+            self._waiting.add(victim)
+            return ()
+        del self._entries[victim.request.id]
+        return (victim.request,)
+
+    # -- running -----------------------------------------------------------------------------
+
+    def plan(self, now: float) -> Plan:
+        """Return the batch to run now, if a slot is free and something waits, and what expired."""
+        now = self._tick(now)
+        expired = self._expire(now)
+        wake_s = self._next_expiry(now)
+        if not self._waiting or len(self._running) >= self._slots:
+            return Plan(None, expired, wake_s)
+        choice = self._policy(self._view(now))
+        dropped = tuple(self._forget(e) for e in self._waiting.take(0, choice.drop))
+        if choice.count == 0:
+            return Plan(None, expired + dropped, min(wake_s or math.inf, choice.wait_until_s))
+        return Plan(self._start(choice, now), expired + dropped, self._next_expiry(now))
+
+    def done(self, batch_id: int, measured_ms: float, now: float) -> tuple[Request, ...]:
+        """Return the requests to answer with the batch's results; hung-up ones are left out.
+
+        Raises:
+            KeyError: no such batch runs.
+        """
+        now = self._tick(now)
+        batch = self._running[batch_id].batch
+        column = batch.rows - 1
+        self._slowdown.observe(
+            measured_ms,
+            self._tables.p50_ms[column][batch.point],
+            self._tables.tail_ms[column][batch.point],
+            now,
+        )
+        return self._release(batch_id)
+
+    def failed(self, batch_id: int, now: float) -> tuple[Request, ...]:
+        """Return the requests to fail because their engine call raised or hung.
+
+        Raises:
+            KeyError: no such batch runs.
+        """
+        self._tick(now)
+        return self._release(batch_id)
+
+    def cancel(self, request_id: str, now: float) -> bool:
+        """Forget a request whose client hung up; return whether it was here.
+
+        Running, its batch goes on, and `done` leaves it out.
+        """
+        self._tick(now)
+        entry = self._entries.pop(request_id, None)
+        if entry is not None:
+            self._waiting.remove(entry)
+            return True
+        batch_id = self._where.pop(request_id, None)
+        if batch_id is None:
+            return False
+        self._running[batch_id].cancelled.add(request_id)
+        return True
+
+    def drain(self) -> None:
+        """Refuse what comes from now on. What waits is still served."""
+        self._draining = True
+
+    # -- looking -----------------------------------------------------------------------------
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """How many batches run."""
+        return len(self._running)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._waiting and not self._running
+
+    def slowdown(self, now: float) -> float:
+        """Return what profiled tails are multiplied by now."""
+        return self._factor(max(now, self._now))
+
+    def explain(self, request: Request, now: float) -> Explanation:
+        """Return what would be chosen for a request if it came now. Changes nothing.
+
+        Raises:
+            ValueError: as `submit`.
+        """
+        now = max(now, self._now)
+        self._check(request)
+        entry, refusal = self._prepare(request, now)
+        refusal = refusal or self._no_room(entry, now)
+        wait_ms = self._wait_ms(entry, now)
+        verdicts = tuple(
+            self._verdict(entry, point, wait_ms, now) for point in range(len(self._tables.best))
+        )
+        allowed = [v for v in verdicts if v.feasible] if refusal is None else []
+        point = max(allowed, key=lambda v: (v.accuracy, -v.point)).point if allowed else None
+        if point is None and refusal is None:
+            point = entry.lowest
+        return Explanation(
+            point=point,
+            why=_why(entry, point, refusal),
+            refusal=refusal,
+            budget_ms=None if entry.expiry_s == math.inf else MS * (entry.expiry_s - now),
+            wait_ms=wait_ms,
+            slowdown=self._factor(now),
+            waiting=len(self._waiting),
+            points=verdicts,
+        )
+
+    def _verdict(self, entry: Entry, point: int, wait_ms: float, now: float) -> PointVerdict:
+        latencies = self._tables.latencies
+        tail_ms = self._factor(now) * latencies.tail_ms[point][entry.request.rows - 1]
+        why = "feasible"
+        if latencies.accuracy[point] < (entry.request.min_accuracy or 0.0):
+            why = "below min_accuracy"
+        elif not entry.lowest <= point <= entry.highest:
+            why = "not asked for"
+        elif now + (wait_ms + tail_ms) / MS > entry.expiry_s:
+            why = "too slow"
+        return PointVerdict(
+            point,
+            latencies.accuracy[point],
+            tail_ms,
+            wait_ms + tail_ms + latencies.overhead_ms,
+            why == "feasible",
+            why,
+        )
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def _tick(self, now: float) -> float:
+        if math.isfinite(now):
+            self._now = max(self._now, now)
+        return self._now
+
+    def _factor(self, now: float) -> float:
+        return self._slowdown.factor(now) if self._sheds else 1.0
+
+    def _view(self, now: float) -> View:
+        return View(
+            now,
+            self._waiting,
+            self._tables,
+            self._factor(now),
+            self._slowdown.typical(now),
+            self._slots,
+        )
+
+    def _start(self, choice: Choice, now: float) -> Batch:
+        entries = self._waiting.take(choice.start, choice.count)
+        requests = tuple(self._forget(entry) for entry in entries)
+        rows = sum(request.rows for request in requests)
+        self._batches += 1
+        usual_ms = self._slowdown.typical(now) * self._tables.p50_ms[rows - 1][choice.point]
+        tail_ms = self._factor(now) * self._tables.tail_ms[rows - 1][choice.point]
+        batch = Batch(self._batches, requests, choice.point, rows, tail_ms, now)
+        self._running[batch.id] = _Running(batch, now + usual_ms / MS, set())
+        self._where.update((request.id, batch.id) for request in requests)
+        return batch
+
+    def _release(self, batch_id: int) -> tuple[Request, ...]:
+        running = self._running.pop(batch_id)
+        requests = tuple(r for r in running.batch.requests if r.id not in running.cancelled)
+        for request in requests:
+            self._where.pop(request.id, None)
+        return requests
+
+    def _forget(self, entry: Entry) -> Request:
+        del self._entries[entry.request.id]
+        return entry.request
+
+    def _quickest_s(self, entry: Entry, now: float) -> float:
+        """Return how long the entry usually takes when it runs alone and at its lowest point."""
+        column = self._tables.p50_ms[entry.request.rows - 1]
+        return self._slowdown.typical(now) * column[entry.lowest] / MS
+
+    def _expire(self, now: float) -> tuple[Request, ...]:
+        """Take out the heads that can't be on time any more."""
+        if not self._sheds:
+            return ()
+        doomed = 0
+        for entry in self._waiting:
+            if now + self._quickest_s(entry, now) <= entry.expiry_s:
+                break
+            doomed += 1
+        return tuple(self._forget(entry) for entry in self._waiting.take(0, doomed))
+
+    def _next_expiry(self, now: float) -> float | None:
+        if not self._waiting or not self._sheds:
+            return None
+        head = self._waiting.entries[0]
+        doomed_s = head.expiry_s - self._quickest_s(head, now)
+        return doomed_s if doomed_s < math.inf else None
+
+    def _wait_ms(self, entry: Entry, now: float) -> float:
+        """Return how long the entry usually waits: running batches, and who comes before it."""
+        free_s = sorted(running.ends_s for running in self._running.values())
+        busy = len(free_s) >= self._slots
+        residual_ms = MS * max(0.0, free_s[0] - now) if busy else 0.0
+        if not self._waiting:
+            return residual_ms
+        share = self._waiting.place(entry.order) / len(self._waiting)
+        return residual_ms + self._drain_ms(share, now)
+
+    def _drain_ms(self, share: float, now: float) -> float:
+        """Return how long the given share of the queue usually takes at its lowest points."""
+        rows = share * self._waiting.rows / self._slots
+        dearer = self._waiting.work_ms / (self._waiting.rows * self._tables.unit_ms[0])
+        return self._slowdown.typical(now) * dearer * self._tables.drain_ms(rows)
+
+    def _drain_s(self, now: float) -> float:
+        return self._drain_ms(1.0, now) / MS if self._waiting else 0.0
+
+
+def _below_floor(request: Request, accuracy: tuple[float, ...]) -> Refusal:
+    best = max(accuracy) if request.point is None else accuracy[request.point]
+    return Refusal("floor", f"min_accuracy is {request.min_accuracy}; the best is {best:.4g}")
+
+
+def _why(entry: Entry, point: int | None, refusal: Refusal | None) -> str:
+    if refusal is not None or point is None:
+        return refusal.detail if refusal else "no point"
+    if entry.late:
+        return "no allowed point makes the target; the fastest is used"
+    if entry.request.point is not None:
+        return "the request names this point"
+    if entry.request.deadline_s is None:
+        return "without a target, the most accurate point"
+    return "the most accurate allowed point that is on time"

@@ -1,0 +1,417 @@
+import math
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.latencies import Latencies
+from server.requests import Admitted, Batch, Refusal, Request
+from server.scheduler import Scheduler
+
+ACCURACY = (0.6, 0.7, 0.75, 0.78)
+
+
+def make_latencies(overhead_ms: float = 0.0, max_batch: int = 4) -> Latencies:
+    """Points of 1, 2, 4 and 8 ms at batch 1; each further row costs half of that."""
+    p50 = tuple(tuple(ms * (1 + b) / 2 for b in range(1, max_batch + 1)) for ms in (1, 2, 4, 8))
+    tail = tuple(tuple(1.25 * ms for ms in row) for row in p50)
+    return Latencies(ACCURACY, p50, tail, overhead_ms)
+
+
+def make_request(
+    name: str = "a", target_ms: float | None = 20.0, at: float = 0.0, **wishes: object
+) -> Request:
+    deadline_s = None if target_ms is None else at + target_ms / 1e3
+    return Request(name, at, deadline_s, **wishes)  # type: ignore[arg-type]
+
+
+def run_now(scheduler: Scheduler, now: float = 0.0) -> Batch:
+    batch = scheduler.plan(now).batch
+    assert batch is not None
+    return batch
+
+
+def test_idle_runs_the_most_accurate_point_in_time() -> None:
+    for target_ms, point in ((1.3, 0), (2.6, 1), (5.1, 2), (9.9, 2), (10.1, 3), (500, 3)):
+        scheduler = Scheduler(make_latencies())
+        scheduler.submit(make_request(target_ms=target_ms), 0.0)
+
+        assert run_now(scheduler).point == point
+
+
+def test_overhead_counts_against_the_target() -> None:
+    scheduler = Scheduler(make_latencies(overhead_ms=1.0))
+    scheduler.submit(make_request(target_ms=10.5), 0.0)
+
+    assert run_now(scheduler).point == 2
+
+
+def test_without_a_target_the_most_accurate_point_runs() -> None:
+    scheduler = Scheduler(make_latencies())
+    scheduler.submit(make_request(target_ms=None), 0.0)
+
+    assert run_now(scheduler).point == 3
+
+
+def test_a_named_point_is_used() -> None:
+    scheduler = Scheduler(make_latencies())
+    scheduler.submit(make_request(point=1), 0.0)
+
+    assert run_now(scheduler).point == 1
+
+
+def test_infeasible_and_reject_says_what_is_feasible() -> None:
+    scheduler = Scheduler(make_latencies(overhead_ms=0.5))
+
+    answer = scheduler.submit(make_request(target_ms=1.0, on_miss="reject"), 0.0)
+
+    assert isinstance(answer, Refusal)
+    assert answer.reason == "infeasible"
+    assert answer.min_feasible_ms == pytest.approx(1.75)
+
+
+def test_infeasible_and_degrade_runs_at_the_fastest_point() -> None:
+    scheduler = Scheduler(make_latencies())
+    scheduler.submit(make_request(target_ms=1.0), 0.0)
+
+    assert run_now(scheduler, 0.0).point == 0
+
+
+def test_a_degraded_request_keeps_its_floor() -> None:
+    scheduler = Scheduler(make_latencies())
+    scheduler.submit(make_request(target_ms=1.0, min_accuracy=0.65), 0.0)
+
+    assert run_now(scheduler).point == 1
+
+
+def test_a_floor_above_every_point_is_refused() -> None:
+    answer = Scheduler(make_latencies()).submit(make_request(min_accuracy=0.9), 0.0)
+
+    assert isinstance(answer, Refusal)
+    assert answer.reason == "floor"
+    assert "0.78" in answer.detail
+
+
+def test_a_named_point_below_the_floor_is_refused() -> None:
+    answer = Scheduler(make_latencies()).submit(make_request(point=0, min_accuracy=0.7), 0.0)
+
+    assert isinstance(answer, Refusal)
+    assert answer.reason == "floor"
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
+    scheduler = Scheduler(make_latencies(), max_queue=2)
+    for name in "ab":
+        scheduler.submit(make_request(name, target_ms=None), 0.0)
+
+    answer = scheduler.submit(make_request("c", target_ms=None), 0.0)
+
+    assert isinstance(answer, Refusal)
+    assert answer.reason == "full"
+    assert answer.retry_after_s is not None
+    assert answer.retry_after_s > 0
+
+
+def test_a_higher_priority_takes_the_place_of_a_lower_one() -> None:
+    scheduler = Scheduler(make_latencies(), max_queue=2)
+    scheduler.submit(make_request("a", target_ms=None), 0.0)
+    scheduler.submit(make_request("b", target_ms=None, priority=3), 0.0)
+
+    answer = scheduler.submit(make_request("c", target_ms=None, priority=1), 0.0)
+
+    assert isinstance(answer, Admitted)
+    assert [request.id for request in answer.displaced] == ["b"]
+    assert scheduler.waiting == 2
+
+
+def test_an_equal_priority_displaces_nobody() -> None:
+    scheduler = Scheduler(make_latencies(), max_queue=1)
+    scheduler.submit(make_request("a", target_ms=None), 0.0)
+
+    assert isinstance(scheduler.submit(make_request("b", target_ms=None), 0.0), Refusal)
+
+
+def test_what_would_be_late_is_refused_at_once() -> None:
+    scheduler = Scheduler(make_latencies())
+    for i in range(100):
+        scheduler.submit(make_request(str(i), target_ms=20), 0.0)
+
+    assert 20 <= scheduler.waiting <= 32  # four rows take 2.5 ms at the cheapest point
+
+
+def test_draining_serves_what_waits_and_refuses_the_rest() -> None:
+    scheduler = Scheduler(make_latencies())
+    scheduler.submit(make_request("a"), 0.0)
+    scheduler.drain()
+
+    answer = scheduler.submit(make_request("b"), 0.0)
+
+    assert isinstance(answer, Refusal)
+    assert answer.reason == "draining"
+    assert [r.id for r in run_now(scheduler).requests] == ["a"]
+
+
+def test_a_doomed_request_is_never_run() -> None:
+    scheduler = Scheduler(make_latencies())
+    scheduler.submit(make_request("a", target_ms=20), 0.0)
+
+    plan = scheduler.plan(0.0195)
+
+    assert plan.batch is None
+    assert [request.id for request in plan.expired] == ["a"]
+
+
+def test_the_plan_wakes_when_the_head_is_doomed() -> None:
+    scheduler = Scheduler(make_latencies())
+    scheduler.submit(make_request("a", target_ms=None), 0.0)
+    run_now(scheduler)
+    scheduler.submit(make_request("b", target_ms=20), 0.0)
+
+    wake_s = scheduler.plan(0.0).wake_s
+
+    assert wake_s == pytest.approx(0.019)
+    assert not scheduler.plan(0.0189).expired
+    assert scheduler.plan(0.0191).expired
+
+
+def test_only_free_slots_are_used() -> None:
+    scheduler = Scheduler(make_latencies(), slots=2)
+    for i in range(9):
+        scheduler.submit(make_request(str(i), target_ms=None), 0.0)
+
+    assert run_now(scheduler).rows == 4
+    assert run_now(scheduler).rows == 4
+    assert scheduler.plan(0.0).batch is None
+
+
+def test_rows_fill_a_batch() -> None:
+    scheduler = Scheduler(make_latencies())
+    for i in range(3):
+        scheduler.submit(make_request(str(i), target_ms=None, rows=2), 0.0)
+
+    assert run_now(scheduler).rows == 4
+
+
+def test_a_cancelled_request_leaves_the_queue() -> None:
+    scheduler = Scheduler(make_latencies())
+    scheduler.submit(make_request("a"), 0.0)
+
+    assert scheduler.cancel("a", 0.0)
+    assert not scheduler.cancel("a", 0.0)
+    assert scheduler.is_idle
+
+
+def test_a_cancelled_request_that_runs_is_not_answered() -> None:
+    scheduler = Scheduler(make_latencies())
+    for name in "ab":
+        scheduler.submit(make_request(name, target_ms=None), 0.0)
+    batch = run_now(scheduler)
+    scheduler.cancel("a", 0.001)
+
+    answered = scheduler.done(batch.id, 5.0, 0.005)
+
+    assert [request.id for request in answered] == ["b"]
+    assert scheduler.is_idle
+
+
+def test_a_failed_batch_frees_its_slot() -> None:
+    scheduler = Scheduler(make_latencies())
+    for i in range(5):
+        scheduler.submit(make_request(str(i), target_ms=None), 0.0)
+    batch = run_now(scheduler)
+
+    assert len(scheduler.failed(batch.id, 0.1)) == 4
+    assert run_now(scheduler, 0.1).rows == 1
+    with pytest.raises(KeyError):
+        scheduler.done(batch.id, 1.0, 0.1)
+
+
+def test_a_slow_host_makes_cheaper_choices_and_recovers() -> None:
+    scheduler = Scheduler(make_latencies())
+    for i in range(30):
+        scheduler.submit(make_request(f"w{i}", target_ms=None, at=float(i)), float(i))
+        batch = run_now(scheduler, float(i))
+        scheduler.done(batch.id, 16.0, float(i))
+    scheduler.submit(make_request("a", target_ms=12, at=29.0), 29.0)
+
+    assert scheduler.slowdown(29.0) == pytest.approx(2.0, abs=0.2)
+    assert run_now(scheduler, 29.0).point == 2
+    assert scheduler.slowdown(300.0) == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_clock_that_jumps_back_is_read_as_standing_still() -> None:
+    scheduler = Scheduler(make_latencies())
+    scheduler.submit(make_request("a", at=100.0), 100.0)
+    batch = run_now(scheduler, 50.0)
+
+    assert batch.started_s == 100.0
+    assert scheduler.done(batch.id, math.nan, math.nan)
+    assert scheduler.slowdown(0.0) == 1.0
+
+
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        {"target_ms": 0.0},
+        {"target_ms": -1.0},
+        {"target_ms": math.nan},
+        {"target_ms": 1e9},
+        {"at": math.inf},
+        {"min_accuracy": 1.5},
+        {"min_accuracy": math.nan},
+        {"on_miss": "ignore"},
+        {"priority": -1},
+        {"point": -1},
+        {"rows": 0},
+    ],
+)
+def test_a_request_out_of_range_is_an_error(wishes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"must be"):
+        make_request(**wishes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wishes", [{"point": 4}, {"rows": 5}])
+def test_what_the_model_cannot_run_is_an_error(wishes: dict[str, object]) -> None:
+    scheduler = Scheduler(make_latencies())
+
+    with pytest.raises(ValueError, match=r"must be in"):
+        scheduler.submit(make_request(**wishes), 0.0)  # type: ignore[arg-type]
+    assert scheduler.is_idle
+
+
+def test_an_id_that_is_here_already_is_an_error() -> None:
+    scheduler = Scheduler(make_latencies())
+    scheduler.submit(make_request("a"), 0.0)
+
+    with pytest.raises(ValueError, match="'a' is here already"):
+        scheduler.submit(make_request("a"), 0.0)
+
+
+def test_explain_names_the_point_that_then_runs() -> None:
+    for target_ms in (1.3, 3.0, 6.0, 12.0):
+        scheduler = Scheduler(make_latencies())
+        request = make_request(target_ms=target_ms, min_accuracy=0.5)
+
+        explanation = scheduler.explain(request, 0.0)
+        scheduler.submit(request, 0.0)
+
+        assert explanation.point == run_now(scheduler).point
+        assert [v.feasible for v in explanation.points] == [
+            1.25 * ms <= target_ms for ms in (1, 2, 4, 8)
+        ]
+
+
+def test_explain_says_why_not() -> None:
+    scheduler = Scheduler(make_latencies())
+
+    explanation = scheduler.explain(make_request(target_ms=1, on_miss="reject"), 0.0)
+
+    assert explanation.point is None
+    assert explanation.refusal is not None
+    assert explanation.refusal.reason == "infeasible"
+    assert scheduler.is_idle
+
+
+@dataclass
+class Ledger:
+    """What became of each request."""
+
+    submitted: dict[str, Request] = field(default_factory=dict)
+    ended: dict[str, str] = field(default_factory=dict)
+
+    def end(self, requests: tuple[Request, ...], how: str) -> None:
+        for request in requests:
+            assert request.id not in self.ended, f"{request.id}: {self.ended[request.id]}, {how}"
+            self.ended[request.id] = how
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["submit", "submit", "submit", "plan", "plan", "done", "failed", "cancel"]),
+        st.integers(0, 10**6),
+        st.floats(-0.002, 0.02),
+    ),
+    max_size=120,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(STEPS, st.integers(1, 3), st.integers(1, 12))
+def test_no_request_is_lost_or_answered_twice_or_wronged(
+    steps: list[tuple[str, int, float]], slots: int, max_queue: int
+) -> None:
+    latencies = make_latencies()
+    scheduler = Scheduler(latencies, slots=slots, max_queue=max_queue)
+    ledger, running, now = Ledger(), {}, 0.0
+    for step, (act, pick, elapsed_s) in enumerate(steps):
+        now += elapsed_s
+        if act == "submit":
+            request = make_request(
+                str(step),
+                (None, 0.5, 3.0, 10.0, 40.0)[pick % 5],
+                now,
+                min_accuracy=(None, 0.0, 0.7, 0.78)[pick // 5 % 4],
+                on_miss=("degrade", "reject")[pick // 20 % 2],
+                priority=pick // 40 % 4,
+                rows=1 + pick // 160 % 3,
+                point=(None, None, None, 2)[pick // 480 % 4],
+            )
+            answer = scheduler.submit(request, now)
+            ledger.submitted[request.id] = request
+            if isinstance(answer, Refusal):
+                ledger.end((request,), "refused")
+            else:
+                ledger.end(answer.displaced, "displaced")
+        elif act == "plan":
+            plan = scheduler.plan(now)
+            ledger.end(plan.expired, "expired")
+            if plan.batch is not None:
+                check_batch(plan.batch, latencies)
+                running[plan.batch.id] = plan.batch
+        elif act in ("done", "failed") and running:
+            batch = running.pop(sorted(running)[pick % len(running)])
+            if act == "done":
+                ledger.end(scheduler.done(batch.id, batch.predicted_ms * 1.1, now), "done")
+            else:
+                ledger.end(scheduler.failed(batch.id, now), "failed")
+        elif act == "cancel" and ledger.submitted:
+            name = sorted(ledger.submitted)[pick % len(ledger.submitted)]
+            if scheduler.cancel(name, now):
+                ledger.end((ledger.submitted[name],), "cancelled")
+    while not scheduler.is_idle:
+        now += 0.001
+        for batch_id in list(running):
+            ledger.end(scheduler.done(batch_id, 1.0, now), "done")
+            del running[batch_id]
+        plan = scheduler.plan(now)
+        ledger.end(plan.expired, "expired")
+        if plan.batch is not None:
+            check_batch(plan.batch, latencies)
+            running[plan.batch.id] = plan.batch
+
+    assert ledger.ended.keys() == ledger.submitted.keys()
+
+
+def check_batch(batch: Batch, latencies: Latencies) -> None:
+    assert 1 <= batch.rows <= latencies.max_batch
+    assert batch.rows == sum(request.rows for request in batch.requests)
+    for request in batch.requests:
+        assert latencies.accuracy[batch.point] >= (request.min_accuracy or 0.0)
+        assert request.point in (None, batch.point)
+        is_feasible = request.deadline_s is None or request.deadline_s - request.arrival_s > 0.02
+        if request.deadline_s is not None and is_feasible:
+            assert batch.started_s < request.deadline_s
+
+
+@given(st.floats(1.3, 100), st.floats(1.0, 3.0), st.floats(0, 0.78))
+def test_more_budget_never_gives_a_less_accurate_point_when_idle(
+    target_ms: float, more: float, min_accuracy: float
+) -> None:
+    points = []
+    for budget_ms in (target_ms, target_ms * more):
+        scheduler = Scheduler(make_latencies())
+        scheduler.submit(make_request(target_ms=budget_ms, min_accuracy=min_accuracy), 0.0)
+        points.append(run_now(scheduler).point)
+
+    assert points[0] <= points[1]
