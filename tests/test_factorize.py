@@ -103,11 +103,11 @@ def test_a_shared_module_stays_shared_and_a_tied_weight_stays_tied() -> None:
 def test_a_shared_module_is_cut_at_every_use() -> None:
     model, x = Shared(), torch.randn(3, 8)
     factorize_(model)
-    layer = low_rank_layers(model)["first"]
+    (layer,) = low_rank_layers(model).values()
 
     y = forward_at(model, {"first": 3}, x)
 
-    expected = model.head(model.tied(layer.forward(layer.forward(x, 3).relu(), 3)))
+    expected = model.head(model.tied(layer(layer(x, 3).relu(), 3)))
     torch.testing.assert_close(y, expected)
 
 
@@ -127,7 +127,7 @@ def test_attention_that_reads_its_children_still_runs() -> None:
 def test_forward_at_equals_the_layers_called_with_ranks() -> None:
     model, x = nn.Sequential(nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 7)), torch.randn(4, 9)
     factorize_(model)
-    first, _, second = model
+    first, second = low_rank_layers(model).values()
 
     y = forward_at(model, {"0": 3, "2": 5}, x)
 
@@ -157,12 +157,13 @@ def test_forward_at_cuts_by_views_of_the_same_memory() -> None:
     model = nn.Sequential(nn.Linear(9, 8))
     factorize_(model)
     seen = []
-    model[0].register_forward_hook(lambda layer, *_: seen.append(layer.down))
+    layer = low_rank_layers(model)["0"]
+    layer.register_forward_hook(lambda layer, *_: seen.append(layer.down))
 
     forward_at(model, {"0": 3}, torch.randn(1, 9))
 
     assert seen[0].shape == (3, 9)
-    assert seen[0].data_ptr() == model[0].down.data_ptr()
+    assert seen[0].data_ptr() == layer.down.data_ptr()
 
 
 def test_a_forward_pass_that_fails_leaves_the_model_whole() -> None:

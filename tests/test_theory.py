@@ -1,0 +1,88 @@
+"""Linear networks, where the method's result is known in closed form (Maestro, §4).
+
+With white data the best ordered factors are the truncated SVD; with y = x, the PCA.
+"""
+
+from random import Random
+
+import pytest
+import torch
+from torch import Tensor
+
+from maestro_core.layers import LowRankLinear
+from maestro_core.lod import group_lasso, importance, sample
+
+EYE = torch.eye(10, dtype=torch.float64)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    q, _ = torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64))
+    return q
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_prefix_of_a_linear_network_is_the_truncated_svd(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    p, q = orthonormal(9, 3, generator), orthonormal(6, 3, generator)
+    s = torch.tensor([9.0, 6.0, 4.0], dtype=torch.float64)
+    target = (p * s) @ q.t()  # y = x target, rank 3
+    torch.manual_seed(seed)
+    layer = LowRankLinear(9, 6, 6, bias=False).double()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    rng = Random(seed)
+
+    for _ in range(10_000):
+        _, rank = sample([layer.rank], rng)
+        optimizer.zero_grad()
+        torch.autograd.backward((layer(EYE[:9, :9], rank) - target).square().mean())
+        optimizer.step()
+
+    for rank in range(1, 7):
+        best = (p[:, :rank] * s[:rank]) @ q[:, :rank].t()
+        assert relative_error(layer(EYE[:9, :9], rank), best) <= 5e-3
+
+
+def autoencoder(seed: int, hierarchical: bool) -> tuple[LowRankLinear, Tensor]:
+    """Train 10→10 on three points with lasso 1e-2; return it and their principal axes (3, 10)."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, 10, generator=generator, dtype=torch.float64)
+    torch.manual_seed(seed)
+    layer = LowRankLinear(10, 10, 10, bias=False).double()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    rng = Random(seed)
+    for _ in range(2_500):
+        _, rank = sample([layer.rank], rng)
+        plain = layer.down.norm(dim=1).sum() + layer.up.norm(dim=1).sum()
+        lasso = group_lasso([layer]) if hierarchical else plain
+        whole, cut = (layer(x) - x).square().mean(), (layer(x, rank) - x).square().mean()
+        optimizer.zero_grad()
+        torch.autograd.backward(whole + cut + 1e-2 * lasso)
+        optimizer.step()
+    return layer, torch.linalg.svd(x).Vh[:3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_linear_autoencoder_is_the_pca(seed: int) -> None:
+    layer, axes = autoencoder(seed, hierarchical=False)
+
+    norms = layer.up.norm(dim=1) * layer.down.norm(dim=1)
+    assert ((norms[:3] > 0.96) & (norms[:3] < 1.01)).all()
+    assert norms[3:].max() < 6e-7
+    assert relative_error(layer(EYE, 3), axes.t() @ axes) <= 0.05
+    assert relative_error(layer(EYE, 1), axes[:1].t() @ axes[:1]) <= 0.05
+
+
+@pytest.mark.slow
+def test_the_hierarchical_lasso_finds_the_rank_of_the_data() -> None:
+    layer, axes = autoencoder(0, hierarchical=True)
+
+    values = importance(layer)
+    assert values[2] > 0.9
+    assert values[3] < 2e-5
+    assert relative_error(layer(EYE, 3), axes.t() @ axes) <= 0.1
