@@ -76,8 +76,7 @@ class InferAnswer(BaseModel):
     """The output, and how it came about. Times in milliseconds, accuracy 0..1."""
 
     model: str
-    outputs: list[list[float]]
-    label: str | None = Field(description="Of the first sample, where the model has labels")
+    labels: list[str] | None = Field(description="Per sample, where the model has labels")
     top: list[list[Label]] | None = Field(description="Per sample; with `top_k`")
     point: int
     ranks: dict[str, int]
@@ -89,6 +88,7 @@ class InferAnswer(BaseModel):
     max_latency_ms: float | None
     target_met: bool | None
     batch_size: int
+    outputs: list[Any]
 
 
 class Problem(BaseModel):
@@ -109,3 +109,47 @@ class ProfileRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     budget_s: Annotated[float, Field(gt=0, le=600)] | None = None
+
+
+class Job(BaseModel):
+    """A calibration."""
+
+    id: str
+    state: Literal["running", "done", "cancelled", "failed"]
+    done: int
+    total: int
+    seconds_left: float | None
+    error: str | None = None
+
+
+class FrontierPoint(BaseModel):
+    """One point on this host; latencies of a whole batch, in milliseconds."""
+
+    point: int
+    ranks: dict[str, int]
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+    macs: int
+    params: int
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    tail_ms: float = Field(description="What a target is held against when a point is chosen")
+    on_frontier: bool = Field(description="No other point is both more accurate and as fast")
+
+
+class Frontier(BaseModel):
+    """The points, cheapest first."""
+
+    model: str
+    batch: int
+    points: list[FrontierPoint]
+
+
+class ProfileAnswer(BaseModel):
+    """The profile in use."""
+
+    source: Literal["measured", "stored"]
+    profile: dict[str, Any]
+    slowdown: float = Field(description="Measured over profiled latency, now")

@@ -1,0 +1,276 @@
+"""Drives the scheduler with real time: an event loop that plans, threads that compute.
+
+What runs next is the scheduler's decision; who is told what, and when, is decided here.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from starlette.requests import ClientDisconnect
+
+from server.answers import Inference
+from server.errors import (
+    InfeasibleError,
+    InvalidError,
+    OutOfTimeError,
+    ServiceError,
+    UnavailableError,
+)
+from server.requests import Batch, Refusal, Request
+from server.scheduler import Scheduler
+from server.worker import Turns, Worker
+
+Floats = NDArray[np.float32]
+Receive = Callable[[], Awaitable[Any]]
+
+MS = 1e3
+# A batch that takes this many times its predicted tail, and at least this long, is taken to hang.
+HANG_FACTOR = 20.0
+HANG_MIN_S = 2.0
+
+
+class Runner(Protocol):
+    """What computes: the engine, or a fake."""
+
+    def run(self, batch: Floats, point: int) -> Floats:
+        """Return the output (n, …) for a batch (n, …) at a point."""
+
+
+@dataclass(slots=True)
+class _Caller:
+    x: Floats
+    future: asyncio.Future[Inference]
+
+
+@dataclass(slots=True)
+class _Flight:
+    batch: Batch
+    callers: dict[str, _Caller]
+    worker: Worker
+    watch: asyncio.TimerHandle
+
+
+class Dispatcher:
+    """Takes requests from the event loop that it is made on, and answers each once."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        turns: Turns,
+        *,
+        slots: int = 1,
+        on_batch: Callable[[Batch, float], None] = lambda _batch, _seconds: None,
+    ) -> None:
+        self.scheduler = scheduler
+        self._runner = runner
+        self._turns = turns
+        self._on_batch = on_batch
+        self._loop = asyncio.get_running_loop()
+        self._free = [Worker(f"compute-{i}") for i in range(slots)]
+        self._callers: dict[str, _Caller] = {}
+        self._flights: dict[int, _Flight] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._drained = asyncio.Event()
+
+    async def infer(self, request: Request, x: Floats, receive: Receive | None = None) -> Inference:
+        """Return the output for `x` (rows, …) as the scheduler has it run.
+
+        `receive` tells when the client hangs up: a request that waits then gives up its place.
+
+        Raises:
+            ServiceError: refused, out of time, or the engine failed.
+            ClientDisconnect: the client hung up.
+        """
+        try:
+            verdict = self.scheduler.submit(request, time.monotonic())
+        except ValueError as error:
+            raise InvalidError(str(error)) from error
+        if isinstance(verdict, Refusal):
+            raise refused(verdict)
+        for displaced in verdict.displaced:
+            self._fail(displaced.id, UnavailableError("a request of higher priority came"))
+        caller = _Caller(x, self._loop.create_future())
+        self._callers[request.id] = caller
+        self._pump()
+        try:
+            if receive is None or request.id not in self._callers:
+                return await caller.future
+            return await self._unless_gone(caller.future, receive)
+        except (asyncio.CancelledError, ClientDisconnect):
+            self._callers.pop(request.id, None)
+            caller.future.cancel()
+            self.scheduler.cancel(request.id, time.monotonic())
+            self._pump()
+            raise
+
+    async def drain(self, limit_s: float) -> None:
+        """Take no more requests; wait until those taken are answered, `limit_s` at most."""
+        self.scheduler.drain()
+        self._drained.clear()
+        self._pump()
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._drained.wait()
+        except TimeoutError:
+            for request_id in list(self._callers):
+                self._fail(request_id, UnavailableError("the server is shutting down"))
+
+    def close(self) -> None:
+        """Let the threads end."""
+        if self._timer:
+            self._timer.cancel()
+        for worker in self._free:
+            worker.stop()
+
+    async def _unless_gone(self, future: asyncio.Future[Inference], receive: Receive) -> Inference:
+        gone = asyncio.ensure_future(_hung_up(receive))
+        try:
+            await asyncio.wait((future, gone), return_when=asyncio.FIRST_COMPLETED)
+            if future.done():
+                return future.result()
+            raise ClientDisconnect
+        finally:
+            gone.cancel()
+
+    def _pump(self) -> None:
+        """Start what the scheduler plans, and be back when it wants to be asked again."""
+        while True:
+            plan = self.scheduler.plan(time.monotonic())
+            for request in plan.expired:
+                self._fail(request.id, OutOfTimeError("the deadline passed while it waited"))
+            if plan.batch is None:
+                break
+            self._start(plan.batch)
+        if self._timer:
+            self._timer.cancel()
+        self._timer = None
+        if plan.wake_s is not None:
+            after_s = max(0.0, plan.wake_s - time.monotonic())
+            self._timer = self._loop.call_later(after_s, self._pump)
+        idle = self.scheduler.is_idle
+        self._turns.set_idle(idle)
+        if idle:
+            self._drained.set()
+
+    def _start(self, batch: Batch) -> None:
+        callers = {request.id: self._callers.pop(request.id) for request in batch.requests}
+        inputs = [caller.x for caller in callers.values()]
+        x = inputs[0] if len(inputs) == 1 else np.concatenate(inputs)
+        worker = self._free.pop()
+        limit_s = max(HANG_MIN_S, HANG_FACTOR * batch.predicted_ms / MS)
+        watch = self._loop.call_later(limit_s, self._hung, batch.id)
+        self._flights[batch.id] = _Flight(batch, callers, worker, watch)
+        self._turns.set_idle(False)
+        worker.submit(partial(self._compute, batch, x))
+
+    def _compute(self, batch: Batch, x: Floats) -> None:
+        """Run a batch; in a worker's thread."""
+        output: Floats | None = None
+        error: Exception | None = None
+        with self._turns.computing:
+            began_s = time.monotonic()
+            try:
+                output = self._runner.run(x, batch.point)
+            except Exception as caught:
+                error = caught
+            compute_s = time.monotonic() - began_s
+        try:
+            self._loop.call_soon_threadsafe(
+                self._finished, batch.id, output, error, began_s, compute_s
+            )
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            return
+
+    def _finished(
+        self,
+        batch_id: int,
+        output: Floats | None,
+        error: Exception | None,
+        began_s: float,
+        compute_s: float,
+    ) -> None:
+        flight = self._flights.pop(batch_id, None)
+        if flight is None:  # given up as hanging; its thread is nobody's any more
+            return
+        flight.watch.cancel()
+        self._free.append(flight.worker)
+        now = time.monotonic()
+        if output is None:
+            failed = self.scheduler.failed(batch_id, now)
+            self._reject(flight, failed, f"the engine failed: {error}")
+        else:
+            answered = self.scheduler.done(batch_id, MS * compute_s, now)
+            self._on_batch(flight.batch, compute_s)
+            self._resolve(flight, answered, output, began_s, compute_s)
+        self._pump()
+
+    def _resolve(
+        self,
+        flight: _Flight,
+        answered: tuple[Request, ...],
+        output: Floats,
+        began_s: float,
+        compute_s: float,
+    ) -> None:
+        wanted = {request.id for request in answered}
+        start = 0
+        for request in flight.batch.requests:
+            rows = output[start : start + request.rows]
+            start += request.rows
+            future = flight.callers[request.id].future
+            if request.id in wanted and not future.done():
+                future.set_result(
+                    Inference(
+                        rows,
+                        flight.batch.point,
+                        flight.batch.predicted_ms,
+                        MS * (began_s - request.arrival_s),
+                        MS * compute_s,
+                        flight.batch.rows,
+                    )
+                )
+
+    def _hung(self, batch_id: int) -> None:
+        """Give a batch up, and its thread with it: threads cannot be stopped, only left behind."""
+        flight = self._flights.pop(batch_id)
+        flight.worker.stop()
+        self._free.append(Worker("compute-replacement"))
+        self._turns.replace_lock()
+        failed = self.scheduler.failed(batch_id, time.monotonic())
+        self._reject(flight, failed, "the engine did not answer")
+        self._pump()
+
+    def _reject(self, flight: _Flight, requests: tuple[Request, ...], detail: str) -> None:
+        for request in requests:
+            future = flight.callers[request.id].future
+            if not future.done():
+                future.set_exception(UnavailableError(detail))
+
+    def _fail(self, request_id: str, error: ServiceError) -> None:
+        caller = self._callers.pop(request_id, None)
+        if caller is not None and not caller.future.done():
+            caller.future.set_exception(error)
+
+
+def refused(refusal: Refusal) -> ServiceError:
+    """Return the error that tells a client why its request was not taken."""
+    if refusal.reason in ("infeasible", "floor"):
+        members = (
+            {}
+            if refusal.min_feasible_ms is None
+            else {"min_feasible_ms": round(refusal.min_feasible_ms, 3)}
+        )
+        return InfeasibleError(refusal.detail, **members)
+    return UnavailableError(refusal.detail, refusal.retry_after_s or 1.0, reason=refusal.reason)
+
+
+async def _hung_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,61 @@
+"""A thread that computes. It can be abandoned: a call that hangs holds up nobody but itself."""
+
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+
+Job = Callable[[], None]
+
+
+class Worker:
+    """One daemon thread that runs jobs in order. Jobs see to their own errors."""
+
+    def __init__(self, name: str) -> None:
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Run `job` after those before it."""
+        self._jobs.put(job)
+
+    def stop(self) -> None:
+        """End the thread after the jobs that it has; does not wait."""
+        self._jobs.put(None)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+
+
+class Turns:
+    """Who computes now: serving first, and one trial of a calibration at a time in between."""
+
+    # A server that is never idle still gets calibrated: a trial a second.
+    PATIENCE_S = 1.0
+
+    def __init__(self) -> None:
+        self._computing = threading.Lock()
+        self._idle = threading.Event()
+        self._idle.set()
+
+    def set_idle(self, idle: bool) -> None:
+        """Say whether requests wait or run."""
+        if idle:
+            self._idle.set()
+        else:
+            self._idle.clear()
+
+    def replace_lock(self) -> None:
+        """Leave the lock to a batch that hangs, and go on with another."""
+        self._computing = threading.Lock()
+
+    @property
+    def computing(self) -> threading.Lock:
+        """Return the lock that a batch holds while it computes."""
+        return self._computing
+
+    def trial(self, _seconds: float) -> "threading.Lock":
+        """Return the lock for one trial, once no request waits or patience is over."""
+        self._idle.wait(self.PATIENCE_S)
+        return self._computing

@@ -1,0 +1,224 @@
+"""The event loop around the scheduler, with a fake engine that answers when it is told to."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from starlette.requests import ClientDisconnect
+
+from server import dispatcher as dispatcher_module
+from server.answers import Inference
+from server.dispatcher import Dispatcher
+from server.errors import InfeasibleError, InvalidError, OutOfTimeError, UnavailableError
+from server.latencies import Latencies
+from server.requests import Request
+from server.scheduler import Scheduler
+from server.worker import Turns
+
+Floats = NDArray[np.float32]
+LATENCIES = Latencies((0.8, 0.9), ((1.0,) * 4, (5.0,) * 4), ((2.0,) * 4, (10.0,) * 4))
+
+
+class FakeEngine:
+    """Returns its input plus the point, once the gate is open."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.ran: list[tuple[int, int]] = []
+        self.error: Exception | None = None
+
+    def run(self, batch: Floats, point: int) -> Floats:
+        self.ran.append((len(batch), point))
+        self.gate.wait(10)
+        if self.error:
+            raise self.error
+        return batch + np.float32(point)
+
+
+def rows(value: float, n: int = 1) -> Floats:
+    return np.full((n, 2), value, np.float32)
+
+
+def drive(
+    scenario: Callable[[Dispatcher, FakeEngine], Coroutine[Any, Any, None]], max_queue: int = 8
+) -> None:
+    """Run a scenario on a fresh dispatcher; nothing is left running after it."""
+
+    async def main() -> None:
+        engine = FakeEngine()
+        driver = Dispatcher(Scheduler(LATENCIES, max_queue=max_queue), engine, Turns())
+        try:
+            await scenario(driver, engine)
+        finally:
+            engine.gate.set()
+            driver.close()
+
+    asyncio.run(main())
+
+
+def request(name: str, target_s: float | None = None, n: int = 1, **fields: Any) -> Request:
+    now = time.monotonic()
+    return Request(name, now, None if target_s is None else now + target_s, rows=n, **fields)
+
+
+async def start(driver: Dispatcher, wanted: Request, value: float) -> "asyncio.Task[Inference]":
+    task = asyncio.create_task(driver.infer(wanted, rows(value, wanted.rows)))
+    await asyncio.sleep(0)
+    return task
+
+
+def test_an_idle_server_answers_from_the_most_accurate_point() -> None:
+    async def scenario(driver: Dispatcher, engine: FakeEngine) -> None:
+        inference = await driver.infer(request("a"), rows(3))
+
+        np.testing.assert_array_equal(inference.output, rows(4))
+        assert (inference.point, inference.batch_size) == (1, 1)
+        assert inference.queue_ms >= 0
+        assert inference.compute_ms >= 0
+        assert engine.ran == [(1, 1)]
+
+    drive(scenario)
+
+
+def test_each_of_a_batch_gets_its_own_rows() -> None:
+    async def scenario(driver: Dispatcher, engine: FakeEngine) -> None:
+        engine.gate.clear()
+        first = await start(driver, request("first"), 0)
+        tasks = [await start(driver, request(f"r{i}", n=1 + i % 2), 10 * i) for i in range(3)]
+        engine.gate.set()
+
+        answers = [await task for task in (first, *tasks)]
+
+        assert engine.ran == [(1, 1), (4, 1)]
+        for i, answer in enumerate(answers[1:]):
+            np.testing.assert_array_equal(answer.output, rows(10 * i + 1, 1 + i % 2))
+
+    drive(scenario)
+
+
+def test_a_request_that_runs_out_of_time_is_told_so_and_not_run() -> None:
+    async def scenario(driver: Dispatcher, engine: FakeEngine) -> None:
+        engine.gate.clear()
+        first = await start(driver, request("first"), 0)
+        late = await start(driver, request("late", 0.02), 1)
+        with pytest.raises(OutOfTimeError):
+            await late
+        engine.gate.set()
+        await first
+
+        assert engine.ran == [(1, 1)]
+
+    drive(scenario)
+
+
+def test_an_infeasible_target_is_refused_at_once_when_asked() -> None:
+    async def scenario(driver: Dispatcher, engine: FakeEngine) -> None:
+        with pytest.raises(InfeasibleError) as caught:
+            await driver.infer(request("a", 0.001, on_miss="reject"), rows(0))
+
+        assert caught.value.members == {"min_feasible_ms": 2.0}
+        assert engine.ran == []
+
+    drive(scenario)
+
+
+def test_a_full_queue_says_when_to_come_back() -> None:
+    async def scenario(driver: Dispatcher, engine: FakeEngine) -> None:
+        engine.gate.clear()
+        tasks = [await start(driver, request(name), 0) for name in ("a", "b")]
+        with pytest.raises(UnavailableError) as caught:
+            await driver.infer(request("c"), rows(0))
+        engine.gate.set()
+        await asyncio.gather(*tasks)
+
+        assert int(caught.value.headers()["Retry-After"]) >= 1
+
+    drive(scenario, max_queue=1)
+
+
+def test_too_many_rows_are_refused_with_the_limit() -> None:
+    async def scenario(driver: Dispatcher, _engine: FakeEngine) -> None:
+        with pytest.raises(InvalidError, match=r"rows must be in 1\.\.4, not 5"):
+            await driver.infer(request("a", n=5), rows(0, 5))
+
+    drive(scenario)
+
+
+def test_an_engine_that_raises_fails_its_batch_only() -> None:
+    async def scenario(driver: Dispatcher, engine: FakeEngine) -> None:
+        engine.error = RuntimeError("out of memory")
+        with pytest.raises(UnavailableError, match="the engine failed: out of memory"):
+            await driver.infer(request("a"), rows(0))
+        engine.error = None
+
+        np.testing.assert_array_equal((await driver.infer(request("b"), rows(0))).output, rows(1))
+
+    drive(scenario)
+
+
+def test_an_engine_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher_module, "HANG_MIN_S", 0.05)
+    monkeypatch.setattr(dispatcher_module, "HANG_FACTOR", 1.0)
+
+    async def scenario(driver: Dispatcher, engine: FakeEngine) -> None:
+        engine.gate.clear()
+        with pytest.raises(UnavailableError, match="the engine did not answer"):
+            await driver.infer(request("a"), rows(0))
+        engine.gate.set()
+
+        np.testing.assert_array_equal((await driver.infer(request("b"), rows(0))).output, rows(1))
+
+    drive(scenario)
+
+
+def test_a_client_that_hangs_up_frees_its_place() -> None:
+    async def scenario(driver: Dispatcher, engine: FakeEngine) -> None:
+        async def receive() -> dict[str, str]:
+            return {"type": "http.disconnect"}
+
+        engine.gate.clear()
+        first = await start(driver, request("first"), 0)
+        with pytest.raises(ClientDisconnect):
+            await driver.infer(request("gone"), rows(0), receive)
+        assert driver.scheduler.waiting == 0
+        engine.gate.set()
+        await first
+
+        assert engine.ran == [(1, 1)]
+
+    drive(scenario)
+
+
+def test_draining_answers_what_was_taken_and_refuses_the_rest() -> None:
+    async def scenario(driver: Dispatcher, engine: FakeEngine) -> None:
+        engine.gate.clear()
+        tasks = [await start(driver, request(name), 0) for name in ("a", "b")]
+        drained = asyncio.create_task(driver.drain(10))
+        await asyncio.sleep(0)
+        with pytest.raises(UnavailableError, match="shutting down"):
+            await driver.infer(request("c"), rows(0))
+        engine.gate.set()
+        await drained
+
+        assert all(task.done() for task in tasks)
+
+    drive(scenario)
+
+
+def test_a_trial_waits_for_idleness_and_excludes_batches() -> None:
+    async def scenario(driver: Dispatcher, engine: FakeEngine) -> None:
+        turns = driver._turns
+        with turns.trial(0.01):
+            task = await start(driver, request("a"), 0)
+            assert engine.ran == []
+        await task
+
+        assert engine.ran == [(1, 1)]
+
+    drive(scenario)
