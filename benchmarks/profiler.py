@@ -7,17 +7,21 @@ that arrives during a trial waits for that one trial at most, never for the cali
 """
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from maestro_core.profile import Latency, Stop
+from benchmarks.smoothing import smooth
+from maestro_core.profile import Kind, Latency, Profile, Stop
+from server.engine import Engine
 
-Run = Callable[[int, int], None]  # point, batch
+Run = Callable[[int, int], object]  # point, batch
 Clock = Callable[[], float]  # monotonic seconds
 Turn = Callable[[float], AbstractContextManager[object]]  # the seconds that it will take
 
@@ -48,6 +52,20 @@ class Precision:
         return latency.n >= self.min_runs and half_ms <= wanted_ms
 
 
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much a calibration may cost."""
+
+    kind: Kind
+    budget_s: float
+    precision: Precision
+
+
+# What surrounds the trials takes the rest of 15 s and of 120 s.
+QUICK = Effort("quick", 12.0, Precision(min_runs=20))
+FULL = Effort("full", 110.0, Precision())
+
+
 class Progress(NamedTuple):
     """How far a calibration is: cells (point × batch size) known well enough, of all."""
 
@@ -75,6 +93,54 @@ class _Cell:
 
     def typical_s(self) -> float:
         return float(np.median(self.rounds[-1])) / 1e3
+
+
+def profile(
+    engine: Engine,
+    effort: Effort,
+    *,
+    batch_sizes: Sequence[int],
+    compute_threads: int = 1,
+    overhead_ms: float = 0.0,
+    seed: int = 0,
+    turn: Turn = lambda _: nullcontext(),
+    progress: Callable[[Progress], object] = lambda _: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Profile:
+    """Return the profile of an engine on this host: measured, then made monotone.
+
+    Raises:
+        CancelledError: `cancelled` said so.
+    """
+    shape = (max(batch_sizes), *engine.artifact.manifest.input.shape[1:])
+    samples = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    measured = measure(
+        lambda point, batch: engine.run(samples[:batch], point),
+        range(len(engine.artifact.points)),
+        batch_sizes,
+        budget_s=effort.budget_s,
+        precision=effort.precision,
+        rng=random.Random(seed),
+        clock=time.perf_counter,
+        turn=turn,
+        progress=progress,
+        cancelled=cancelled,
+    )
+    latencies, dominated = smooth(measured.latencies)
+    return Profile(
+        key=engine.profile_key(compute_threads),
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        kind=effort.kind,
+        stopped_on=measured.stopped_on,
+        overhead_ms=overhead_ms,
+        latencies=latencies,
+        dominated=dominated,
+    )
+
+
+def batch_sizes_to(largest: int) -> tuple[int, ...]:
+    """Return the powers of two below `largest`, and it."""
+    return (*(2**i for i in range((largest - 1).bit_length())), largest)
 
 
 def measure(

@@ -102,6 +102,11 @@ class Profile:
     def batch_sizes(self) -> tuple[int, ...]:
         return tuple(sorted({latency.batch for latency in self.latencies}))
 
+    @property
+    def chain(self) -> tuple[int, ...]:
+        """Return the points worth using on this host; latencies never fall along them."""
+        return tuple(point for point in self.points if point not in self.dominated)
+
     def row(self, point: int) -> tuple[Latency, ...]:
         """Return one point's latencies, by rising batch size.
 

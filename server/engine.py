@@ -7,6 +7,8 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from maestro_core.artifact import Artifact
+from maestro_core.host import Host
+from maestro_core.profile import ProfileKey
 
 Array = npt.NDArray[np.float32]
 Provider = Literal["cpu", "cuda"]
@@ -45,6 +47,17 @@ class Engine:
         self._check(batch, point)
         (output,) = self._sessions[point].run([self._output.name], {self._input.name: batch})
         return np.asarray(output, dtype=np.float32)
+
+    def profile_key(self, compute_threads: int) -> ProfileKey:
+        """Return what this engine's latencies hold for, with so many batches in it at once."""
+        return ProfileKey(
+            artifact=self.artifact.digest,
+            host=Host.here(),
+            provider=self.provider,
+            intra_op_threads=self.intra_op_threads,
+            compute_threads=compute_threads,
+            runtime=self.runtime,
+        )
 
     def _check(self, batch: Array, point: int) -> None:
         if not 0 <= point < len(self._sessions):

@@ -1,0 +1,146 @@
+"""The /profile job: one calibration at a time, in a thread, with progress and cancel. No HTTP."""
+
+import secrets
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from benchmarks.profiler import CancelledError, Effort, Progress
+from maestro_core.profile import Profile
+from maestro_core.profile_store import ProfileStore, StoreError
+
+_KEPT_JOBS = 32
+
+# Effort, progress, cancelled -> a profile, or CancelledError
+Measure = Callable[[Effort, Callable[[Progress], object], Callable[[], bool]], Profile]
+
+
+class AlreadyRunningError(Exception):
+    """A calibration is under way; the message names its job."""
+
+
+class UnknownJobError(KeyError):
+    """No job of that id, or one so old that it is forgotten."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A calibration, as it stood when asked for.
+
+    `done` of `total` cells (point × batch size) are known well enough. `note` says what a job that
+    is done could not do: store its profile.
+    """
+
+    id: str
+    state: Literal["running", "done", "cancelled", "failed"]
+    done: int = 0
+    total: int = 0
+    seconds_left: float | None = None
+    error: str | None = None
+    note: str | None = None
+
+
+class Calibrator:
+    """Runs calibrations, one at a time; safe to call from any thread."""
+
+    def __init__(
+        self,
+        measure: Measure,
+        on_profile: Callable[[Profile], object],
+        store: ProfileStore | None,
+    ) -> None:
+        """Keep what to do: `on_profile` is called in the job's thread, before the job is done."""
+        self._measure, self._on_profile, self._store = measure, on_profile, store
+        self._lock = threading.Lock()
+        self._jobs: dict[str, Job] = {}
+        self._cancel = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self, effort: Effort) -> Job:
+        """Start a calibration.
+
+        Raises:
+            AlreadyRunningError: one is under way.
+        """
+        with self._lock:
+            for job in self._jobs.values():
+                if job.state == "running":
+                    raise AlreadyRunningError(
+                        f"calibration {job.id} is running; {job.done} of {job.total} measured"
+                    )
+            job = Job(secrets.token_hex(4), "running", seconds_left=effort.budget_s)
+            self._jobs[job.id] = job
+            while len(self._jobs) > _KEPT_JOBS:
+                del self._jobs[next(iter(self._jobs))]
+            self._cancel = threading.Event()
+            self._thread = threading.Thread(
+                target=self._work,
+                args=(job.id, effort, self._cancel),
+                name="calibration",
+                daemon=True,
+            )
+            self._thread.start()
+        return job
+
+    def job(self, job_id: str) -> Job:
+        """Return how far a calibration is.
+
+        Raises:
+            UnknownJobError: there is none of that id.
+        """
+        with self._lock:
+            if job_id not in self._jobs:
+                raise UnknownJobError(job_id)
+            return self._jobs[job_id]
+
+    def cancel(self, job_id: str) -> Job:
+        """Ask a calibration to stop after its present trial; one that has ended stays as it is.
+
+        Raises:
+            UnknownJobError: there is none of that id.
+        """
+        job = self.job(job_id)
+        if job.state == "running":
+            self._cancel.set()
+        return job
+
+    def close(self) -> None:
+        """Cancel what runs, and wait until its thread has ended."""
+        self._cancel.set()
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait until no calibration runs."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _work(self, job_id: str, effort: Effort, cancel: threading.Event) -> None:
+        def progress(seen: Progress) -> None:
+            self._update(job_id, done=seen.done, total=seen.total, seconds_left=seen.left_s)
+
+        try:
+            profile = self._measure(effort, progress, cancel.is_set)
+            self._on_profile(profile)
+            note = self._stored(profile)
+        except CancelledError:
+            self._update(job_id, state="cancelled", seconds_left=None)
+        except Exception as error:  # a thread has nobody else to tell
+            message = f"{type(error).__name__}: {error}"
+            self._update(job_id, state="failed", seconds_left=None, error=message)
+        else:
+            self._update(job_id, state="done", seconds_left=0.0, note=note)
+
+    def _stored(self, profile: Profile) -> str | None:
+        if self._store is None:
+            return None
+        try:
+            self._store.save(profile)
+        except StoreError as error:
+            return str(error)
+        return None
+
+    def _update(self, job_id: str, **changes: object) -> None:
+        with self._lock:
+            if job_id in self._jobs:
+                self._jobs[job_id] = replace(self._jobs[job_id], **changes)  # type: ignore[arg-type]
