@@ -16,11 +16,12 @@ EYE = torch.eye(10, dtype=torch.float64)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+    return float((found.detach() - expected).norm() / expected.norm())
 
 
 def orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    q, _ = torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64))
+    draw = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    q: Tensor = torch.linalg.qr(draw).Q
     return q
 
 

@@ -1,0 +1,123 @@
+"""MACs and parameters, against the figures that were published for the same ranks."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from maestro_core.accounting import Cost, measure
+from maestro_core.factorize import factorize_
+from maestro_core.models.lenet import LeNet
+from maestro_core.models.resnet import ResNet18
+
+# Ranks of stem, then conv1, conv2, [shortcut] of each block, then the head: (name, ranks,
+# million parameters, GMACs). Read off the rank plot of the Maestro poster (ICML 2024), ±1.
+PUBLISHED = [
+    (
+        "8e-6",
+        "27 64 64 64 64 127 128 64 128 128 209 238 122 243 218 263 268 184 259 209 10",
+        7.39,
+        0.49,
+    ),
+    (
+        "16e-6",
+        "27 62 64 63 63 87 101 55 101 96 122 144 84 152 125 133 128 100 122 87 10",
+        4.073,
+        0.385,
+    ),
+    (
+        "32e-6",
+        "24 42 44 44 40 52 62 36 64 57 70 80 49 85 67 69 64 51 59 39 10",
+        2.177,
+        0.247,
+    ),
+    (
+        "64e-6",
+        "17 26 26 28 25 32 39 23 37 35 43 50 29 50 36 39 34 26 31 19 10",
+        1.232,
+        0.149,
+    ),
+    ("1024e-6", "7 6 6 7 6 8 9 8 8 7 10 12 7 9 7 10 8 6 4 4 9", 0.27, 0.034),
+]
+
+
+@pytest.fixture(scope="module")
+def resnet() -> Cost:
+    with torch.device("meta"):
+        dense = ResNet18()
+    model = dense.to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 0.1)
+    factorize_(model)
+    return measure(model, torch.zeros(1, 3, 32, 32))
+
+
+def digits(text: str) -> int:
+    return len(text.partition(".")[2])
+
+
+@pytest.mark.parametrize(("name", "ranks", "params", "gmacs"), PUBLISHED)
+def test_published_resnet18_ranks_cost_what_was_published(
+    resnet: Cost, name: str, ranks: str, params: float, gmacs: float
+) -> None:
+    at = [int(rank) for rank in ranks.split()]
+    # The plot lists each block's shortcut after its convolutions, as the modules do.
+    assert round(resnet.params_at(at) / 1e6, digits(str(params))) == params, name
+    assert round(resnet.macs_at(at) / 1e9, digits(str(gmacs))) == gmacs, name
+
+
+def test_the_dense_resnet18_is_that_of_the_paper(resnet: Cost) -> None:
+    full = [layer.max_rank for layer in resnet.layers]
+
+    assert sum(full) == 4_325
+    assert round(resnet.dense_params / 1e6, 2) == 11.17
+    assert round(resnet.dense_macs / 1e9, 3) == 0.555
+    # At full rank each layer is cheaper dense, so the point costs what the dense network does.
+    assert resnet.macs_at(full) == resnet.dense_macs
+
+
+def test_lenet_is_that_of_the_paper() -> None:
+    model = LeNet()
+    parameters = sum(p.numel() for p in model.parameters())
+    factorize_(model)
+
+    cost = measure(model, torch.zeros(1, 1, 28, 28))
+
+    assert (parameters, cost.dense_params, cost.dense_macs) == (44_426, 44_426, 281_640)
+    assert [layer.max_rank for layer in cost.layers] == [6, 16, 120, 84, 10]
+    assert cost.macs_at([1, 1, 1, 1, 1]) == 576 * 31 + 64 * 166 + 376 + 204 + 94
+
+
+class Mixed(nn.Module):
+    """A depthwise convolution, a layer used twice, a layer over positions and one left dense."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(4, 4, 3, groups=4)
+        self.twice = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.twice(self.twice(self.depthwise(x))))
+        return logits
+
+
+def test_shared_layers_count_each_use_and_dense_ones_are_in_the_rest() -> None:
+    model = Mixed()
+    factorize_(model, keep=["head"])
+
+    cost = measure(model, torch.zeros(1, 4, 8, 8))
+
+    (twice,) = cost.layers
+    assert twice.positions == 2 * 4 * 6  # 4 channels × 6 rows, twice
+    assert cost.macs == 4 * 9 * 36 + 3 * 6 * 24
+    assert cost.macs_at([2]) == cost.macs + 2 * 12 * 48
+    assert cost.params_at([2]) == 40 + 6 + 21 + 24
+
+
+def test_a_layer_that_is_never_called_is_refused() -> None:
+    model = Mixed()
+    model.add_module("idle", nn.Linear(2, 2))
+    factorize_(model)
+
+    with pytest.raises(ValueError, match="layer 'idle' is factorised but never called"):
+        measure(model, torch.zeros(1, 4, 8, 8))
