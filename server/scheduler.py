@@ -17,7 +17,7 @@ from server.requests import (
     Refusal,
     Request,
 )
-from server.selector import MS, Choice, Policy, Tables, View, choose
+from server.selector import MS, Choice, Finished, Policy, Tables, View, choose
 from server.slowdown import Slowdown
 from server.waiting import Entry, WaitingList
 
@@ -65,6 +65,7 @@ class Scheduler:
         self._arrivals = 0
         self._batches = 0
         self._draining = False
+        self._finished: Finished | None = None
 
     # -- taking in ---------------------------------------------------------------------------
 
@@ -209,7 +210,7 @@ class Scheduler:
         now = self._tick(now)
         expired = self._expire(now)
         wake_s = self._next_expiry(now)
-        if not self._waiting or len(self._running) >= self._slots:
+        if not self._waiting or not self.has_slot:
             return Plan(None, expired, wake_s)
         choice = self._policy(self._view(now))
         dropped = tuple(self._forget(e) for e in self._waiting.take(0, choice.drop))
@@ -232,6 +233,8 @@ class Scheduler:
             self._tables.tail_ms[column][batch.point],
             now,
         )
+        waited_ms = MS * (batch.started_s - batch.requests[0].arrival_s)
+        self._finished = Finished(batch_id, batch.rows, batch.point, waited_ms, measured_ms)
         return self._release(batch_id)
 
     def failed(self, batch_id: int, now: float) -> tuple[Request, ...]:
@@ -274,6 +277,11 @@ class Scheduler:
     def running(self) -> int:
         """How many batches run."""
         return len(self._running)
+
+    @property
+    def has_slot(self) -> bool:
+        """Return whether another batch may run now."""
+        return len(self._running) < self._slots
 
     @property
     def is_idle(self) -> bool:
@@ -349,6 +357,7 @@ class Scheduler:
             self._factor(now),
             self._slowdown.typical(now),
             self._slots,
+            self._finished,
         )
 
     def _start(self, choice: Choice, now: float) -> Batch:

@@ -50,6 +50,17 @@ class Tables:
 
 
 @dataclass(frozen=True, slots=True)
+class Finished:
+    """The last batch that ended."""
+
+    batch_id: int
+    rows: int
+    point: int
+    waited_ms: float  # its first request, before the batch started
+    measured_ms: float
+
+
+@dataclass(frozen=True, slots=True)
 class View:
     """What a policy may look at. `factor` multiplies tails, `level` medians."""
 
@@ -59,6 +70,7 @@ class View:
     factor: float = 1.0
     level: float = 1.0
     slots: int = 1
+    finished: Finished | None = None
 
 
 @dataclass(frozen=True, slots=True)

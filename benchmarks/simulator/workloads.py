@@ -1,0 +1,84 @@
+"""When requests come and what they ask for. Times in seconds from 0, targets in milliseconds."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """arrivals_s (n,), rising; targets_ms (n,)."""
+
+    name: str
+    arrivals_s: Array
+    targets_ms: Array
+
+    def __post_init__(self) -> None:
+        if self.arrivals_s.shape != self.targets_ms.shape or self.arrivals_s.ndim != 1:
+            raise ValueError("arrivals_s and targets_ms must have one and the same length")
+        if len(self.arrivals_s) and (np.diff(self.arrivals_s) < 0).any():
+            raise ValueError("arrivals_s must not fall")
+
+    @property
+    def mean_rate(self) -> float:
+        """Return requests a second over the whole workload."""
+        return len(self.arrivals_s) / float(self.arrivals_s[-1])
+
+
+def poisson(rate: float, count: int, rng: np.random.Generator) -> Array:
+    """Return arrivals that know nothing of each other."""
+    return np.cumsum(rng.exponential(1 / rate, count))
+
+
+def gamma(rate: float, cv2: float, count: int, rng: np.random.Generator) -> Array:
+    """Return arrivals whose gaps have a squared coefficient of variation `cv2` (bursty above 1)."""
+    return np.cumsum(rng.gamma(1 / cv2, cv2 / rate, count))
+
+
+def ramp(low: float, high: float, count: int, rng: np.random.Generator) -> Array:
+    """Return Poisson arrivals whose rate rises linearly from `low` to `high`."""
+    unit = np.cumsum(rng.exponential(1.0, count))
+    slope = (high * high - low * low) / (2 * unit[-1])
+    return np.asarray((np.sqrt(low * low + 2 * slope * unit) - low) / slope)
+
+
+def on_off(
+    rate: float, period_s: float, share_on: float, count: int, rng: np.random.Generator
+) -> Array:
+    """Return Poisson arrivals of mean `rate` that come only in the first part of each period."""
+    busy_s = np.cumsum(rng.exponential(share_on / rate, count))
+    on_s = share_on * period_s
+    return np.asarray(busy_s // on_s * period_s + busy_s % on_s)
+
+
+def replay(path: Path, rate: float, count: int, rng: np.random.Generator) -> Array:
+    """Return arrivals with the gaps of a trace, scaled to a mean rate.
+
+    The file has one time in seconds a line. Where the trace is shorter than `count` it starts
+    over; the seed sets where it begins.
+
+    Raises:
+        ValueError: the file holds fewer than two times, or times that fall.
+    """
+    times = np.loadtxt(path, ndmin=1)
+    gaps = np.diff(times)
+    if len(gaps) == 0 or (gaps < 0).any() or not gaps.sum() > 0:
+        raise ValueError(f"{path} must hold at least two times in seconds that rise")
+    turned = np.roll(gaps, -int(rng.integers(len(gaps))))
+    repeated = np.tile(turned, math.ceil(count / len(gaps)))[:count]
+    return np.cumsum(repeated) * (1 / rate) / float(gaps.mean())
+
+
+def one_target(target_ms: float, count: int) -> Array:
+    """Return the same target for all."""
+    return np.full(count, target_ms)
+
+
+def mixed_targets(low_ms: float, high_ms: float, count: int, rng: np.random.Generator) -> Array:
+    """Return targets drawn per request, uniform in their logarithm."""
+    return np.exp(rng.uniform(math.log(low_ms), math.log(high_ms), count))
