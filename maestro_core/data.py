@@ -1,0 +1,121 @@
+"""Labelled pictures from an .npz file, split into training, validation and test.
+
+Validation pictures choose; test pictures only score.
+"""
+
+import hashlib
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from maestro_core.artifact import Image
+
+KEYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+class DataError(ValueError):
+    """A data file that can't be used; the message names the file and the array."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pictures:
+    """Pictures (n, h, w, channels) uint8 and their labels (n,) int64."""
+
+    pixels: Tensor
+    labels: Tensor
+    image: Image
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Return the network's input (b, channels, h, w) float32, and the labels (b,)."""
+        mean, std = torch.tensor(self.image.mean), torch.tensor(self.image.std)
+        x = (self.pixels[indices].float() / 255 - mean) / std
+        return x.permute(0, 3, 1, 2).contiguous(), self.labels[indices]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Data:
+    """The three splits, and the file that they came from."""
+
+    train: Pictures
+    validation: Pictures
+    test: Pictures
+    name: str
+    sha256: str
+
+
+def load(path: Path, image: Image, classes: int, validation: int, seed: int) -> Data:
+    """Read `path`, an .npz in Keras' layout: x_train, y_train, x_test, y_test.
+
+    Pictures are uint8, (n, h, w) or (n, h, w, channels); labels are integers 0..classes-1.
+    `validation` pictures, drawn by `seed`, leave the training set.
+
+    Raises:
+        DataError: the file is missing or broken, or an array is absent or wrong.
+    """
+    arrays = _read(path)
+    train, test = (_pictures(path, arrays, part, image, classes) for part in ("train", "test"))
+    if not 0 < validation < len(train):
+        raise DataError(
+            f"{path}: x_train has {len(train)} pictures; {validation} can't be for validation"
+        )
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    return Data(
+        train=_subset(train, order[validation:]),
+        validation=_subset(train, order[:validation]),
+        test=test,
+        name=path.stem,
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+    )
+
+
+def _read(path: Path) -> dict[str, NDArray[np.generic]]:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    if not zipfile.is_zipfile(path):
+        raise DataError(f"{path}: not an .npz file, or only part of one")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = [key for key in KEYS if key not in file]
+            if missing:
+                found = ", ".join(file.files) or "nothing"
+                raise DataError(f"{path}: '{missing[0]}' is missing; the file holds {found}")
+            return {key: file[key] for key in KEYS}
+    except DataError:
+        raise
+    except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: not a readable .npz file without objects: {error}") from error
+
+
+def _pictures(
+    path: Path, arrays: dict[str, NDArray[np.generic]], part: str, image: Image, classes: int
+) -> Pictures:
+    x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+    channels = len(image.mean)
+    if x.ndim == 3:
+        x = x[..., None]
+    shape = (image.height, image.width, channels)
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1:] != shape or not len(x):
+        raise DataError(
+            f"{path}: x_{part} is {x.dtype} {arrays[f'x_{part}'].shape}; "
+            f"it must be uint8 (n, {', '.join(map(str, shape))})"
+        )
+    if y.dtype.kind not in "iu" or y.size != len(x) or y.shape not in ((len(x),), (len(x), 1)):
+        raise DataError(f"{path}: y_{part} is {y.dtype} {y.shape}; it must be integers ({len(x)},)")
+    labels = y.reshape(-1).astype(np.int64)
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if wrong.size:
+        raise DataError(f"{path}: y_{part} has label {wrong[0]}; labels are 0..{classes - 1}")
+    return Pictures(torch.from_numpy(x), torch.from_numpy(labels), image)
+
+
+def _subset(pictures: Pictures, indices: Tensor) -> Pictures:
+    return Pictures(pictures.pixels[indices], pictures.labels[indices], pictures.image)

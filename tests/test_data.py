@@ -1,0 +1,138 @@
+"""The data file: what is read from it, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from maestro_core import data
+from maestro_core.artifact import Image
+from maestro_core.data import Data, DataError
+
+GREY = Image("L", 4, 5, (0.5,), (0.25,))
+COLOUR = Image("RGB", 4, 5, (0.1, 0.2, 0.3), (0.5, 0.25, 1.0))
+
+
+def arrays(*channels: int) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    return {
+        "x_train": rng.integers(0, 256, (30, 4, 5, *channels), dtype=np.uint8),
+        "y_train": rng.integers(0, 3, 30, dtype=np.uint8),
+        "x_test": rng.integers(0, 256, (10, 4, 5, *channels), dtype=np.uint8),
+        "y_test": rng.integers(0, 3, 10, dtype=np.uint8),
+    }
+
+
+def write(path: Path, **content: Any) -> Path:
+    np.savez(path, **content)
+    return path
+
+
+def read(path: Path, image: Image = GREY, validation: int = 10, seed: int = 0) -> Data:
+    return data.load(path, image, classes=3, validation=validation, seed=seed)
+
+
+def test_pixels_are_scaled_and_normalised_to_channels_first(tmp_path: Path) -> None:
+    content = arrays(3)
+
+    x, labels = read(write(tmp_path / "a.npz", **content), COLOUR).test.batch(slice(2, 7))
+
+    expected = (content["x_test"][2:7] / 255 - COLOUR.mean) / COLOUR.std
+    assert x.shape == (5, 3, 4, 5)
+    assert x.dtype == torch.float32
+    np.testing.assert_allclose(x.numpy(), expected.transpose(0, 3, 1, 2), rtol=1e-5, atol=1e-6)
+    assert labels.tolist() == content["y_test"][2:7].tolist()
+
+
+@pytest.mark.parametrize("column", [False, True])
+def test_validation_leaves_the_training_set_and_test_is_whole(tmp_path: Path, column: bool) -> None:
+    content = arrays()
+    content["x_train"][:, 0, 0] = np.arange(30)  # each picture carries its number
+    numbers = dict(zip(range(30), content["y_train"].tolist(), strict=True))
+    if column:
+        content["y_train"] = content["y_train"][:, None]
+
+    found = read(write(tmp_path / "a.npz", **content))
+
+    pairs = [
+        (int(pixels[0, 0, 0]), int(label))
+        for part in (found.train, found.validation)
+        for pixels, label in zip(part.pixels, part.labels, strict=True)
+    ]
+    assert sorted(pairs) == sorted(numbers.items())
+    assert (len(found.train), len(found.validation), len(found.test)) == (20, 10, 10)
+
+
+def test_the_split_depends_on_the_seed_alone(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.npz", **arrays())
+
+    same, other = read(path).validation, read(path, seed=1).validation
+
+    assert torch.equal(read(path).validation.pixels, same.pixels)
+    assert not torch.equal(other.pixels, same.pixels)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"y_test": None}, "'y_test' is missing; the file holds x_train, y_train, x_test"),
+        ({"x_train": np.zeros((30, 4, 6), np.uint8)}, r"x_train is uint8 \(30, 4, 6\); it must"),
+        ({"x_train": np.zeros((30, 4, 5, 3), np.uint8)}, r"must be uint8 \(n, 4, 5, 1\)"),
+        ({"x_test": np.zeros((10, 4, 5))}, r"x_test is float64 \(10, 4, 5\)"),
+        ({"x_test": np.zeros((0, 4, 5), np.uint8)}, r"x_test is uint8 \(0, 4, 5\)"),
+        ({"y_train": np.zeros(29, np.int64)}, r"y_train is int64 \(29,\); .* \(30,\)"),
+        ({"y_train": np.zeros(30)}, "y_train is float64"),
+        ({"y_test": np.full(10, 3)}, r"y_test has label 3; labels are 0\.\.2"),
+        ({"y_test": np.full(10, -1)}, "y_test has label -1"),
+        ({"y_test": np.array([None] * 10)}, "without objects"),
+    ],
+)
+def test_a_wrong_array_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    content = {key: value for key, value in {**arrays(), **change}.items() if value is not None}
+    path = write(tmp_path / "a.npz", **content)
+
+    with pytest.raises(DataError, match=rf"a\.npz: .*{message}"):
+        read(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 half a file", b"\x93NUMPY\x01\x00"])
+def test_a_broken_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.npz"
+    path.write_bytes(content)
+
+    with pytest.raises(DataError, match=r"a\.npz: not an \.npz"):
+        read(path)
+
+
+def test_a_damaged_array_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, **arrays())
+    content = bytearray(path.read_bytes())
+    content[200:400] = bytes(200)
+    path.write_bytes(content)
+
+    with pytest.raises(DataError, match=r"a\.npz: not a readable \.npz"):
+        read(path)
+
+
+def test_a_truncated_or_single_array_or_missing_file_is_refused(tmp_path: Path) -> None:
+    whole = write(tmp_path / "a.npz", **arrays()).read_bytes()
+    (tmp_path / "a.npz").write_bytes(whole[: len(whole) // 2])
+    np.save(tmp_path / "b.npy", np.zeros(3))
+
+    with pytest.raises(DataError, match=r"a\.npz: not an \.npz file, or only part of one"):
+        read(tmp_path / "a.npz")
+    with pytest.raises(DataError, match=r"b\.npy: not an \.npz"):
+        read(tmp_path / "b.npy")
+    with pytest.raises(DataError, match=r"c\.npz: no such file"):
+        read(tmp_path / "c.npz")
+
+
+@pytest.mark.parametrize("validation", [0, 30, 31, -1])
+def test_a_validation_split_must_leave_something_to_train(tmp_path: Path, validation: int) -> None:
+    path = write(tmp_path / "a.npz", **arrays())
+
+    with pytest.raises(DataError, match=rf"30 pictures; {validation} can't"):
+        read(path, validation=validation)
