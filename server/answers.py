@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maestro_core.artifact import Artifact
+from maestro_core.profile import Profile
 from server.schemas import InferParameters
 
 
@@ -48,6 +49,45 @@ def infer_answer(
         "batch_size": inference.batch_size,
         "outputs": output,
     }
+
+
+def frontier_rows(
+    artifact: Artifact, profile: Profile | None, batch: int = 1
+) -> list[dict[str, Any]]:
+    """Return the points, cheapest first, with a host's latencies where there is a profile.
+
+    Raises:
+        ProfileError: the batch size was not profiled.
+    """
+    names = [layer.name for layer in artifact.manifest.layers]
+    rows: list[dict[str, Any]] = []
+    for i, point in enumerate(artifact.points):
+        quantiles = {
+            f"p{q}_ms": None if profile is None else round(profile.quantile_ms(i, batch, q), 4)
+            for q in (50, 95, 99)
+        }
+        rows.append(
+            {
+                "point": i,
+                "ranks": dict(zip(names, point.ranks, strict=True)),
+                "accuracy": point.score.value,
+                "accuracy_low": point.score.low,
+                "accuracy_high": point.score.high,
+                "macs": point.macs,
+                "params": point.params,
+                **quantiles,
+                "on_frontier": None,
+            }
+        )
+    if profile is not None:
+        for row in rows:
+            row["on_frontier"] = not any(_beats(other, row) for other in rows)
+    return rows
+
+
+def _beats(other: dict[str, Any], row: dict[str, Any]) -> bool:
+    ours, theirs = (row["accuracy"], -row["p50_ms"]), (other["accuracy"], -other["p50_ms"])
+    return theirs != ours and all(a >= b for a, b in zip(theirs, ours, strict=True))
 
 
 def _top(

@@ -38,7 +38,7 @@ HANG_MIN_S = 2.0
 class Runner(Protocol):
     """What computes: the engine, or a fake."""
 
-    def run(self, batch: Floats, point: int) -> Floats:
+    def run(self, batch: Floats, point: int, /) -> Floats:
         """Return the output (n, …) for a batch (n, …) at a point."""
 
 

@@ -108,7 +108,7 @@ class ProfileRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    budget_s: Annotated[float, Field(gt=0, le=600)] | None = None
+    kind: Literal["quick", "full"] = "full"
 
 
 class Job(BaseModel):
@@ -120,6 +120,7 @@ class Job(BaseModel):
     total: int
     seconds_left: float | None
     error: str | None = None
+    note: str | None = Field(None, description="What a job that is done could not do")
 
 
 class FrontierPoint(BaseModel):
@@ -132,11 +133,10 @@ class FrontierPoint(BaseModel):
     accuracy_high: float
     macs: int
     params: int
-    p50_ms: float
-    p95_ms: float
-    p99_ms: float
-    tail_ms: float = Field(description="What a target is held against when a point is chosen")
-    on_frontier: bool = Field(description="No other point is both more accurate and as fast")
+    p50_ms: float | None
+    p95_ms: float | None
+    p99_ms: float | None
+    on_frontier: bool | None = Field(description="No other point is as accurate and faster here")
 
 
 class Frontier(BaseModel):

@@ -1,0 +1,332 @@
+"""One served model: artifact, engine, profile and scheduler, put together. Knows no routes."""
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from statistics import median
+from typing import Any, Literal
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from benchmarks import profiler
+from benchmarks.profiler import QUICK, Effort, Progress
+from maestro_core import artifact
+from maestro_core.artifact import Artifact
+from maestro_core.host import usable_cores
+from maestro_core.profile import Profile, ProfileError
+from maestro_core.profile_store import ProfileStore
+from server.answers import Inference, frontier_rows, infer_answer
+from server.calibration import AlreadyRunningError, Calibrator, Job, UnknownJobError
+from server.dispatcher import Dispatcher
+from server.engine import Engine
+from server.errors import ConflictError, InvalidError, NotFoundError, UnavailableError
+from server.latencies import Latencies
+from server.metrics import Metrics
+from server.requests import Batch, Request
+from server.scheduler import Scheduler
+from server.schemas import InferParameters
+from server.settings import Settings
+from server.worker import Turns
+
+log = logging.getLogger("maestro")
+
+Floats = NDArray[np.float32]
+Receive = Callable[[], Awaitable[Any]]
+
+DRAIN_S = 10.0
+# Slots: how many batches compute at once. One: a batch has all threads of the engine.
+SLOTS = 1
+_OVERHEAD_RUNS = 50
+
+
+@dataclass(frozen=True, slots=True)
+class _Serving:
+    """What serves once the host is profiled; replaced as a whole by a new profile."""
+
+    dispatcher: Dispatcher
+    profile: Profile
+    source: Literal["measured", "stored"]
+
+    def slowdown(self) -> float:
+        return self.dispatcher.scheduler.slowdown(time.monotonic())
+
+
+class Service:
+    """Loads in its constructor; measures and serves once started on an event loop."""
+
+    def __init__(
+        self, settings: Settings, on_progress: Callable[[Progress], object] = lambda _: None
+    ) -> None:
+        """Load the artifact and every point.
+
+        Raises:
+            ArtifactError: the artifact cannot be served.
+            EngineError: ONNX Runtime refuses it.
+        """
+        self.settings = settings
+        self.version = version("maestro-serve")
+        self.artifact = artifact.load(settings.artifact)
+        self.metrics = Metrics()
+        self._engine = Engine(self.artifact, intra_op_threads=settings.threads or usable_cores())
+        self._store = ProfileStore(settings.state_dir)
+        self._turns = Turns()
+        self._calibrator = Calibrator(self._measure, self._on_profile, self._store)
+        self._on_progress = on_progress
+        self._first_job: str | None = None
+        self._ids = map(str, itertools.count())
+        self._overhead_ms = 0.0
+        self._serving: _Serving | None = None
+        self._stopping = False
+
+    # -- life --------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Use the stored profile of this host, or start to measure one."""
+        self._loop = asyncio.get_running_loop()
+        self._overhead_ms = await _overhead_ms(self.artifact)
+        found = self._store.find(self._engine.profile_key(SLOTS))
+        if found.reason:
+            log.warning("profile not used: %s", found.reason)
+        if found.profile is not None:
+            self._use(found.profile, "stored")
+            return
+        log.info("no profile of this host yet: calibrating, %g s at most", self._quick().budget_s)
+        self._first_job = self._calibrator.start(self._quick()).id
+
+    async def stop(self) -> None:
+        """Answer what was taken, then end."""
+        self._stopping = True
+        await asyncio.to_thread(self._calibrator.close)
+        if self._serving:
+            await _retire(self._serving.dispatcher)
+
+    @property
+    def is_ready(self) -> bool:
+        """Return whether requests are served."""
+        return self._serving is not None and not self._stopping
+
+    def serving(self) -> _Serving:
+        """Return what serves now.
+
+        Raises:
+            UnavailableError: nothing yet, or no more.
+        """
+        if self._stopping:
+            raise UnavailableError("the server is shutting down")
+        if self._serving is None:
+            job = self.progress().get("calibration", {})
+            if job.get("error"):
+                raise UnavailableError(f"the calibration failed: {job['error']}", 60.0)
+            raise UnavailableError("calibrating this host", job.get("seconds_left") or 1.0)
+        return self._serving
+
+    def progress(self) -> dict[str, Any]:
+        """Return the first calibration, while there is no profile to serve with."""
+        if self._first_job is None or self._serving is not None:
+            return {}
+        return {"calibration": asdict(self._calibrator.job(self._first_job))}
+
+    # -- inference ---------------------------------------------------------------------------
+
+    async def infer(
+        self, x: Floats, parameters: InferParameters, arrived_s: float, receive: Receive
+    ) -> Inference:
+        """Return the output for `x`, (n, …), at the point that its target allows.
+
+        Raises:
+            ServiceError: it was refused, ran out of time, or the engine failed.
+        """
+        serving = self.serving()
+        target_ms = parameters.max_latency_ms
+        try:
+            request = Request(
+                next(self._ids),
+                arrived_s,
+                None if target_ms is None else arrived_s + target_ms / 1e3,
+                parameters.min_accuracy,
+                parameters.on_miss,
+                point=parameters.point,
+                rows=len(x),
+            )
+        except ValueError as error:
+            raise InvalidError(str(error)) from error
+        return await serving.dispatcher.infer(request, x, receive)
+
+    def count(self, inference: Inference, content: dict[str, Any]) -> None:
+        """Count an answer for /metrics."""
+        late = content["target_met"] is False
+        total_s = content["total_ms"] / 1e3
+        self.metrics.answered(inference.point, inference.queue_ms / 1e3, total_s, late)
+
+    def metrics_text(self) -> bytes:
+        """Return the metrics in Prometheus' text format."""
+        self.metrics.ready.set(self.is_ready)
+        if self._serving:
+            self.metrics.queue_depth.set(self._serving.dispatcher.scheduler.waiting)
+            self.metrics.slowdown.set(self._serving.slowdown())
+        return self.metrics.text()
+
+    # -- profile -----------------------------------------------------------------------------
+
+    def frontier(self, batch: int) -> dict[str, Any]:
+        """Return the points with this host's latencies for a batch size, cheapest first.
+
+        Raises:
+            InvalidError: the batch size was not profiled.
+            UnavailableError: there is no profile yet.
+        """
+        profile = self.serving().profile
+        try:
+            rows = frontier_rows(self.artifact, profile, batch)
+        except ProfileError as error:
+            raise InvalidError(str(error)) from error
+        return {"model": self.artifact.manifest.name, "batch": batch, "points": rows}
+
+    def profile_answer(self) -> dict[str, Any]:
+        """Return the profile in use, and where it comes from.
+
+        Raises:
+            UnavailableError: there is none yet.
+        """
+        serving = self.serving()
+        return {
+            "source": serving.source,
+            "slowdown": serving.slowdown(),
+            "profile": asdict(serving.profile),
+        }
+
+    def start_calibration(self, effort: Effort) -> dict[str, Any]:
+        """Start a calibration beside the serving; return its job.
+
+        Raises:
+            ConflictError: one is under way.
+        """
+        try:
+            return asdict(self._calibrator.start(effort))
+        except AlreadyRunningError as error:
+            raise ConflictError(str(error)) from error
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        """Return how far a calibration is.
+
+        Raises:
+            NotFoundError: there is no such job.
+        """
+        return self._known(self._calibrator.job, job_id)
+
+    def cancel_calibration(self, job_id: str) -> dict[str, Any]:
+        """Cancel a calibration; one that has ended stays as it is.
+
+        Raises:
+            NotFoundError: there is no such job.
+        """
+        return self._known(self._calibrator.cancel, job_id)
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def _quick(self) -> Effort:
+        return Effort("quick", self.settings.calibration_budget_s, QUICK.precision)
+
+    def _known(self, call: Callable[[str], Job], job_id: str) -> dict[str, Any]:
+        try:
+            return asdict(call(job_id))
+        except UnknownJobError as error:
+            raise NotFoundError(f"there is no calibration '{job_id}'") from error
+
+    def _measure(
+        self,
+        effort: Effort,
+        progress: Callable[[Progress], object],
+        cancelled: Callable[[], bool],
+    ) -> Profile:
+        def both(seen: Progress) -> None:
+            progress(seen)
+            self._on_progress(seen)
+
+        return profiler.profile(
+            self._engine,
+            effort,
+            batch_sizes=profiler.batch_sizes_to(self.settings.max_batch),
+            compute_threads=SLOTS,
+            overhead_ms=self._overhead_ms,
+            turn=self._turns.trial,
+            progress=both,
+            cancelled=cancelled,
+        )
+
+    def _on_profile(self, profile: Profile) -> None:
+        """Serve with a new profile; called in the calibration's thread."""
+        self._loop.call_soon_threadsafe(self._use, profile, "measured")
+
+    def _use(self, profile: Profile, source: Literal["measured", "stored"]) -> None:
+        """Let requests from now on go by this profile; those before stay with theirs."""
+        if self._stopping:
+            return
+        before = self._serving
+        latencies = latencies_of(self.artifact, profile)
+        dispatcher = Dispatcher(
+            Scheduler(latencies, max_queue=self.settings.max_queue, slots=SLOTS),
+            self._engine,
+            self._turns,
+            slots=SLOTS,
+            on_batch=self._ran,
+        )
+        self._serving = _Serving(dispatcher, profile, source)
+        log.info("ready; profile %s, of %s", source, profile.measured_at)
+        if before is not None:
+            self._retiring = asyncio.create_task(_retire(before.dispatcher))
+
+    def _ran(self, batch: Batch, compute_s: float) -> None:
+        self.metrics.ran(batch.point, batch.rows, compute_s, batch.predicted_ms / 1e3)
+
+
+def latencies_of(artifact: Artifact, profile: Profile) -> Latencies:
+    """Return what the selector needs to know of the points on this host."""
+    rows = [profile.row(point) for point in profile.points]
+    return Latencies.from_quantiles(
+        [point.score.value for point in artifact.points],
+        profile.batch_sizes,
+        [[latency.p50_ms for latency in row] for row in rows],
+        [[latency.p99_ms for latency in row] for row in rows],
+        profile.overhead_ms,
+    )
+
+
+async def _retire(dispatcher: Dispatcher) -> None:
+    await dispatcher.drain(DRAIN_S)
+    dispatcher.close()
+
+
+class _Nothing:
+    """Computes nothing, at once."""
+
+    def __init__(self, output: Floats) -> None:
+        self._output = output
+
+    def run(self, _batch: Floats, _point: int, /) -> Floats:
+        return self._output
+
+
+async def _overhead_ms(artifact: Artifact) -> float:
+    """Return what an inference usually costs besides queueing and computing, answer included."""
+    manifest = artifact.manifest
+    x = np.zeros((1, *manifest.input.shape[1:]), np.float32)
+    output = np.zeros((1, *manifest.output.shape[1:]), np.float32)
+    latencies = Latencies((1.0,), ((1.0,),), ((1.0,),))
+    dispatcher = Dispatcher(Scheduler(latencies), _Nothing(output), Turns())
+    costs_ms = []
+    for i in range(_OVERHEAD_RUNS):
+        began_s = time.monotonic()
+        inference = await dispatcher.infer(Request(str(i), began_s), x)
+        content = infer_answer(artifact, InferParameters(), inference, 0.0)
+        orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+        spent_ms = 1e3 * (time.monotonic() - began_s)
+        costs_ms.append(spent_ms - inference.compute_ms)
+    dispatcher.close()
+    return median(costs_ms)

@@ -1,0 +1,373 @@
+"""The HTTP interface, in process: every call, and every way to get it wrong."""
+
+import io
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+
+from maestro_core import artifact
+from server.app import create_app
+from server.settings import Settings
+from tests.conftest import TINY_RANKS, tiny_contents, tiny_manifest
+
+Client = TestClient
+LIMIT_BYTES = 200_000
+SAMPLE = np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    root = tmp_path_factory.mktemp("app")
+    artifact.save(root / "tiny.maestro", tiny_manifest(), tiny_contents())
+    return Settings(
+        artifact=root / "tiny.maestro",
+        state_dir=root / "state",
+        threads=1,
+        max_batch=4,
+        max_body_bytes=LIMIT_BYTES,
+        calibration_budget_s=2.0,
+    )
+
+
+def wait_until_ready(client: Client) -> None:
+    for _ in range(1000):
+        if client.get("/v2/health/ready").status_code == 200:
+            return
+        time.sleep(0.01)
+    pytest.fail("the server did not become ready")
+
+
+@pytest.fixture(scope="module")
+def client(settings: Settings) -> Iterator[Client]:
+    # As a client on this machine: admin calls are for those while no token is set.
+    with TestClient(create_app(settings), client=("127.0.0.1", 50000)) as client:
+        wait_until_ready(client)
+        yield client
+
+
+def png(size: tuple[int, int] = (8, 8)) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", size, 200).save(file, "PNG")
+    return file.getvalue()
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def infer(client: Client, query: str = "", **fields: Any) -> dict[str, Any]:
+    response = client.post(f"/infer{query}", json={"inputs": SAMPLE.tolist(), **fields})
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def check_problem(response: Any, status: int, text: str) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    problem: dict[str, Any] = response.json()
+    assert problem["status"] == status
+    assert problem["error"] == problem["detail"]
+    assert text in problem["detail"]
+    return problem
+
+
+def test_without_a_target_the_most_accurate_point_answers(client: Client) -> None:
+    answer = infer(client)
+
+    assert answer["point"] == len(TINY_RANKS) - 1
+    assert answer["accuracy"] == 0.9
+    assert answer["ranks"] == {"conv": 6, "fc": 10}
+    assert answer["target_met"] is None
+    assert np.argmax(answer["outputs"][0]) == int(answer["labels"][0])
+    assert answer["total_ms"] >= answer["queue_ms"] + answer["compute_ms"] > 0
+
+
+def test_json_picture_npy_and_form_are_one_input(client: Client) -> None:
+    pixel = (200 / 255 - 0.5) / 0.25
+    x = np.full((1, 1, 8, 8), pixel, np.float32)
+    bodies: list[dict[str, Any]] = [
+        {"json": {"inputs": x.tolist()}},
+        {"content": png(), "headers": {"content-type": "image/png"}},
+        {"content": npy(x), "headers": {"content-type": "application/x-npy"}},
+        {"files": {"file": ("picture.png", png(), "image/png")}},
+    ]
+
+    outputs = [client.post("/infer", **body).json()["outputs"] for body in bodies]
+
+    for output in outputs:
+        np.testing.assert_allclose(output, outputs[0], rtol=1e-5)
+
+
+def test_a_request_for_a_point_gets_that_point(client: Client) -> None:
+    for point in range(len(TINY_RANKS)):
+        assert infer(client, f"?point={point}")["point"] == point
+
+
+def test_several_samples_are_answered_in_order(client: Client) -> None:
+    samples = [SAMPLE, -SAMPLE, 2 * SAMPLE]
+    alone = [infer(client, inputs=s.tolist())["outputs"][0] for s in samples]
+
+    together = infer(client, inputs=[s.tolist() for s in samples])
+
+    np.testing.assert_allclose(together["outputs"], alone, rtol=1e-4, atol=1e-3)
+    assert len(together["labels"]) == 3
+
+
+def test_top_k_has_labels_and_shares(client: Client) -> None:
+    answer = infer(client, "?top_k=3")
+
+    (top,) = answer["top"]
+    assert top[0]["label"] == answer["labels"][0]
+    assert [entry["index"] for entry in top] == np.argsort(answer["outputs"][0])[::-1][:3].tolist()
+    assert 0.99 < sum(entry["score"] for entry in top) <= 1.000001
+
+
+def test_a_target_may_come_by_query_body_and_header(client: Client) -> None:
+    headers = {"x-max-latency-ms": "300"}
+    body = {"inputs": SAMPLE.tolist(), "max_latency_ms": 200}
+
+    response = client.post("/infer?max_latency_ms=400", json=body, headers=headers)
+
+    assert response.json()["max_latency_ms"] == 200
+
+
+def test_an_impossible_target_is_degraded_or_refused(client: Client) -> None:
+    degraded = infer(client, "?max_latency_ms=0.001")
+    assert degraded["point"] == 0
+    assert degraded["target_met"] is False
+
+    refused = client.post(
+        "/infer?max_latency_ms=0.001&on_miss=reject", json={"inputs": SAMPLE.tolist()}
+    )
+    problem = check_problem(refused, 422, "the fastest needs")
+    assert problem["min_feasible_ms"] > 0.001
+
+
+def test_min_accuracy_is_a_floor(client: Client) -> None:
+    answer = infer(client, "?max_latency_ms=0.001&min_accuracy=0.75")
+    assert answer["accuracy"] >= 0.75
+
+    refused = client.post("/infer?min_accuracy=0.95", json={"inputs": SAMPLE.tolist()})
+    check_problem(refused, 422, "min_accuracy is 0.95; the best is 0.9")
+
+
+def test_the_times_are_a_header_too(client: Client) -> None:
+    response = client.post("/infer", json={"inputs": SAMPLE.tolist()})
+
+    timing = dict(part.split(";dur=") for part in response.headers["server-timing"].split(", "))
+    answer = response.json()
+    assert {name: float(ms) for name, ms in timing.items()} == {
+        name: answer[f"{name}_ms"] for name in ("queue", "compute", "total")
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "status", "text"),
+    [
+        (b"", "application/json", 400, "the body is empty"),
+        (b"", "image/png", 400, "the body is empty"),
+        (b'{"inputs"', "application/json", 400, "not JSON"),
+        (b'{"inputs": [[NaN]]}', "application/json", 400, "not JSON"),
+        (b'{"inputs": [[1, 2]]}', "application/json", 422, "x: shape [1, 2]"),
+        (b'{"inputs": 1, "max_latency": 3}', "application/json", 422, "x: shape []"),
+        (b"not a picture", "image/jpeg", 400, "neither a PNG nor a JPEG"),
+        (npy(np.full((1, 8, 8), np.nan)), "application/x-npy", 422, "NaN"),
+        (b"a=b", "application/x-www-form-urlencoded", 415, "send application/json, image/png"),
+        (b"abc", "", 415, "is not served"),
+        (b"--x\r\nbroken", "multipart/form-data; boundary=x", 422, "the form holds no file"),
+        (b"broken", "multipart/form-data", 400, "the form cannot be read"),
+    ],
+)
+def test_a_bad_body_gets_one_clear_error(
+    client: Client, body: bytes, kind: str, status: int, text: str
+) -> None:
+    response = client.post("/infer", content=body, headers={"content-type": kind})
+
+    check_problem(response, status, text)
+    infer(client)
+
+
+@pytest.mark.parametrize(
+    ("query", "text"),
+    [
+        ("max_latency_ms=-1", "max_latency_ms"),
+        ("max_latency_ms=0", "max_latency_ms"),
+        ("max_latency_ms=nan", "max_latency_ms"),
+        ("max_latency_ms=1e12", "max_latency_ms"),
+        ("max_latency_ms=fast", "max_latency_ms"),
+        ("max_latency=5", "unknown parameter 'max_latency'"),
+        ("point=99", "point must be in 0..4, not 99"),
+        ("top_k=0", "top_k"),
+    ],
+)
+def test_a_bad_parameter_gets_one_clear_error(client: Client, query: str, text: str) -> None:
+    response = client.post(f"/infer?{query}", json={"inputs": SAMPLE.tolist()})
+
+    check_problem(response, 422, text)
+
+
+def test_more_samples_than_a_batch_are_refused_with_the_limit(client: Client) -> None:
+    response = client.post("/infer", json={"inputs": [SAMPLE.tolist()] * 5})
+
+    check_problem(response, 422, "rows must be in 1..4, not 5")
+
+
+def test_a_huge_body_is_refused_before_it_is_read(client: Client) -> None:
+    known = client.post("/infer", content=bytes(LIMIT_BYTES + 1))
+    check_problem(known, 413, f"over {LIMIT_BYTES} bytes")
+    unknown = client.post("/infer", content=(bytes(LIMIT_BYTES // 4) for _ in range(6)))
+    check_problem(unknown, 413, f"over {LIMIT_BYTES} bytes")
+
+
+def test_the_frontier_lists_every_point_with_latency(client: Client) -> None:
+    frontier = client.get("/frontier?batch=2").json()
+
+    assert [row["point"] for row in frontier["points"]] == list(range(len(TINY_RANKS)))
+    assert all(0 < row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] for row in frontier["points"])
+    assert frontier["points"][-1]["on_frontier"]
+    check_problem(client.get("/frontier?batch=9"), 422, "batch 9 is not profiled; sizes are 1..4")
+    check_problem(client.get("/frontier?batch=0"), 422, "batch: ")
+
+
+def test_a_calibration_is_a_job_and_serving_goes_on(client: Client) -> None:
+    before = client.get("/profile").json()
+    started = client.post("/profile", json={"kind": "quick"})
+    assert started.status_code == 202
+    location = started.headers["location"]
+
+    infer(client)
+    check_problem(client.post("/profile"), 409, "is running")
+    for _ in range(2000):
+        job = client.get(location).json()
+        if job["state"] != "running":
+            break
+        time.sleep(0.01)
+
+    assert job["state"] == "done"
+    assert job["done"] == job["total"] == len(TINY_RANKS) * 3 or job["seconds_left"] == 0
+    after = client.get("/profile").json()
+    assert before["source"] == after["source"] == "measured"
+    assert after["profile"]["measured_at"] >= before["profile"]["measured_at"]
+    infer(client)
+
+
+def test_a_calibration_can_be_cancelled(client: Client) -> None:
+    location = client.post("/profile").headers["location"]
+
+    client.delete(location)
+    for _ in range(1000):
+        if client.get(location).json()["state"] != "running":
+            break
+        time.sleep(0.01)
+
+    assert client.get(location).json()["state"] == "cancelled"
+    infer(client)
+
+
+def test_an_unknown_job_is_not_found(client: Client) -> None:
+    check_problem(client.get("/profile/jobs/none"), 404, "no calibration 'none'")
+    check_problem(client.delete("/profile/jobs/none"), 404, "no calibration 'none'")
+
+
+def test_unknown_paths_and_methods_are_problems_too(client: Client) -> None:
+    check_problem(client.get("/nothing"), 404, "Not Found")
+    check_problem(client.get("/infer"), 405, "Method Not Allowed")
+    check_problem(client.post("/profile", json={"kind": "endless"}), 422, "kind: ")
+
+
+def test_calibrating_is_for_this_machine_or_for_the_token(settings: Settings) -> None:
+    with TestClient(create_app(settings), client=("10.0.0.9", 1)) as elsewhere:
+        check_problem(elsewhere.post("/profile"), 403, "MAESTRO_ADMIN_TOKEN")
+
+    guarded = settings.model_copy(
+        update={"admin_token": Settings(admin_token="s3cret").admin_token}
+    )
+    with TestClient(create_app(guarded), client=("127.0.0.1", 1)) as client:
+        wait_until_ready(client)
+        check_problem(client.post("/profile"), 401, "Authorization")
+        wrong = {"authorization": "Bearer wrong"}
+        check_problem(client.post("/profile", headers=wrong), 401, "Authorization")
+        right = {"authorization": "Bearer s3cret"}
+        assert client.post("/profile", headers=right).status_code == 202
+
+
+def test_a_stored_profile_makes_a_second_start_ready_at_once(
+    client: Client, settings: Settings
+) -> None:
+    assert client.get("/v2/health/ready").status_code == 200
+
+    with TestClient(create_app(settings)) as second:
+        assert second.get("/v2/health/ready").json() == {"live": True, "ready": True}
+        assert second.get("/profile").json()["source"] == "stored"
+
+
+def test_before_the_first_profile_it_lives_but_is_not_ready(
+    settings: Settings, tmp_path: Path
+) -> None:
+    fresh = settings.model_copy(update={"state_dir": tmp_path, "calibration_budget_s": 60.0})
+    with TestClient(create_app(fresh)) as client:
+        assert client.get("/livez").json()["live"] is True
+        ready = client.get("/readyz")
+        response = client.post("/infer", json={"inputs": SAMPLE.tolist()})
+
+    assert ready.status_code == 503
+    assert ready.json()["calibration"]["state"] == "running"
+    check_problem(response, 503, "calibrating this host")
+    assert int(response.headers["retry-after"]) >= 1
+
+
+def test_a_state_directory_that_cannot_be_written_is_no_obstacle(
+    settings: Settings, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    odd = settings.model_copy(update={"state_dir": tmp_path / "file", "calibration_budget_s": 0.2})
+    with TestClient(create_app(odd)) as client:
+        wait_until_ready(client)
+        infer(client)
+
+
+def test_metrics_are_readable_and_count(client: Client) -> None:
+    def counted() -> dict[str, float]:
+        families = text_string_to_metric_families(client.get("/metrics").text)
+        return {
+            f"{sample.name}{json.dumps(sample.labels, sort_keys=True)}": sample.value
+            for family in families
+            for sample in family.samples
+        }
+
+    before = counted()
+    infer(client, "?point=2&max_latency_ms=3000")
+    client.post("/infer", content=b"", headers={"content-type": "image/png"})
+    after = counted()
+
+    for labels in ({"outcome": "ok", "point": "2"}, {"outcome": "bad-request", "point": ""}):
+        key = f"maestro_requests_total{json.dumps(labels, sort_keys=True)}"
+        assert after[key] == before.get(key, 0) + 1
+    assert after["maestro_ready{}"] == 1
+    count = "maestro_latency_seconds_count{}"
+    assert after[count] == before[count] + 1
+
+
+def test_openapi_describes_the_calls(client: Client) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+
+    assert {"/infer", "/profile", "/frontier", "/metrics", "/v2/health/live"} <= set(paths)
+    names = [parameter["name"] for parameter in paths["/infer"]["post"]["parameters"]]
+    assert names == ["max_latency_ms", "min_accuracy", "on_miss", "point", "top_k"]
+    assert client.get("/docs").status_code == 200
+
+
+def test_the_app_is_made_without_side_effects(settings: Settings) -> None:
+    assert isinstance(create_app(settings), FastAPI)
