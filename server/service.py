@@ -89,7 +89,7 @@ class Service:
     async def start(self) -> None:
         """Use the stored profile of this host, or start to measure one."""
         self._loop = asyncio.get_running_loop()
-        self._overhead_ms = await _overhead_ms(self.artifact)
+        self._overhead_ms = await overhead_ms(self.artifact)
         found = self._store.find(self._engine.profile_key(SLOTS))
         if found.reason:
             log.warning("profile not used: %s", found.reason)
@@ -313,7 +313,7 @@ class _Nothing:
         return self._output
 
 
-async def _overhead_ms(artifact: Artifact) -> float:
+async def overhead_ms(artifact: Artifact) -> float:
     """Return what an inference usually costs besides queueing and computing, answer included."""
     manifest = artifact.manifest
     x = np.zeros((1, *manifest.input.shape[1:]), np.float32)

@@ -1,0 +1,265 @@
+"""The program `maestro`. A command gathers what it needs when it runs; nothing is decided here."""
+
+import importlib
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from maestro_core import artifact
+from maestro_core.artifact import Artifact
+
+app = typer.Typer(
+    help="Serve one network at the best accuracy that each request's deadline allows.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A NAME.maestro directory.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
+Data = Annotated[Path | None, typer.Option(help="The data set, as the recipe wants it.")]
+
+
+class CommandError(Exception):
+    """Something that the user can put right; the message says how."""
+
+
+def main() -> None:
+    """Run the program: what is the user's to put right is one line, and exit status 1."""
+    from server.errors import ServiceError
+
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (CommandError, ServiceError, ValueError, OSError) as error:
+        errors.print(f"maestro: {error}", style="red", markup=False)
+        sys.exit(1)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="One of --list.")] = None,
+    data: Data = None,
+    out: Annotated[Path, typer.Option(help="For checkpoints and the artifact.")] = Path("out"),
+    list_: Annotated[bool, typer.Option("--list", help="Name the recipes.")] = False,
+) -> None:
+    """Train, search and export: data in, an artifact out. The same call resumes."""
+    running = _train_side("maestro_core.recipes.running")
+    if list_:
+        for name, summary in running.summaries().items():
+            console.print(f"{name}: {summary}")
+        return
+    if recipe is None or data is None:
+        raise CommandError("train: give a RECIPE and --data PATH; --list names the recipes")
+    path = running.run(recipe, data, out)
+    show(path)
+    console.print(f"serve it: maestro serve {path}")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that `train` wrote.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.maestro", help="The artifact to write.")],
+    data: Data = None,
+) -> None:
+    """Search and export alone, from a checkpoint; the data chooses and scores the points."""
+    if data is None:
+        raise CommandError("export: give --data PATH, the data that the checkpoint was trained on")
+    show(_train_side("maestro_core.recipes.running").export(checkpoint, data, out))
+
+
+@app.command()
+def show(
+    path: ArtifactPath,
+    plot: Annotated[Path | None, typer.Option(help="Draw the points into this PNG.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the points, with this host's latency where it has been profiled."""
+    from server import local
+    from server.answers import frontier_rows
+    from server.settings import Settings
+
+    loaded = artifact.load(path)
+    settings = Settings()
+    profile = local.stored_profile(local.engine_of(loaded, settings), settings)
+    rows = frontier_rows(loaded, profile)
+    _print_points(loaded, rows, as_json)
+    if plot:
+        _train_side("maestro_core.plot").draw(loaded, rows, plot)
+        errors.print(f"wrote {plot}")
+
+
+@app.command()
+def profile(
+    path: ArtifactPath,
+    quick: Annotated[bool, typer.Option("--quick", help="15 s at most, not 2 minutes.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure every point on this host, store the profile, print the points."""
+    from benchmarks.profiler import FULL, QUICK
+    from server import local
+    from server.answers import frontier_rows
+    from server.settings import Settings
+
+    loaded = artifact.load(path)
+    settings = Settings()
+    with _progress("calibrating") as progress:
+        measured = local.calibrate(
+            local.engine_of(loaded, settings), settings, QUICK if quick else FULL, progress
+        )
+    _print_points(loaded, frontier_rows(loaded, measured), as_json)
+    errors.print(f"measured until {'precise' if measured.stopped_on == 'precision' else 'time up'}")
+
+
+@app.command()
+def serve(
+    path: Annotated[Path | None, typer.Argument(metavar="[ARTIFACT]")] = None,
+    host: Annotated[str | None, typer.Option(help="Else MAESTRO_HOST, or 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(help="Else MAESTRO_PORT, or 8000.")] = None,
+) -> None:
+    """Start the server; without ARTIFACT, for the model that ships with the project."""
+    import uvicorn
+
+    from server.app import create_app
+    from server.service import Service
+    from server.settings import Settings
+
+    given: dict[str, Any] = {"artifact": path, "host": host, "port": port}
+    settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    with _progress("calibrating") as progress:
+        service = Service(settings, progress)
+        name = service.artifact.manifest.name
+        console.print(f"{name} on http://{settings.host}:{settings.port}; API at /docs")
+        config = uvicorn.Config(
+            create_app(settings, service),
+            host=settings.host,
+            port=settings.port,
+            log_config=None,
+            access_log=False,
+        )
+        server = uvicorn.Server(config)
+        server.run()
+    if not server.started:
+        raise CommandError(f"the server did not start on {settings.host}:{settings.port}")
+
+
+@app.command()
+def infer(
+    path: ArtifactPath,
+    file: Annotated[Path, typer.Argument(metavar="INPUT", help="PNG, JPEG, .npy or .json.")],
+    max_latency_ms: Annotated[float | None, typer.Option(help="The target.")] = None,
+    min_accuracy: Annotated[float | None, typer.Option(help="The floor, 0..1.")] = None,
+    on_miss: Annotated[str, typer.Option(help="degrade or reject.")] = "degrade",
+    point: Annotated[int | None, typer.Option(help="This point, whatever its latency.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="The k most likely labels.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer one input without a server; calibrates first if this host has no profile yet."""
+    from benchmarks.profiler import QUICK
+    from server import local
+    from server.schemas import parse_parameters
+    from server.settings import Settings
+
+    given = {
+        "max_latency_ms": max_latency_ms,
+        "min_accuracy": min_accuracy,
+        "on_miss": on_miss,
+        "point": point,
+        "top_k": top_k,
+    }
+    known = {name: value for name, value in given.items() if value is not None}
+    parameters = parse_parameters({}, known, None)
+    loaded = artifact.load(path)
+    x = local.read_input(file, loaded.manifest.input)
+    settings = Settings()
+    engine = local.engine_of(loaded, settings)
+    measured = local.stored_profile(engine, settings)
+    if measured is None:
+        with _progress("calibrating") as progress:
+            measured = local.calibrate(engine, settings, QUICK, progress)
+    answer = local.infer(engine, measured, x, parameters)
+    answer["outputs"] = answer["outputs"].tolist()
+    if as_json:
+        print(json.dumps(answer))
+        return
+    for name, value in answer.items():
+        if value is not None and name != "outputs":
+            console.print(f"{name}: {value}")
+
+
+def _train_side(module: str) -> Any:  # noqa: ANN401  a module
+    """Return a module that needs the extra `train`."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and error.name.split(".")[0] in ("torch", "safetensors", "matplotlib"):
+            raise CommandError(
+                f"this needs {error.name}: pip install 'maestro-serve[train]'"
+            ) from error
+        raise
+
+
+def _print_points(loaded: Artifact, rows: list[dict[str, Any]], as_json: bool) -> None:
+    manifest = loaded.manifest
+    if as_json:
+        print(json.dumps({"name": manifest.name, "version": manifest.version, "points": rows}))
+        return
+    table = Table(title=f"{manifest.name} {manifest.version}: {manifest.metric.name}, %")
+    table.box = box.SIMPLE_HEAD
+    for head in ("", "score", "95 %", "MACs", "dense", "params", "p50 ms", "p95 ms", "front"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            str(row["point"]),
+            f"{100 * row['accuracy']:.2f}",
+            f"{100 * row['accuracy_low']:.2f}-{100 * row['accuracy_high']:.2f}",
+            f"{row['macs']:,}",
+            f"{row['macs'] / manifest.dense_macs:.0%}",
+            f"{row['params']:,}",
+            *("-" if row[q] is None else f"{row[q]:.3f}" for q in ("p50_ms", "p95_ms")),
+            {True: "yes", False: "no", None: "-"}[row["on_frontier"]],
+        )
+    console.print(table)
+    if rows[0]["p50_ms"] is None:
+        errors.print(f"not profiled on this host yet: maestro profile {loaded.path}")
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[Any], None]]:
+    """Show a calibration on stderr, from its first sign of life: a bar, or now and then a line."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
+    bar = Progress(*columns, TimeElapsedColumn(), console=errors, transient=True)
+    task = bar.add_task(what, total=None, left="")
+    state: dict[Literal["line"], int] = {"line": -1}
+
+    def update(seen: Any) -> None:  # noqa: ANN401  profiler.Progress, without importing it
+        left = f"{seen.done} of {seen.total}, {seen.left_s:.0f} s at most"
+        if errors.is_terminal:
+            bar.start()
+            bar.update(task, completed=seen.done, total=seen.total, left=left)
+            if seen.done == seen.total or seen.left_s <= 0:
+                bar.stop()
+        elif state["line"] != int(seen.left_s) // 3:
+            state["line"] = int(seen.left_s) // 3
+            errors.print(f"{what}: {left}")
+
+    try:
+        yield update
+    finally:
+        bar.stop()

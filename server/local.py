@@ -1,0 +1,116 @@
+"""What the server does, without a server: one calibration, one inference, for the command line."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks import profiler
+from benchmarks.profiler import Effort, Progress
+from maestro_core.artifact import Artifact, Tensor
+from maestro_core.host import usable_cores
+from maestro_core.profile import Profile
+from maestro_core.profile_store import ProfileStore
+from server import inputs
+from server.answers import Inference, infer_answer
+from server.dispatcher import refused
+from server.engine import Engine
+from server.errors import UnsupportedMediaError
+from server.requests import Refusal, Request
+from server.scheduler import Scheduler
+from server.schemas import InferParameters
+from server.service import SLOTS, latencies_of, overhead_ms
+from server.settings import Settings
+
+Floats = NDArray[np.float32]
+
+
+def engine_of(artifact: Artifact, settings: Settings) -> Engine:
+    """Return the engine with the threads that the server would use.
+
+    Raises:
+        EngineError: ONNX Runtime refuses the artifact.
+    """
+    return Engine(artifact, intra_op_threads=settings.threads or usable_cores())
+
+
+def stored_profile(engine: Engine, settings: Settings) -> Profile | None:
+    """Return the profile of this host that a server would start with, if there is one."""
+    return ProfileStore(settings.state_dir).find(engine.profile_key(SLOTS)).profile
+
+
+def calibrate(
+    engine: Engine, settings: Settings, effort: Effort, progress: Callable[[Progress], object]
+) -> Profile:
+    """Measure this host and store the profile.
+
+    Raises:
+        StoreError: the state directory cannot be written.
+    """
+    profile = profiler.profile(
+        engine,
+        effort,
+        batch_sizes=profiler.batch_sizes_to(settings.max_batch),
+        compute_threads=SLOTS,
+        overhead_ms=asyncio.run(overhead_ms(engine.artifact)),
+        progress=progress,
+    )
+    ProfileStore(settings.state_dir).save(profile)
+    return profile
+
+
+def read_input(path: Path, tensor: Tensor) -> Floats:
+    """Return a picture, `.npy` or JSON file as the input, (n, …).
+
+    Raises:
+        ServiceError: it is not what the model takes.
+        OSError: it cannot be read.
+    """
+    body = path.read_bytes()
+    kind = path.suffix.lower()
+    if kind in (".png", ".jpg", ".jpeg"):
+        return inputs.from_image(body, tensor)
+    if kind == ".npy":
+        return inputs.from_npy(body, tensor)
+    if kind == ".json":
+        return inputs.from_lists(inputs.from_json(body)["inputs"], tensor)
+    raise UnsupportedMediaError(f"{path}: give a .png, .jpg, .npy or .json file")
+
+
+def infer(
+    engine: Engine, profile: Profile, x: Floats, parameters: InferParameters
+) -> dict[str, Any]:
+    """Return the answer that an idle server would give.
+
+    Raises:
+        ServiceError: the target cannot be met and the parameters say to reject.
+        ValueError: a parameter is out of its range.
+    """
+    arrived_s = time.monotonic()
+    target_ms = parameters.max_latency_ms
+    request = Request(
+        "0",
+        arrived_s,
+        None if target_ms is None else arrived_s + target_ms / 1e3,
+        parameters.min_accuracy,
+        parameters.on_miss,
+        point=parameters.point,
+        rows=len(x),
+    )
+    scheduler = Scheduler(latencies_of(engine.artifact, profile))
+    verdict = scheduler.submit(request, arrived_s)
+    if isinstance(verdict, Refusal):
+        raise refused(verdict)
+    batch = scheduler.plan(arrived_s).batch
+    if batch is None:
+        raise ValueError(f"max_latency_ms: {target_ms} passed before anything could run")
+    engine.run(x, batch.point)  # a server is warm
+    began_s = time.monotonic()
+    output = engine.run(x, batch.point)
+    compute_s = time.monotonic() - began_s
+    inference = Inference(output, batch.point, batch.predicted_ms, 0.0, 1e3 * compute_s, len(x))
+    return infer_answer(engine.artifact, parameters, inference, compute_s)
