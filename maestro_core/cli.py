@@ -90,10 +90,10 @@ def show(
     """Print the points, with this host's latency where it has been profiled."""
     from server import local
     from server.answers import frontier_rows
-    from server.settings import Settings
+    from server.settings import read_settings
 
     loaded = artifact.load(path)
-    settings = Settings()
+    settings = read_settings()
     profile = local.stored_profile(local.engine_of(loaded, settings), settings)
     rows = frontier_rows(loaded, profile)
     _print_points(loaded, rows, as_json)
@@ -112,10 +112,10 @@ def profile(
     from benchmarks.profiler import FULL, QUICK
     from server import local
     from server.answers import frontier_rows
-    from server.settings import Settings
+    from server.settings import read_settings
 
     loaded = artifact.load(path)
-    settings = Settings()
+    settings = read_settings()
     with _progress("calibrating") as progress:
         measured = local.calibrate(
             local.engine_of(loaded, settings), settings, QUICK if quick else FULL, progress
@@ -135,10 +135,10 @@ def serve(
 
     from server.app import create_app
     from server.service import Service
-    from server.settings import Settings
+    from server.settings import read_settings
 
     given: dict[str, Any] = {"artifact": path, "host": host, "port": port}
-    settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    settings = read_settings(**{name: v for name, v in given.items() if v is not None})
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -174,7 +174,7 @@ def infer(
     from benchmarks.profiler import QUICK
     from server import local
     from server.schemas import parse_parameters
-    from server.settings import Settings
+    from server.settings import read_settings
 
     given = {
         "max_latency_ms": max_latency_ms,
@@ -187,7 +187,7 @@ def infer(
     parameters = parse_parameters({}, known, None)
     loaded = artifact.load(path)
     x = local.read_input(file, loaded.manifest.input)
-    settings = Settings()
+    settings = read_settings()
     engine = local.engine_of(loaded, settings)
     measured = local.stored_profile(engine, settings)
     if measured is None:

@@ -2,10 +2,10 @@
 
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from platformdirs import user_cache_path
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 SHIPPED = "mnist-lenet.maestro"
@@ -32,3 +32,17 @@ class Settings(BaseSettings):
     max_body_bytes: Annotated[int, Field(ge=1)] = 16 * 2**20
     calibration_budget_s: Annotated[float, Field(gt=0, le=120)] = 10.0
     admin_token: SecretStr | None = None
+
+
+def read_settings(**given: Any) -> Settings:  # noqa: ANN401  fields of Settings
+    """Return the settings from the environment, but for those given here.
+
+    Raises:
+        ValueError: one is out of its range; the message names its variable.
+    """
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = f"MAESTRO_{'_'.join(str(part) for part in first['loc']).upper()}"
+        raise ValueError(f"{name}: {first['msg']}, not {str(first['input'])!r}") from error

@@ -1,0 +1,53 @@
+"""A real server in a process of its own, for the tests that need one."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2 as httpx
+
+START_S = 60.0
+
+
+@contextmanager
+def running_server(state_dir: Path, artifact: Path | None = None) -> Iterator[str]:
+    """Start `maestro serve` on a free port; yield its address once it is ready."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-c", "from maestro_core.cli import main; main()", "serve"]
+    environment = os.environ | {"MAESTRO_STATE_DIR": str(state_dir), "MAESTRO_PORT": str(port)}
+    process = subprocess.Popen(
+        [*command, *([str(artifact)] if artifact else [])],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        _wait_until_ready(address, process)
+        yield address
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
+
+
+def _wait_until_ready(address: str, process: "subprocess.Popen[str]") -> None:
+    give_up_s = time.monotonic() + START_S
+    while time.monotonic() < give_up_s:
+        if process.poll() is not None:
+            raise RuntimeError(f"the server ended: {process.communicate()[1]}")
+        try:
+            if httpx.get(f"{address}/v2/health/ready").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.05)
+    raise RuntimeError(f"the server was not ready within {START_S} s")

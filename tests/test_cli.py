@@ -1,0 +1,104 @@
+"""The program `maestro`, run as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from maestro_core.artifact import Artifact
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    return os.environ | {"MAESTRO_STATE_DIR": str(tmp_path / "state"), "COLUMNS": "100"}
+
+
+def maestro(environment: dict[str, str], *arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-c", "from maestro_core.cli import main; main()", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def check_error(finished: "subprocess.CompletedProcess[str]", text: str) -> None:
+    assert finished.returncode != 0
+    assert text in finished.stderr.replace("\n", " ")
+    assert "Traceback" not in finished.stderr
+
+
+def test_profile_then_show_then_infer(
+    environment: dict[str, str], tiny_artifact: Artifact, tmp_path: Path
+) -> None:
+    path = str(tiny_artifact.path)
+    before = json.loads(maestro(environment, "show", path, "--json").stdout)
+    assert [row["p50_ms"] for row in before["points"]] == [None] * 5
+
+    profiled = maestro(environment, "profile", path, "--quick", "--json")
+    assert profiled.returncode == 0, profiled.stderr
+    shown = json.loads(maestro(environment, "show", path, "--json").stdout)
+    assert shown == json.loads(profiled.stdout)
+    assert all(row["p50_ms"] > 0 for row in shown["points"])
+
+    np.save(tmp_path / "x.npy", np.zeros((1, 8, 8), np.float32))
+    inferred = maestro(
+        environment, "infer", path, str(tmp_path / "x.npy"), "--max-latency-ms", "1000", "--json"
+    )
+    assert json.loads(inferred.stdout)["point"] == 4
+
+
+def test_show_prints_a_table_and_draws(
+    environment: dict[str, str], tiny_artifact: Artifact, tmp_path: Path
+) -> None:
+    plot = tmp_path / "points.png"
+
+    shown = maestro(environment, "show", str(tiny_artifact.path), "--plot", str(plot))
+
+    assert shown.returncode == 0, shown.stderr
+    assert "7,296" in shown.stdout
+    assert "not profiled on this host yet" in shown.stderr
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_infer_calibrates_a_host_that_is_new(
+    environment: dict[str, str], tiny_artifact: Artifact, tmp_path: Path
+) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({"inputs": [[[0.0] * 8] * 8]}))
+
+    inferred = maestro(environment, "infer", str(tiny_artifact.path), str(tmp_path / "x.json"))
+
+    assert inferred.returncode == 0, inferred.stderr
+    assert "calibrating" in inferred.stderr
+    assert "point: 4" in inferred.stdout
+
+
+def test_wrong_calls_get_one_line(
+    environment: dict[str, str], tiny_artifact: Artifact, tmp_path: Path
+) -> None:
+    path = str(tiny_artifact.path)
+    (tmp_path / "x.txt").write_text("7")
+    (tmp_path / "x.png").write_bytes(b"7")
+
+    check_error(maestro(environment, "show", str(tmp_path)), "manifest.json: No such file")
+    check_error(maestro(environment, "show", "none.maestro"), "no such artifact directory")
+    check_error(maestro(environment, "infer", path, "none.png"), "No such file")
+    check_error(maestro(environment, "infer", path, str(tmp_path / "x.txt")), "give a .png")
+    check_error(maestro(environment, "infer", path, str(tmp_path / "x.png")), "neither a PNG")
+    png = Path(__file__).parents[1] / "examples" / "digit-7.png"
+    target = maestro(environment, "infer", path, str(png), "--max-latency-ms", "-1")
+    check_error(target, "max_latency_ms: Input should be greater than 0")
+    check_error(maestro(environment, "serve", str(tmp_path)), "manifest.json: No such file")
+    odd = environment | {"MAESTRO_PORT": "many"}
+    check_error(maestro(odd, "serve", path), "MAESTRO_PORT: Input should be a valid integer")
+
+
+def test_train_names_what_is_missing(environment: dict[str, str], tmp_path: Path) -> None:
+    listed = maestro(environment, "train", "--list")
+    assert listed.stdout.startswith("mnist-lenet: ")
+
+    check_error(maestro(environment, "train"), "give a RECIPE and --data PATH")
+    data = ("--data", str(tmp_path / "none.npz"), "--out", str(tmp_path / "out"))
+    check_error(maestro(environment, "train", "mnist", *data), "mnist-lenet")
+    check_error(maestro(environment, "train", "mnist-lenet", *data), "none.npz")
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.maestro"))
