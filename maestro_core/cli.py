@@ -184,7 +184,7 @@ def infer(
         "top_k": top_k,
     }
     known = {name: value for name, value in given.items() if value is not None}
-    parameters = parse_parameters({}, known, None)
+    parameters = parse_parameters({}, known)
     loaded = artifact.load(path)
     x = local.read_input(file, loaded.manifest.input)
     settings = read_settings()

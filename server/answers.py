@@ -32,7 +32,11 @@ def infer_answer(
     total_ms = 1e3 * total_s
     target_ms = parameters.max_latency_ms
     labels, output = manifest.labels, inference.output
-    top = _top(labels, output, parameters.top_k) if parameters.top_k and output.ndim == 2 else None
+    top = (
+        top_classes(labels, output, parameters.top_k)
+        if parameters.top_k and output.ndim == 2
+        else None
+    )
     return {
         "model": manifest.name,
         "labels": labels and [labels[i] for i in output.argmax(-1)],
@@ -90,7 +94,7 @@ def _beats(other: dict[str, Any], row: dict[str, Any]) -> bool:
     return theirs != ours and all(a >= b for a, b in zip(theirs, ours, strict=True))
 
 
-def _top(
+def top_classes(
     labels: tuple[str, ...] | None, output: NDArray[np.float32], k: int
 ) -> list[list[dict[str, Any]]]:
     """Return the k most likely classes of each sample, with their softmax."""

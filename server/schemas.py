@@ -3,7 +3,7 @@
 Tensor data never passes through these: a model per number would cost more than the network does.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -22,6 +22,7 @@ class InferParameters(BaseModel):
     min_accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
     on_miss: Literal["degrade", "reject"] = "degrade"
     point: Annotated[int, Field(ge=0)] | None = None
+    priority: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     top_k: Annotated[int, Field(ge=1, le=1000)] | None = None
 
 
@@ -29,22 +30,24 @@ _PARAMETERS = TypeAdapter(InferParameters)
 
 
 def parse_parameters(
-    query: Mapping[str, str], body: Mapping[str, Any], header_ms: str | None
+    query: Mapping[str, str],
+    body: Mapping[str, Any],
+    targets_ms: Iterable[str | float | None] = (),
 ) -> InferParameters:
     """Return the parameters of one request. The body wins over the query, except for the target:
-    of all that are given, header included, the smallest binds.
+    of all that are given, those of headers and of the protocol included, the smallest binds.
 
     Raises:
         InvalidError: a parameter is unknown, or out of its range.
     """
-    of_query = _validate(query)
-    of_body = _validate(body)
-    of_header = _validate({} if header_ms is None else {"max_latency_ms": header_ms})
-    targets = [p.max_latency_ms for p in (of_query, of_body, of_header) if p.max_latency_ms]
-    fields = of_query.model_dump(exclude_unset=True) | of_body.model_dump(exclude_unset=True)
-    return InferParameters.model_construct(
-        None, **fields | {"max_latency_ms": min(targets, default=None)}
-    )
+    given = [_validate(query), _validate(body)]
+    fields: dict[str, Any] = {}
+    for parameters in given:
+        fields |= parameters.model_dump(exclude_unset=True)
+    given += [_validate({"max_latency_ms": ms}) for ms in targets_ms if ms is not None]
+    targets = [p.max_latency_ms for p in given if p.max_latency_ms is not None]
+    fields["max_latency_ms"] = min(targets, default=None)
+    return InferParameters.model_construct(None, **fields)
 
 
 def _validate(values: Mapping[str, Any]) -> InferParameters:

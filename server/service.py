@@ -32,6 +32,7 @@ from server.requests import Batch, Request
 from server.scheduler import Scheduler
 from server.schemas import InferParameters
 from server.settings import Settings
+from server.statistics import Statistics
 from server.worker import Turns
 
 log = logging.getLogger("maestro")
@@ -73,6 +74,7 @@ class Service:
         self.version = version("maestro-serve")
         self.artifact = artifact.load(settings.artifact)
         self.metrics = Metrics()
+        self.statistics = Statistics()
         self._engine = Engine(self.artifact, intra_op_threads=settings.threads or usable_cores())
         self._store = ProfileStore(settings.state_dir)
         self._turns = Turns()
@@ -151,18 +153,25 @@ class Service:
                 None if target_ms is None else arrived_s + target_ms / 1e3,
                 parameters.min_accuracy,
                 parameters.on_miss,
-                point=parameters.point,
-                rows=len(x),
+                parameters.priority,
+                parameters.point,
+                len(x),
             )
         except ValueError as error:
             raise InvalidError(str(error)) from error
         return await serving.dispatcher.infer(request, x, receive)
 
     def count(self, inference: Inference, content: dict[str, Any]) -> None:
-        """Count an answer for /metrics."""
+        """Count an answer."""
         late = content["target_met"] is False
         total_s = content["total_ms"] / 1e3
         self.metrics.answered(inference.point, inference.queue_ms / 1e3, total_s, late)
+        self.statistics.answered(inference, content["total_ms"])
+
+    def refused(self, code: str) -> None:
+        """Count a request that was answered with an error."""
+        self.metrics.refused(code)
+        self.statistics.fail.add(0.0)
 
     def metrics_text(self) -> bytes:
         """Return the metrics in Prometheus' text format."""
@@ -284,6 +293,7 @@ class Service:
 
     def _ran(self, batch: Batch, compute_s: float) -> None:
         self.metrics.ran(batch.point, batch.rows, compute_s, batch.predicted_ms / 1e3)
+        self.statistics.ran(batch.rows, 1e3 * compute_s)
 
 
 def latencies_of(artifact: Artifact, profile: Profile) -> Latencies:

@@ -365,7 +365,7 @@ def test_openapi_describes_the_calls(client: Client) -> None:
 
     assert {"/infer", "/profile", "/frontier", "/metrics", "/v2/health/live"} <= set(paths)
     names = [parameter["name"] for parameter in paths["/infer"]["post"]["parameters"]]
-    assert names == ["max_latency_ms", "min_accuracy", "on_miss", "point", "top_k"]
+    assert names == ["max_latency_ms", "min_accuracy", "on_miss", "point", "priority", "top_k"]
     assert client.get("/docs").status_code == 200
 
 

@@ -5,7 +5,7 @@ from server.schemas import parse_parameters
 
 
 def test_nothing_given_means_no_target() -> None:
-    parameters = parse_parameters({}, {}, None)
+    parameters = parse_parameters({}, {})
 
     assert parameters.max_latency_ms is None
     assert parameters.on_miss == "degrade"
@@ -14,13 +14,13 @@ def test_nothing_given_means_no_target() -> None:
 def test_the_smallest_target_binds() -> None:
     query, body = {"max_latency_ms": "20"}, {"max_latency_ms": 7.5}
 
-    assert parse_parameters(query, body, "30").max_latency_ms == 7.5
-    assert parse_parameters(query, {}, "30").max_latency_ms == 20
-    assert parse_parameters({}, body, "3").max_latency_ms == 3
+    assert parse_parameters(query, body, ["30", None]).max_latency_ms == 7.5
+    assert parse_parameters(query, {}, ["30", None]).max_latency_ms == 20
+    assert parse_parameters({}, body, ["3", 8.0]).max_latency_ms == 3
 
 
 def test_the_body_wins_over_the_query_elsewhere() -> None:
-    parameters = parse_parameters({"point": "1", "top_k": "2"}, {"point": 3}, None)
+    parameters = parse_parameters({"point": "1", "top_k": "2"}, {"point": 3})
 
     assert (parameters.point, parameters.top_k) == (3, 2)
 
@@ -43,12 +43,12 @@ def test_the_body_wins_over_the_query_elsewhere() -> None:
 )
 def test_a_wrong_parameter_is_named(query: dict[str, str], message: str) -> None:
     with pytest.raises(InvalidError, match=message):
-        parse_parameters(query, {}, None)
+        parse_parameters(query, {})
 
 
 def test_a_wrong_header_is_named() -> None:
     with pytest.raises(InvalidError, match=r"max_latency_ms: .*'soon'"):
-        parse_parameters({}, {}, "soon")
+        parse_parameters({}, {}, ["soon"])
 
 
 def test_a_problem_repeats_its_detail_as_error() -> None:

@@ -1,0 +1,141 @@
+"""The Open Inference Protocol v2 over HTTP: what tritonclient and kserve clients call."""
+
+import time
+from math import prod
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from maestro_core.artifact import Manifest, Tensor
+from server import protocol
+from server.answers import infer_answer
+from server.errors import NotFoundError
+from server.http import ARRIVED, Json, header_targets_ms, read_body
+from server.schemas import parse_parameters
+from server.service import Service
+
+PLATFORM = "onnxruntime_onnx"
+# Of an answer, what goes into its parameters: the protocol allows scalars only.
+_FACTS = (
+    *("point", "accuracy", "predicted_ms", "queue_ms", "compute_ms", "total_ms"),
+    *("max_latency_ms", "target_met", "batch_size"),
+)
+
+
+def protocol_v2(service: Service) -> APIRouter:
+    """Return the protocol's calls for the one model that is served."""
+    router = APIRouter(tags=["Open Inference Protocol v2"])
+    manifest = service.artifact.manifest
+
+    def check(model: str, version: str | None = None) -> None:
+        if model != manifest.name:
+            raise NotFoundError(f"there is no model '{model}'; this is '{manifest.name}'")
+        if version not in (None, manifest.version):
+            raise NotFoundError(f"there is no version '{version}'; this is '{manifest.version}'")
+
+    @router.get("/v2", summary="The server")
+    async def server() -> Response:
+        return Json(
+            {"name": "maestro", "version": service.version, "extensions": protocol.EXTENSIONS}
+        )
+
+    # Before the model's own call, which would take "stats" for a name.
+    @router.get("/v2/models/stats", include_in_schema=False)
+    async def all_stats() -> Response:
+        return Json(service.statistics.answer(manifest.name, manifest.version))
+
+    @router.get("/v2/models/{model}/versions/{version}", include_in_schema=False)
+    @router.get("/v2/models/{model}", summary="The model")
+    async def metadata(model: str, version: str | None = None) -> Response:
+        check(model, version)
+        return Json(
+            {
+                "name": manifest.name,
+                "versions": [manifest.version],
+                "platform": PLATFORM,
+                "inputs": [_metadata(manifest.input)],
+                "outputs": [_metadata(manifest.output)],
+            }
+        )
+
+    @router.get("/v2/models/{model}/versions/{version}/ready", include_in_schema=False)
+    @router.get("/v2/models/{model}/ready", summary="Whether the model is served")
+    async def ready(model: str, version: str | None = None) -> Response:
+        check(model, version)
+        status = 200 if service.is_ready else 503
+        return Json({"name": manifest.name, "ready": service.is_ready}, status)
+
+    @router.get("/v2/models/{model}/versions/{version}/config", include_in_schema=False)
+    @router.get("/v2/models/{model}/config", summary="The model's configuration")
+    async def config(model: str, version: str | None = None) -> Response:
+        check(model, version)
+        return Json(
+            {
+                "name": manifest.name,
+                "platform": PLATFORM,
+                "backend": "onnxruntime",
+                "max_batch_size": service.settings.max_batch,
+                "input": [_configuration(manifest.input)],
+                "output": [_configuration(manifest.output)],
+            }
+        )
+
+    @router.get("/v2/models/{model}/versions/{version}/stats", include_in_schema=False)
+    @router.get("/v2/models/{model}/stats", summary="What has been served")
+    async def stats(model: str, version: str | None = None) -> Response:
+        check(model, version)
+        return Json(service.statistics.answer(manifest.name, manifest.version))
+
+    @router.post("/v2/models/{model}/versions/{version}/infer", include_in_schema=False)
+    @router.post("/v2/models/{model}/infer", summary="Infer", openapi_extra=_description(manifest))
+    async def infer(request: Request, model: str, version: str | None = None) -> Response:
+        check(model, version)
+        service.serving()
+        arrived_s: float = request.scope[ARRIVED]
+        body = await read_body(request, service.settings.max_body_bytes)
+        length = request.headers.get(protocol.JSON_LENGTH)
+        wanted = protocol.read(body, length, manifest.input, manifest.output)
+        targets_ms = [*header_targets_ms(request), wanted.timeout_ms]
+        given = {**wanted.parameters, "priority": wanted.priority}
+        parameters = parse_parameters({}, given, targets_ms)
+        result = await service.infer(wanted.x, parameters, arrived_s, request.receive)
+        content = infer_answer(service.artifact, parameters, result, time.monotonic() - arrived_s)
+        service.count(result, content)
+        answer, headers = protocol.write(
+            wanted,
+            manifest.name,
+            manifest.version,
+            manifest.output,
+            result.output,
+            {name: content[name] for name in _FACTS if content[name] is not None},
+            manifest.labels,
+        )
+        return Response(answer, headers=headers)
+
+    return router
+
+
+def _metadata(tensor: Tensor) -> dict[str, Any]:
+    return {"name": tensor.name, "datatype": "FP32", "shape": tensor.shape}
+
+
+def _configuration(tensor: Tensor) -> dict[str, Any]:
+    return {"name": tensor.name, "data_type": "TYPE_FP32", "dims": tensor.shape[1:]}
+
+
+def _description(manifest: Manifest) -> dict[str, Any]:
+    """Return what OpenAPI says of an inference's body."""
+    size = prod(manifest.input.shape[1:])
+    example = {
+        "inputs": [
+            {
+                "name": manifest.input.name,
+                "shape": [1, *manifest.input.shape[1:]],
+                "datatype": "FP32",
+                "data": [0] * size,
+            }
+        ],
+        "parameters": {"max_latency_ms": 5},
+    }
+    schema = {"type": "object", "required": ["inputs"], "example": example}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

@@ -1,0 +1,253 @@
+"""The Open Inference Protocol v2: bytes in, bytes out, and everything that can be wrong."""
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+from fastapi.testclient import TestClient
+from hypothesis import given, settings, strategies
+
+from maestro_core import artifact
+from server import protocol
+from server.app import create_app
+from server.errors import ServiceError
+from server.settings import Settings
+from tests.conftest import tiny_contents, tiny_manifest
+from tests.test_app import check_problem, wait_until_ready
+
+MANIFEST = tiny_manifest()
+X = np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 1, 8, 8)
+PATH = "/v2/models/tiny/infer"
+
+
+def json_request(**fields: Any) -> dict[str, Any]:
+    entry = {"name": "x", "shape": [2, 1, 8, 8], "datatype": "FP32", "data": X.ravel().tolist()}
+    return {"inputs": [entry | fields.pop("entry", {})], **fields}
+
+
+def binary_request(data: bytes, datatype: str = "FP32", **fields: Any) -> tuple[bytes, str]:
+    entry = {
+        "name": "x",
+        "shape": [2, 1, 8, 8],
+        "datatype": datatype,
+        "parameters": {"binary_data_size": len(data)},
+    }
+    text = orjson.dumps({"inputs": [entry], **fields})
+    return text + data, str(len(text))
+
+
+def read(body: bytes, length: str | None = None) -> protocol.Wanted:
+    return protocol.read(body, length, MANIFEST.input, MANIFEST.output)
+
+
+def test_json_and_binary_are_one_input() -> None:
+    by_json = read(orjson.dumps(json_request(id="a")))
+    by_nested = read(orjson.dumps(json_request(entry={"data": X.tolist()})))
+    by_bytes = read(*binary_request(X.tobytes()))
+    by_doubles = read(*binary_request(X.astype("<f8").tobytes(), "FP64"))
+
+    for wanted in (by_json, by_nested, by_bytes, by_doubles):
+        np.testing.assert_array_equal(wanted.x, X)
+    assert by_json.id == "a"
+
+
+def test_a_raw_binary_request_is_one_sample() -> None:
+    wanted = read(X[:1].tobytes(), "0")
+
+    np.testing.assert_array_equal(wanted.x, X[:1])
+    assert wanted.is_binary
+
+
+def test_parameters_of_others_are_left_alone() -> None:
+    parameters = {"timeout": 25_000, "priority": 1, "max_latency_ms": 30, "triton_x": "y"}
+
+    wanted = read(orjson.dumps(json_request(parameters=parameters)))
+
+    assert (wanted.timeout_ms, wanted.priority) == (25.0, 1)
+    assert wanted.parameters == {"max_latency_ms": 30}
+
+
+def test_answers_in_json_and_binary_hold_the_same_numbers() -> None:
+    result = np.linspace(0, 3, 20, dtype=np.float32).reshape(2, 10)
+    plain = read(orjson.dumps(json_request(id="7")))
+    binary = read(orjson.dumps(json_request(parameters={"binary_data_output": True})))
+
+    text, headers = protocol.write(plain, "m", "1", MANIFEST.output, result, {"point": 3}, None)
+    answer = orjson.loads(text)
+    assert headers == {"content-type": "application/json"}
+    assert (answer["id"], answer["parameters"]) == ("7", {"point": 3})
+    np.testing.assert_array_equal(np.float32(answer["outputs"][0]["data"]), result.ravel())
+
+    body, headers = protocol.write(binary, "m", "1", MANIFEST.output, result, {}, None)
+    length = int(headers[protocol.JSON_LENGTH])
+    (output,) = orjson.loads(body[:length])["outputs"]
+    assert output["parameters"]["binary_data_size"] == len(body) - length == result.nbytes
+    np.testing.assert_array_equal(np.frombuffer(body[length:], "<f4"), result.ravel())
+
+
+@pytest.mark.parametrize("is_binary", [False, True])
+def test_classification_gives_score_index_and_label(is_binary: bool) -> None:
+    wish = {"name": "y", "parameters": {"classification": 2, "binary_data": is_binary}}
+    wanted = read(orjson.dumps(json_request(outputs=[wish])))
+    result = np.zeros((1, 10), np.float32)
+    result[0, [4, 6]] = 9, 8
+
+    body, headers = protocol.write(
+        wanted, "m", "1", MANIFEST.output, result, {}, tuple("abcdefghij")
+    )
+
+    if is_binary:
+        rest, texts = body[int(headers[protocol.JSON_LENGTH]) :], []
+        while rest:
+            (size,) = struct.unpack_from("<I", rest)
+            texts.append(rest[4 : 4 + size].decode())
+            rest = rest[4 + size :]
+    else:
+        texts = orjson.loads(body)["outputs"][0]["data"]
+    assert [text.split(":")[1:] for text in texts] == [["4", "e"], ["6", "g"]]
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "text"),
+    [
+        ({}, 422, "inputs: missing"),
+        ({"inputs": []}, 422, "inputs: has 0 entries"),
+        ({"inputs": "x"}, 422, "inputs: must be a list of objects"),
+        (json_request(entry={"name": "z"}), 422, "the model's input is 'x'"),
+        (json_request(entry={"datatype": "FP31"}), 422, "datatype must be one of"),
+        (json_request(entry={"datatype": ["FP32"]}), 422, "datatype must be one of"),
+        (json_request(entry={"datatype": "FP16"}), 422, "FP16 has no form in JSON"),
+        (json_request(entry={"shape": [-1, 1, 8, 8]}), 422, "shape must be a list of whole"),
+        (json_request(entry={"shape": [2**31, 2**31]}), 422, "shape must be a list of whole"),
+        (json_request(entry={"shape": [2**30, 2**30]}), 422, "does not hold 128 numbers"),
+        (json_request(entry={"shape": [True]}), 422, "shape must be a list of whole"),
+        (json_request(entry={"shape": [128]}), 422, "x: shape [128]"),
+        (json_request(entry={"data": [[1], [2, 3]]}), 422, "ragged"),
+        (json_request(entry={"data": ["a"] * 128}), 422, "numbers only"),
+        (json_request(entry={"parameters": {"binary_data_size": 9}}), 400, "0 bytes follow"),
+        (json_request(parameters=[1]), 422, "parameters: must be an object"),
+        (json_request(parameters={"timeout": -1}), 422, "timeout: must be a whole number"),
+        (json_request(parameters={"priority": "high"}), 422, "priority: must be a whole"),
+        (json_request(id=5), 422, "id: must be a string"),
+        (json_request(outputs=[{"name": "z"}]), 422, "the model's output is 'y'"),
+        (json_request(outputs=[{"name": "y"}] * 2), 422, "outputs: has 2 entries"),
+    ],
+)
+def test_a_wrong_request_is_named(request_: dict[str, Any], status: int, text: str) -> None:
+    with pytest.raises(ServiceError) as caught:
+        read(orjson.dumps(request_))
+
+    assert caught.value.status == status
+    assert text in caught.value.detail
+
+
+@pytest.mark.parametrize("length", ["-1", "x", "9" * 30, "100000", "٣"])
+def test_a_wrong_json_length_is_named(length: str) -> None:
+    with pytest.raises(ServiceError, match="Inference-Header-Content-Length") as caught:
+        read(b"{}", length)
+
+    assert caught.value.status == 400
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    body=strategies.one_of(
+        strategies.binary(max_size=300),
+        strategies.tuples(
+            strategies.binary(max_size=4), strategies.integers(0, 400), strategies.integers(0, 900)
+        ).map(lambda cut: _mangled(*cut)),
+    ),
+    length=strategies.none() | strategies.integers(-5, 900).map(str),
+)
+def test_mangled_bytes_are_a_client_error_or_an_input(body: bytes, length: str | None) -> None:
+    try:
+        shape = read(body, length).x.shape[1:]
+        status = 200
+    except ServiceError as error:
+        status = error.status
+
+    assert status in (400, 422) or shape == (1, 8, 8)
+
+
+def _mangled(junk: bytes, start: int, end: int) -> bytes:
+    body, _ = binary_request(X.tobytes())
+    return body[:start] + junk + body[end:]
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    root: Path = tmp_path_factory.mktemp("protocol")
+    artifact.save(root / "tiny.maestro", tiny_manifest(), tiny_contents())
+    served = Settings(artifact=root / "tiny.maestro", state_dir=root / "state", threads=1)
+    with TestClient(create_app(served)) as client:
+        wait_until_ready(client)
+        yield client
+
+
+def test_metadata_is_what_the_protocol_says(client: TestClient) -> None:
+    assert set(client.get("/v2").json()) == {"name", "version", "extensions"}
+    model = client.get("/v2/models/tiny").json()
+    assert model["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 1, 8, 8]}]
+    assert model["outputs"] == [{"name": "y", "datatype": "FP32", "shape": [-1, 10]}]
+    assert client.get("/v2/models/tiny/versions/1").json() == model
+    assert client.get("/v2/models/tiny/ready").json() == {"name": "tiny", "ready": True}
+    assert client.get("/v2/models/tiny/config").json()["max_batch_size"] == 16
+    check_problem(client.get("/v2/models/other"), 404, "there is no model 'other'")
+    check_problem(client.get("/v2/models/tiny/versions/9"), 404, "there is no version '9'")
+
+
+def test_inference_says_how_it_was_answered_and_is_counted(client: TestClient) -> None:
+    before = client.get("/v2/models/tiny/stats").json()["model_stats"][0]
+
+    response = client.post(PATH, json=json_request(id="q", parameters={"point": 2}))
+
+    answer = response.json()
+    assert response.status_code == 200, response.text
+    assert (answer["model_name"], answer["id"]) == ("tiny", "q")
+    assert answer["parameters"]["point"] == 2
+    assert answer["outputs"][0]["shape"] == [2, 10]
+    after = client.get("/v2/models/stats").json()["model_stats"][0]
+    assert after["inference_count"] == before["inference_count"] + 2
+    assert after["inference_stats"]["success"]["count"] >= 1
+
+
+def test_the_protocol_and_the_simple_call_agree(client: TestClient) -> None:
+    body, length = binary_request(X.tobytes(), parameters={"binary_data_output": True, "point": 4})
+
+    binary = client.post(PATH, content=body, headers={protocol.JSON_LENGTH: length})
+
+    simple = client.post("/infer?point=4", json={"inputs": X.tolist()}).json()
+    head = int(binary.headers[protocol.JSON_LENGTH])
+    output = np.frombuffer(binary.content[head:], "<f4").reshape(2, 10)
+    np.testing.assert_allclose(output, simple["outputs"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("headers", "timeout_us", "target_ms"),
+    [
+        ({"x-max-latency-ms": "700"}, 900_000, 700),
+        ({"x-envoy-expected-rq-timeout-ms": "600"}, 900_000, 600),
+        ({"x-max-latency-ms": "700"}, 500_000, 500),
+        ({"x-envoy-expected-rq-timeout-ms": "0"}, 500_000, 500),
+        ({"x-envoy-expected-rq-timeout-ms": "soon"}, 500_000, 500),
+    ],
+)
+def test_the_smallest_target_binds(
+    client: TestClient, headers: dict[str, str], timeout_us: int, target_ms: float
+) -> None:
+    request = json_request(parameters={"timeout": timeout_us, "max_latency_ms": 1000})
+
+    answer = client.post(PATH, json=request, headers=headers).json()
+
+    assert answer["parameters"]["max_latency_ms"] == target_ms
+
+
+def test_errors_are_for_clients_of_the_protocol_too(client: TestClient) -> None:
+    response = client.post(PATH, content=b"{")
+
+    assert "not JSON" in check_problem(response, 400, "not JSON")["error"]
+    check_problem(client.post("/v2/models/none/infer", json=json_request()), 404, "no model 'none'")
