@@ -1,5 +1,8 @@
 """Runs a batch at a point. Knows ONNX Runtime; nothing of latencies, queues or HTTP."""
 
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -9,6 +12,8 @@ import onnxruntime as ort
 from maestro_core.artifact import Artifact
 from maestro_core.host import Host
 from maestro_core.profile import ProfileKey
+from server.baking import Baked, BakeError, bake
+from server.residency import Residency
 
 Array = npt.NDArray[np.float32]
 Provider = Literal["cpu", "cuda"]
@@ -21,12 +26,24 @@ class EngineError(ValueError):
 
 
 class Engine:
-    """Every point of one artifact, ready to run; safe to call from several threads at once."""
+    """Every point of one artifact, ready to run; safe to call from several threads at once.
+
+    `note` says what the engine could not do and does without: bake its points.
+    """
 
     def __init__(
-        self, artifact: Artifact, *, intra_op_threads: int = 1, provider: Provider = "cpu"
+        self,
+        artifact: Artifact,
+        *,
+        intra_op_threads: int = 1,
+        provider: Provider = "cpu",
+        state_dir: Path | None = None,
+        memory_budget_bytes: int | None = None,
     ) -> None:
-        """Load every point.
+        """Load every point, or with a memory budget none until it is used.
+
+        With a state directory the points are baked under it (`server.baking`), once per host and
+        runtime: all of them then share memory. Without one, each holds its own copy.
 
         Raises:
             EngineError: the provider is not installed, or ONNX Runtime refuses a graph.
@@ -35,8 +52,18 @@ class Engine:
         self.provider = _available(provider)
         self.intra_op_threads = intra_op_threads
         self.runtime = (("onnxruntime", ort.__version__),)
+        self.note: str | None = None
         self._input, self._output = artifact.manifest.input, artifact.manifest.output
-        self._sessions = [self._session(point) for point in range(len(artifact.points))]
+        self._baked = self._bake(state_dir) if state_dir and provider == "cpu" else None
+        self._sessions = Residency(self._session, self._size_bytes, memory_budget_bytes)
+        if memory_budget_bytes is None:
+            for point in range(len(artifact.points)):
+                self._sessions.get(point)
+
+    @property
+    def resident(self) -> tuple[int, ...]:
+        """Return the points in memory, least recently used first."""
+        return self._sessions.resident
 
     def run(self, batch: Array, point: int) -> Array:
         """Return the output, (n, *output shape), for a batch of shape (n, *input shape).
@@ -45,7 +72,7 @@ class Engine:
             EngineError: no such point, or a batch of another shape or type than the model takes.
         """
         self._check(batch, point)
-        (output,) = self._sessions[point].run([self._output.name], {self._input.name: batch})
+        (output,) = self._sessions.get(point).run([self._output.name], {self._input.name: batch})
         return np.asarray(output, dtype=np.float32)
 
     def profile_key(self, compute_threads: int) -> ProfileKey:
@@ -60,10 +87,9 @@ class Engine:
         )
 
     def _check(self, batch: Array, point: int) -> None:
-        if not 0 <= point < len(self._sessions):
-            raise EngineError(
-                f"point {point} does not exist; points are 0..{len(self._sessions) - 1}"
-            )
+        if not 0 <= point < len(self.artifact.points):
+            last = len(self.artifact.points) - 1
+            raise EngineError(f"point {point} does not exist; points are 0..{last}")
         name, wanted = self._input.name, self._input.shape
         if batch.dtype != np.float32:
             raise EngineError(f"input '{name}' is {batch.dtype}; the model takes float32")
@@ -76,14 +102,38 @@ class Engine:
                 f"input '{name}' has shape {list(batch.shape)}; the model takes {list(wanted)}"
             )
 
-    def _session(self, point: int) -> ort.InferenceSession:
-        path = self.artifact.graph_path(point)
+    def _bake(self, state_dir: Path) -> Baked | None:
+        host = Host.here()
+        key = "/".join((self.artifact.digest, host.cpu, *host.instruction_sets, ort.__version__))
+        graphs = [self.artifact.graph_path(point) for point in range(len(self.artifact.points))]
+        directory = state_dir / "baked" / self.artifact.digest[:16]
         try:
-            return ort.InferenceSession(
-                path, session_options(self.intra_op_threads), [_PROVIDERS[self.provider]]
-            )
+            return bake(graphs, directory, key, lambda: session_options(self.intra_op_threads))
+        except BakeError as error:
+            self.note = f"{error}; every point keeps its own copy of its weights"
+        except Exception as error:  # ONNX Runtime's own classes share no base but this
+            raise EngineError(f"{self.artifact.path}: ONNX Runtime refuses it: {error}") from error
+        return None
+
+    def _session(self, point: int) -> ort.InferenceSession:
+        options = session_options(self.intra_op_threads)
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        path = self.artifact.graph_path(point)
+        if self.provider == "cpu":
+            _share_arena()
+        if self._baked:
+            path = self._baked.graph_path(point)
+            # It is optimised; another pass would copy constants that are shared.
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            return ort.InferenceSession(path, options, [_PROVIDERS[self.provider]])
         except Exception as error:  # ONNX Runtime's own classes share no base but this
             raise EngineError(f"{path}: ONNX Runtime refuses it: {error}") from error
+
+    def _size_bytes(self, points: Iterable[int]) -> int:
+        if self._baked:
+            return self._baked.mapped_bytes(points)
+        return sum(4 * self.artifact.points[point].params for point in points)
 
 
 def session_options(intra_op_threads: int) -> ort.SessionOptions:
@@ -99,6 +149,15 @@ def session_options(intra_op_threads: int) -> ort.SessionOptions:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     return options
+
+
+@cache
+def _share_arena() -> None:
+    """Give all sessions of the process one arena for activations: one at a time fills it."""
+    memory = ort.OrtMemoryInfo(
+        "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+    )
+    ort.create_and_register_allocator(memory, ort.OrtArenaCfg(0, -1, -1, -1))
 
 
 def _available(provider: Provider) -> Provider:

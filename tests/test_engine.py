@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +13,12 @@ from server.engine import Engine, EngineError
 from tests.conftest import TINY_RANKS, tiny_template
 
 
-@pytest.fixture
-def engine(tiny_artifact: Artifact) -> Engine:
-    return Engine(tiny_artifact)
+@pytest.fixture(params=["artifact", "baked", "baked, one point in memory"])
+def engine(request: pytest.FixtureRequest, tiny_artifact: Artifact, tmp_path: Path) -> Engine:
+    if request.param == "artifact":
+        return Engine(tiny_artifact)
+    budget_bytes = 0 if "one" in request.param else None
+    return Engine(tiny_artifact, state_dir=tmp_path / "state", memory_budget_bytes=budget_bytes)
 
 
 def pictures(n: int) -> np.ndarray:
@@ -80,11 +84,36 @@ def test_cuda_asked_for_and_missing_is_said(tiny_artifact: Artifact) -> None:
         Engine(tiny_artifact, provider="cuda")
 
 
-def test_a_graph_that_the_runtime_refuses_is_named(tiny_artifact: Artifact) -> None:
+def test_a_graph_that_the_runtime_refuses_is_named(tiny_artifact: Artifact, tmp_path: Path) -> None:
     tiny_artifact.graph_path(1).write_bytes(b"not a graph")
 
     with pytest.raises(EngineError, match=r"points/01\.onnx: ONNX Runtime refuses it"):
         Engine(tiny_artifact)
+    with pytest.raises(EngineError, match=r"tiny\.maestro: ONNX Runtime refuses it.*01\.onnx"):
+        Engine(tiny_artifact, state_dir=tmp_path / "state")
+
+
+def test_with_a_budget_a_point_is_loaded_when_used(tiny_artifact: Artifact, tmp_path: Path) -> None:
+    engine = Engine(tiny_artifact, state_dir=tmp_path / "state", memory_budget_bytes=0)
+
+    assert len(engine.resident) == 0
+    engine.run(pictures(1), 3)
+    assert list(engine.resident) == [3]
+    engine.run(pictures(1), 1)
+    assert list(engine.resident) == [1]
+
+
+def test_a_state_directory_that_cannot_be_written_is_noted(
+    tiny_artifact: Artifact, tmp_path: Path
+) -> None:
+    blocked = tmp_path / "state"
+    blocked.write_text("a file where the directory should be")
+
+    engine = Engine(tiny_artifact, state_dir=blocked)
+
+    assert engine.run(pictures(1), 0).shape == (1, 10)
+    assert engine.note is not None
+    assert "points not baked" in engine.note
 
 
 def test_the_artifact_may_be_reached_by_another_path(tiny_artifact: Artifact) -> None:

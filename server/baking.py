@@ -1,0 +1,227 @@
+"""Points made ready for one host: optimised graphs over one file of weights as kernels want them.
+
+ONNX Runtime lays weights out anew for the kernels of the CPU at hand, and keeps a private copy in
+every session. Baking writes what it makes (`session.save_external_prepacked_constant_initializers`)
+and puts each tensor of all points into one file once: equal bytes are shared, and so is a tensor
+that is a prefix of a longer one, as the ranks of a convolution's first factor are. Sessions map
+that file: full speed, clean pages, and what points have in common is in memory once.
+The layout depends on CPU and runtime; `bake` is told a key and bakes again when it differs.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import onnx
+import onnxruntime as ort
+from onnx import ModelProto, TensorProto
+
+from maestro_core.profile_store import write_atomically
+
+_WEIGHTS = "weights.bin"
+_INDEX = "baked.json"
+_PAGE_BYTES = 4096
+_BEGIN_BYTES = 256  # by which a candidate for sharing is found
+_PREPACKED = "prepacked"  # begins the external-data keys of what kernels laid out anew
+_INLINE_BYTES = 1024  # smaller tensors stay in the graph
+
+
+class BakeError(OSError):
+    """The state directory can't be written; points are loaded from the artifact."""
+
+
+@dataclass(frozen=True, slots=True)
+class Baked:
+    """A verified directory of baked points; `pages[i]` are the spans that point i maps."""
+
+    path: Path
+    pages: tuple[tuple[tuple[int, int], ...], ...]  # per point: (offset, length) in weights.bin
+
+    def graph_path(self, point: int) -> Path:
+        """Return the ONNX file of a point."""
+        return self.path / f"{point:02}.onnx"
+
+    def mapped_bytes(self, points: Iterable[int]) -> int:
+        """Return how much of the file these points map together, each byte counted once."""
+        total, end = 0, 0
+        for offset, length in sorted(span for point in points for span in self.pages[point]):
+            total += max(0, offset + length - max(offset, end))
+            end = max(end, offset + length)
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Bytes that a tensor of a point needs: a span of a file."""
+
+    path: Path
+    offset: int
+    length: int
+
+    def read(self) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.length)
+
+
+def bake(
+    graphs: Sequence[Path],
+    directory: Path,
+    key: str,
+    options: Callable[[], ort.SessionOptions],
+) -> Baked:
+    """Return the baked points of `graphs`, from `directory` where its key is `key`, else made now.
+
+    Raises:
+        BakeError: no permission, or no space; nothing is left half-written.
+    """
+    found = _find(directory, key, len(graphs))
+    if found:
+        return found
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
+        try:
+            _bake(graphs, beside, key, options)
+            shutil.rmtree(directory, ignore_errors=True)
+            beside.rename(directory)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    except OSError as error:
+        raise BakeError(error.errno, f"points not baked: {error.strerror}", str(directory)) from (
+            error
+        )
+    baked = _find(directory, key, len(graphs))
+    if baked is None:
+        raise BakeError(f"{directory}: what was baked does not read back")
+    return baked
+
+
+def _bake(
+    graphs: Sequence[Path], to: Path, key: str, options: Callable[[], ort.SessionOptions]
+) -> None:
+    optimised = to / "optimised"
+    optimised.mkdir()
+    models = [_optimise(path, optimised, i, options()) for i, path in enumerate(graphs)]
+    chunks = {chunk for model in models for chunk in _chunks(model, optimised)}
+    offsets = _write_shared(to / _WEIGHTS, chunks)
+    pages = []
+    for i, model in enumerate(models):
+        spans = _point_at(model, optimised, offsets)
+        pages.append(spans)
+        write_atomically(to / f"{i:02}.onnx", model.SerializeToString())
+    shutil.rmtree(optimised)
+    files = sorted(path for path in to.iterdir() if path.is_file())
+    index = {
+        "key": key,
+        "pages": pages,
+        "files": {path.name: _sha256(path) for path in files},
+    }
+    write_atomically(to / _INDEX, json.dumps(index).encode())
+
+
+def _optimise(graph: Path, to: Path, i: int, options: ort.SessionOptions) -> ModelProto:
+    """Return the graph as the runtime would run it; its weights are in `to`."""
+    path = to / f"{i:02}.onnx"
+    options.optimized_model_filepath = str(path)
+    for entry, value in (
+        ("session.optimized_model_external_initializers_file_name", f"{i:02}.bin"),
+        ("session.optimized_model_external_initializers_min_size_in_bytes", str(_INLINE_BYTES)),
+        ("session.save_external_prepacked_constant_initializers", "1"),
+    ):
+        options.add_session_config_entry(entry, value)
+    ort.InferenceSession(graph, options, ["CPUExecutionProvider"])
+    return onnx.load(path, load_external_data=False)
+
+
+def _chunks(model: ModelProto, folder: Path) -> Iterable[_Chunk]:
+    for tensor in _external(model):
+        fields = {entry.key: entry.value for entry in tensor.external_data}
+        path = folder / fields["location"]
+        yield _Chunk(path, int(fields["offset"]), int(fields["length"]))
+        for name, value in fields.items():
+            if name.startswith(_PREPACKED):
+                yield from _prepacked(value, path)
+
+
+def _external(model: ModelProto) -> Iterable[TensorProto]:
+    return (t for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL)
+
+
+def _prepacked(value: str, path: Path) -> list[_Chunk]:
+    """Return the blobs of an entry `kernel key|offset;length;checksum|…`."""
+    blobs = (blob.split(";") for blob in value.split("|")[1:])
+    return [_Chunk(path, int(offset), int(length)) for offset, length, _ in blobs]
+
+
+def _write_shared(path: Path, chunks: Iterable[_Chunk]) -> dict[_Chunk, int]:
+    """Write chunks into one file, each once, prefixes inside what they begin; return offsets."""
+    offsets: dict[_Chunk, int] = {}
+    stored: dict[bytes, list[tuple[int, int]]] = defaultdict(list)  # first page -> (offset, length)
+    with path.open("w+b") as file:
+        for chunk in sorted(chunks, key=lambda chunk: (-chunk.length, chunk.path, chunk.offset)):
+            data = chunk.read()
+            begins = stored[data[:_BEGIN_BYTES]]
+            offset = next((at for at, n in begins if _holds(file, at, n, data)), None)
+            if offset is None:
+                offset = file.seek(-(-file.seek(0, os.SEEK_END) // _PAGE_BYTES) * _PAGE_BYTES)
+                file.write(data)
+                begins.append((offset, len(data)))
+            offsets[chunk] = offset
+        file.flush()
+        os.fsync(file.fileno())
+    return offsets
+
+
+def _holds(file: BinaryIO, offset: int, length: int, data: bytes) -> bool:
+    file.seek(offset)
+    return len(data) <= length and file.read(len(data)) == data
+
+
+def _point_at(
+    model: ModelProto, folder: Path, offsets: Mapping[_Chunk, int]
+) -> list[tuple[int, int]]:
+    """Make a graph refer to the shared file; return the spans that it computes with."""
+    spans: list[tuple[int, int]] = []
+    for tensor in _external(model):
+        fields = {entry.key: entry for entry in tensor.external_data}
+        path = folder / fields["location"].value
+        packed = [entry for name, entry in fields.items() if name.startswith(_PREPACKED)]
+        plain = _Chunk(path, int(fields["offset"].value), int(fields["length"].value))
+        used = [blob for entry in packed for blob in _prepacked(entry.value, path)] or [plain]
+        spans.extend((offsets[chunk], chunk.length) for chunk in used)
+        fields["location"].value = _WEIGHTS
+        fields["offset"].value = str(offsets[plain])
+        for entry in packed:
+            kernel, *blobs = entry.value.split("|")
+            moved = [
+                f"{offsets[chunk]};{chunk.length};{blob.rpartition(';')[2]}"
+                for chunk, blob in zip(_prepacked(entry.value, path), blobs, strict=True)
+            ]
+            entry.value = "|".join((kernel, *moved))
+    return spans
+
+
+def _find(directory: Path, key: str, points: int) -> Baked | None:
+    """Return what a directory holds if it is whole and made for `key`."""
+    try:
+        index = json.loads((directory / _INDEX).read_text(encoding="utf-8"))
+        whole = index["key"] == key and len(index["pages"]) == points
+        if whole and all(_sha256(directory / n) == d for n, d in index["files"].items()):
+            pages = (tuple((int(at), int(n)) for at, n in spans) for spans in index["pages"])
+            return Baked(directory, tuple(pages))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # nothing there, or damaged: baked anew
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

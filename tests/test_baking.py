@@ -1,0 +1,95 @@
+"""Baked points: one copy of what they share, and made again when the key or a byte differs."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from benchmarks.networks import Network, resnet18
+from maestro_core.artifact import Artifact
+from server.baking import Baked, BakeError, bake
+from server.engine import Engine, session_options
+
+
+def baked(artifact: Artifact, directory: Path, key: str = "this host") -> Baked:
+    graphs = [artifact.graph_path(point) for point in range(len(artifact.points))]
+    return bake(graphs, directory, key, lambda: session_options(1))
+
+
+def stamp(directory: Path) -> int:
+    return (directory / "baked.json").stat().st_ino
+
+
+@pytest.fixture(scope="module")
+def small_resnet(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    network: Network = resnet18()
+    chain = [network.uniform(share) for share in (0.25, 0.5, 0.75)]
+    return network.save(tmp_path_factory.mktemp("resnet") / "resnet18.maestro", chain)
+
+
+def test_points_share_what_they_have_in_common(small_resnet: Artifact, tmp_path: Path) -> None:
+    points = baked(small_resnet, tmp_path / "baked")
+
+    together = points.mapped_bytes(range(3))
+    alone = [points.mapped_bytes([point]) for point in range(3)]
+    assert max(alone) < together < 0.8 * sum(alone)
+    assert (points.path / "weights.bin").stat().st_size < together + 2**20
+
+
+def test_baked_points_compute_what_the_artifact_does(
+    small_resnet: Artifact, tmp_path: Path
+) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
+    plain, shared = Engine(small_resnet), Engine(small_resnet, state_dir=tmp_path)
+
+    for point in range(3):
+        np.testing.assert_array_equal(shared.run(x, point), plain.run(x, point))
+
+
+def test_what_is_baked_is_used_again(tiny_artifact: Artifact, tmp_path: Path) -> None:
+    first = baked(tiny_artifact, tmp_path / "baked")
+    made = stamp(first.path)
+
+    assert baked(tiny_artifact, tmp_path / "baked") == first
+    assert stamp(first.path) == made
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: (path / "weights.bin").write_bytes(b"short"),
+        lambda path: (path / "00.onnx").unlink(),
+        lambda path: (path / "baked.json").write_text("{"),
+        lambda path: (path / "baked.json").write_text('{"key": "this host", "pages": 7}'),
+    ],
+)
+def test_what_is_damaged_is_baked_again(
+    tiny_artifact: Artifact, tmp_path: Path, spoil: Callable[[Path], object]
+) -> None:
+    first = baked(tiny_artifact, tmp_path / "baked")
+    spoil(first.path)
+
+    again = baked(tiny_artifact, tmp_path / "baked")
+
+    assert again == first
+    assert ort.InferenceSession(again.graph_path(0), providers=["CPUExecutionProvider"])
+
+
+def test_another_key_bakes_again(tiny_artifact: Artifact, tmp_path: Path) -> None:
+    made = stamp(baked(tiny_artifact, tmp_path / "baked").path)
+
+    again = baked(tiny_artifact, tmp_path / "baked", key="another host")
+
+    assert stamp(again.path) != made
+    assert [path.name for path in tmp_path.glob(".baked*")] == []
+
+
+def test_a_directory_that_cannot_be_written_is_said(
+    tiny_artifact: Artifact, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(BakeError, match="points not baked"):
+        baked(tiny_artifact, tmp_path / "file" / "baked")
