@@ -1,0 +1,96 @@
+"""The two common clients of the Open Inference Protocol, unmodified, against a real server."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from maestro_core import artifact
+from tests.conftest import tiny_contents, tiny_manifest
+from tests.server_process import running_server
+
+triton = pytest.importorskip("tritonclient.http", reason="tritonclient[http] is not installed")
+
+X = np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 1, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    root: Path = tmp_path_factory.mktemp("clients")
+    artifact.save(root / "tiny.maestro", tiny_manifest(), tiny_contents())
+    with running_server(root / "state", root / "tiny.maestro") as address:
+        yield address
+
+
+@pytest.fixture
+def client(address: str) -> Iterator[Any]:
+    with triton.InferenceServerClient(address.removeprefix("http://")) as client:
+        yield client
+
+
+def test_tritonclient_reads_metadata_and_infers_both_ways(client: Any) -> None:
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready("tiny")
+    assert client.get_model_metadata("tiny")["inputs"][0]["shape"] == [-1, 1, 8, 8]
+    assert client.get_model_config("tiny")["name"] == "tiny"
+    outputs = []
+    for is_binary in (True, False):
+        x = triton.InferInput("x", list(X.shape), "FP32")
+        x.set_data_from_numpy(X, binary_data=is_binary)
+        wanted = [triton.InferRequestedOutput("y", binary_data=is_binary)]
+        result = client.infer(
+            "tiny",
+            [x],
+            outputs=wanted,
+            request_id="q",
+            timeout=900_000,
+            priority=1,
+            parameters={"max_latency_ms": 800.0, "min_accuracy": 0.6},
+        )
+        answer = result.get_response()
+        assert answer["id"] == "q"
+        assert answer["parameters"]["max_latency_ms"] == 800
+        assert answer["parameters"]["accuracy"] >= 0.6
+        outputs.append(result.as_numpy("y"))
+    np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-5)
+    stats = client.get_inference_statistics("tiny")["model_stats"][0]
+    assert stats["inference_stats"]["success"]["count"] >= 2
+
+
+def test_tritonclient_reads_our_errors(client: Any) -> None:
+    x = triton.InferInput("x", [1, 3], "FP32")
+    x.set_data_from_numpy(np.zeros((1, 3), np.float32))
+
+    with pytest.raises(triton.InferenceServerException, match="the model takes"):
+        client.infer("tiny", [x])
+    with pytest.raises(triton.InferenceServerException, match="there is no model 'other'"):
+        client.get_model_metadata("other")
+
+
+def test_kserve_infers_both_ways(address: str) -> None:
+    kserve = pytest.importorskip("kserve", reason="kserve is not installed")
+
+    async def call(is_binary: bool) -> np.ndarray:
+        config = kserve.RESTConfig(protocol="v2", verbose=False)
+        client = kserve.InferenceRESTClient(config)
+        assert await client.is_server_live(address)
+        assert await client.is_server_ready(address)
+        assert await client.is_model_ready(address, "tiny")
+        x = kserve.InferInput("x", list(X.shape), "FP32")
+        x.set_data_from_numpy(X, binary_data=is_binary)
+        request = kserve.InferRequest(
+            "tiny", [x], request_id="q", parameters={"max_latency_ms": 800.0}
+        )
+        response = await client.infer(address, request, model_name="tiny")
+        await client.close()
+        assert response.id == "q"
+        output: np.ndarray = response.outputs[0].as_numpy()
+        return output.reshape(2, 10)
+
+    binary, plain = asyncio.run(call(True)), asyncio.run(call(False))
+
+    np.testing.assert_allclose(binary, plain, rtol=1e-5)
