@@ -21,11 +21,24 @@ _NPY_HEADER_BYTES = 10_000
 
 
 def from_json(body: bytes) -> dict[str, Any]:
-    """Return the JSON object in `body`.
+    """Return the JSON object in `body`, which has `inputs`.
 
     Raises:
         BadRequestError: it is not JSON.
         InvalidError: it is not an object, or has no `inputs`.
+    """
+    value = json_object(body)
+    if "inputs" not in value:
+        raise InvalidError("inputs: missing; it takes the input tensor as nested lists")
+    return value
+
+
+def json_object(body: bytes) -> dict[str, Any]:
+    """Return the JSON object in `body`.
+
+    Raises:
+        BadRequestError: it is not JSON.
+        InvalidError: it is not an object.
     """
     if not body:
         raise BadRequestError("the body is empty")
@@ -34,9 +47,7 @@ def from_json(body: bytes) -> dict[str, Any]:
     except orjson.JSONDecodeError as error:
         raise BadRequestError(f"the body is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise InvalidError('the body must be a JSON object: {"inputs": …}')
-    if "inputs" not in value:
-        raise InvalidError("inputs: missing; it takes the input tensor as nested lists")
+        raise InvalidError("the body must be a JSON object")
     return value
 
 

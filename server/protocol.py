@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from maestro_core.artifact import Tensor
 from server.answers import top_classes
 from server.errors import BadRequestError, InvalidError
-from server.inputs import shaped
+from server.inputs import json_object, shaped
 from server.schemas import MAX_LATENCY_MS
 
 Floats = NDArray[np.float32]
@@ -68,7 +68,7 @@ def read(body: bytes, json_length: str | None, tensor: Tensor, output: Tensor) -
     text, binary = _split(body, json_length)
     if json_length is not None and not text:
         return Wanted("", _raw(binary, tensor), {}, None, 0, is_binary=True, classes=0)
-    request = _object(text)
+    request = json_object(text)
     given = _mapping(request, "parameters")
     x = _input(request, binary, tensor)
     is_binary, classes = _output(request, given, output)
@@ -137,18 +137,6 @@ def _split(body: bytes, json_length: str | None) -> tuple[bytes, bytes]:
     if length > len(body):
         raise BadRequestError(f"{JSON_LENGTH}: {length}, but the body has {len(body)} bytes")
     return body[:length], body[length:]
-
-
-def _object(text: bytes) -> dict[str, Any]:
-    if not text:
-        raise BadRequestError("the body is empty")
-    try:
-        value = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        raise BadRequestError(f"the body is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InvalidError("the body must be a JSON object")
-    return value
 
 
 def _mapping(holder: Mapping[str, Any], name: str) -> dict[str, Any]:

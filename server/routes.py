@@ -16,6 +16,7 @@ from server.answers import infer_answer
 from server.errors import ForbiddenError, UnauthorizedError, UnsupportedMediaError
 from server.http import ARRIVED, Json, form_file, header_targets_ms, media_type, read_body
 from server.schemas import (
+    Explained,
     Frontier,
     InferAnswer,
     InferParameters,
@@ -57,6 +58,19 @@ def inference(service: Service) -> APIRouter:
             f"{name};dur={content[f'{name}_ms']}" for name in ("queue", "compute", "total")
         )
         return Json(content, headers={"Server-Timing": timing})
+
+    @router.post(
+        "/explain",
+        response_model=Explained,
+        openapi_extra=_explain_description(),
+        summary="What would be chosen now, and why; runs nothing",
+    )
+    async def explain(request: Request) -> Response:
+        body = await read_body(request, service.settings.max_body_bytes)
+        given = inputs.json_object(body) if body else {}
+        given.pop("inputs", None)
+        parameters = parse_parameters(request.query_params, given, header_targets_ms(request))
+        return Json(service.explain(parameters, request.scope[ARRIVED]))
 
     @router.get("/frontier", response_model=Frontier, summary="The points, as measured here")
     async def frontier(batch: Annotated[int, Query(ge=1)] = 1) -> Response:
@@ -161,6 +175,18 @@ async def _read(
     if kind in _PICTURES:
         return inputs.from_image(body, tensor), {}
     raise UnsupportedMediaError(f"content-type '{kind}' is not served; send {_SERVED}")
+
+
+def _explain_description() -> dict[str, Any]:
+    """Return what OpenAPI says of the parameters of `/explain`, in the query or in a JSON body."""
+    schema = InferParameters.model_json_schema()["properties"]
+    as_json = {"type": "object", "properties": schema, "example": {"max_latency_ms": 5}}
+    return {
+        "parameters": [
+            {"name": name, "in": "query", "schema": field} for name, field in schema.items()
+        ],
+        "requestBody": {"content": {_JSON: {"schema": as_json}}},
+    }
 
 
 def _infer_description(service: Service) -> dict[str, Any]:

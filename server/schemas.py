@@ -156,3 +156,36 @@ class ProfileAnswer(BaseModel):
     source: Literal["measured", "stored"]
     profile: dict[str, Any]
     slowdown: float = Field(description="Measured over profiled latency, now")
+
+
+class Verdict(BaseModel):
+    """One point, as it looks for one request now."""
+
+    point: int
+    accuracy: float
+    tail_ms: float
+    total_ms: float = Field(description="Waiting, tail and overhead")
+    feasible: bool
+    why: str
+
+
+class ExplainedRefusal(BaseModel):
+    """Why the request would not be taken, and what would help."""
+
+    reason: Literal["infeasible", "floor", "full", "overloaded", "draining"]
+    detail: str
+    min_feasible_ms: float | None
+    retry_after_s: float | None
+
+
+class Explained(BaseModel):
+    """What would be chosen now, and why."""
+
+    point: int | None
+    why: str
+    refusal: ExplainedRefusal | None
+    budget_ms: float | None
+    wait_ms: float
+    slowdown: float
+    waiting: int
+    points: list[Verdict]

@@ -281,6 +281,24 @@ def test_an_unknown_job_is_not_found(client: Client) -> None:
     check_problem(client.delete("/profile/jobs/none"), 404, "no calibration 'none'")
 
 
+def test_explain_tells_the_choice_and_runs_nothing(client: Client) -> None:
+    before = client.get("/v2/models/stats").json()
+    relaxed = client.post("/explain?max_latency_ms=1000").json()
+    tight = client.post("/explain", json={"max_latency_ms": 0.001}).json()
+    refused = client.post("/explain", json={"max_latency_ms": 0.001, "on_miss": "reject"}).json()
+
+    assert relaxed["point"] == infer(client, "?max_latency_ms=1000")["point"] == 4
+    assert [verdict["why"] for verdict in relaxed["points"]] == ["feasible"] * 5
+    assert tight["point"] == 0
+    assert not any(verdict["feasible"] for verdict in tight["points"])
+    assert refused["point"] is None
+    assert refused["refusal"]["min_feasible_ms"] > 0.001
+    after = client.get("/v2/models/stats").json()["model_stats"][0]
+    assert after["inference_count"] == before["model_stats"][0]["inference_count"] + 1
+    check_problem(client.post("/explain?max_latency_ms=-1"), 422, "max_latency_ms")
+    check_problem(client.post("/explain", content=b"["), 400, "not JSON")
+
+
 def test_unknown_paths_and_methods_are_problems_too(client: Client) -> None:
     check_problem(client.get("/nothing"), 404, "Not Found")
     check_problem(client.get("/infer"), 405, "Method Not Allowed")
