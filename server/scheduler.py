@@ -7,7 +7,9 @@ runs where, and who is told, is the caller's business.
 import math
 from dataclasses import dataclass, replace
 
+from server.forecast import Forecast
 from server.latencies import Latencies
+from server.outlook import Expected, Finished, View, spare_ms
 from server.requests import (
     Admitted,
     Batch,
@@ -17,8 +19,9 @@ from server.requests import (
     Refusal,
     Request,
 )
-from server.selector import MS, Choice, Finished, Policy, Tables, View, choose
+from server.selector import Choice, Policy, choose
 from server.slowdown import Slowdown
+from server.tables import MS, Tables
 from server.waiting import Entry, WaitingList
 
 # A request without a target is in no hurry, but not behind everybody for ever: it takes its place
@@ -57,6 +60,7 @@ class Scheduler:
         self._slots = slots
         self._sheds = sheds
         self._slowdown = Slowdown()
+        self._forecast = Forecast(self._tables.p50_ms[0][0], self._tables.tail_ms[-1][-1])
         self._waiting = WaitingList()
         self._entries: dict[str, Entry] = {}
         self._running: dict[int, _Running] = {}
@@ -79,6 +83,8 @@ class Scheduler:
         now = self._tick(now)
         if request.id in self._entries or request.id in self._where:
             raise ValueError(f"request id {request.id!r} is here already")
+        target_s = (request.deadline_s or math.inf) - request.arrival_s
+        self._forecast.observe(now, request.rows, MS * target_s)
         entry, refusal = self._prepare(request, now)
         if refusal is None:
             refusal = self._no_room(entry, now)
@@ -114,7 +120,7 @@ class Scheduler:
             return entry, Refusal("draining", "the server is shutting down", retry_after_s=1.0)
         if request.deadline_s is None:
             return entry, None
-        quickest_ms = self._factor(now) * tables.fastest_ms(lowest, request.rows)
+        quickest_ms = self._factor(now) * tables.tail_ms[request.rows - 1][lowest]
         if MS * (entry.expiry_s - now) >= quickest_ms or not self._sheds:
             return entry, None
         if request.on_miss == "reject":
@@ -179,16 +185,25 @@ class Scheduler:
             )
         if not self._sheds:
             return None
-        wait_ms = self._wait_ms(entry, now)
-        quickest_ms = self._factor(now) * self._tables.fastest_ms(entry.lowest, entry.request.rows)
-        if now + (wait_ms + quickest_ms) / MS <= entry.expiry_s:
+        view = self._view(now)
+        wait_ms = self._wait_ms(entry, view)
+        alone_ms = view.level * self._tables.p50_ms[entry.request.rows - 1][entry.lowest]
+        if now + (wait_ms + alone_ms) / MS <= entry.expiry_s and not self._delays(entry, view):
             return None
         return Refusal(
             "overloaded",
-            f"{len(self._waiting)} requests wait; this one would be late",
-            min_feasible_ms=wait_ms + quickest_ms + self._tables.latencies.overhead_ms,
+            f"{len(self._waiting)} requests wait; with this one, one would be late",
+            min_feasible_ms=wait_ms + alone_ms + self._tables.latencies.overhead_ms,
             retry_after_s=self._drain_s(now),
         )
+
+    def _delays(self, entry: Entry, view: View) -> bool:
+        """Return whether the entry would make one late that waits behind it."""
+        if entry.expiry_s == math.inf:
+            return False
+        place = self._waiting.place(entry.order)
+        spares = spare_ms(view, place, 0.0, entry.request.rows)
+        return bool(spares) and spares[-1][1] < self._residual_ms(view.now)
 
     def _displace_for(self, entry: Entry, now: float) -> tuple[Request, ...]:
         """Give up one waiting request of lower priority, if the entry then fits."""
@@ -301,7 +316,7 @@ class Scheduler:
         self._check(request)
         entry, refusal = self._prepare(request, now)
         refusal = refusal or self._no_room(entry, now)
-        wait_ms = self._wait_ms(entry, now)
+        wait_ms = self._wait_ms(entry, self._view(now))
         verdicts = tuple(
             self._verdict(entry, point, wait_ms, now) for point in range(len(self._tables.best))
         )
@@ -350,6 +365,8 @@ class Scheduler:
         return self._slowdown.factor(now) if self._sheds else 1.0
 
     def _view(self, now: float) -> View:
+        forecast = self._forecast
+        target_ms = forecast.target_ms - self._tables.latencies.overhead_ms
         return View(
             now,
             self._waiting,
@@ -357,6 +374,8 @@ class Scheduler:
             self._factor(now),
             self._slowdown.typical(now),
             self._slots,
+            len(self._running),
+            Expected(forecast.rate(now), forecast.windows_ms, forecast.bursts(now), target_ms),
             self._finished,
         )
 
@@ -406,24 +425,22 @@ class Scheduler:
         doomed_s = head.expiry_s - self._quickest_s(head, now)
         return doomed_s if doomed_s < math.inf else None
 
-    def _wait_ms(self, entry: Entry, now: float) -> float:
+    def _residual_ms(self, now: float) -> float:
+        """Return how long it usually takes until a slot is free."""
+        if self.has_slot:
+            return 0.0
+        return MS * max(0.0, min(running.ends_s for running in self._running.values()) - now)
+
+    def _wait_ms(self, entry: Entry, view: View) -> float:
         """Return how long the entry usually waits: running batches, and who comes before it."""
-        free_s = sorted(running.ends_s for running in self._running.values())
-        busy = len(free_s) >= self._slots
-        residual_ms = MS * max(0.0, free_s[0] - now) if busy else 0.0
+        residual_ms = self._residual_ms(view.now)
         if not self._waiting:
             return residual_ms
         share = self._waiting.place(entry.order) / len(self._waiting)
-        return residual_ms + self._drain_ms(share, now)
-
-    def _drain_ms(self, share: float, now: float) -> float:
-        """Return how long the given share of the queue usually takes at its lowest points."""
-        rows = share * self._waiting.rows / self._slots
-        dearer = self._waiting.work_ms / (self._waiting.rows * self._tables.unit_ms[0])
-        return self._slowdown.typical(now) * dearer * self._tables.drain_ms(rows)
+        return residual_ms + view.drain_ms(share * self._waiting.rows)
 
     def _drain_s(self, now: float) -> float:
-        return self._drain_ms(1.0, now) / MS if self._waiting else 0.0
+        return self._view(now).drain_ms(self._waiting.rows) / MS
 
 
 def _below_floor(request: Request, accuracy: tuple[float, ...]) -> Refusal:

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from server.selector import MS, Choice, Policy, Tables, View
+from server.outlook import View
+from server.selector import Choice, Policy
+from server.tables import MS, Tables
 from server.waiting import Entry
 
 
