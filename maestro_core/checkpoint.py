@@ -1,0 +1,158 @@
+"""Training state on disk: weights, optimiser state and ranks, one directory per finished epoch."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from maestro_core.factorize import low_rank_layers
+from maestro_core.lod import truncate_
+
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be read, written or used; the message names the file and field."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Where training stands: finished epochs, and the rank of every factorised layer.
+
+    `run` says what is being trained (recipe, hyper-parameters, data): plain JSON.
+    """
+
+    epoch: int
+    ranks: dict[str, int]
+    run: dict[str, Any]
+
+
+def save(root: Path, model: nn.Module, optimizer: Optimizer, state: State) -> Path:
+    """Write `root/epoch-NNNN` as a whole, drop the older ones, and return it.
+
+    Raises:
+        CheckpointError: the disk does not take it; earlier checkpoints are untouched.
+    """
+    path = root / f"epoch-{state.epoch:04}"
+    aside = root / f".{path.name}"
+    content = {"epoch": state.epoch, "ranks": state.ranks, "run": state.run}
+    files = {
+        MODEL: safetensors.torch.save(_owned(model.state_dict())),
+        OPTIMIZER: safetensors.torch.save(_owned(_optimizer_tensors(model, optimizer))),
+        STATE: json.dumps(content, indent=1).encode(),
+    }
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        for name, data in files.items():
+            with (aside / name).open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        shutil.rmtree(path, ignore_errors=True)
+        aside.rename(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    for older in root.glob("epoch-*"):
+        if older.name < path.name:
+            shutil.rmtree(older, ignore_errors=True)
+    return path
+
+
+def latest(root: Path) -> Path | None:
+    """Return the checkpoint in `root` with the most epochs, if there is one."""
+    return max(root.glob("epoch-*"), default=None)
+
+
+def read_state(path: Path) -> State:
+    """Return the state of the checkpoint at `path`.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        content: Any = json.loads((path / STATE).read_text())
+        state = State(content["epoch"], content["ranks"], content["run"])
+        if not (
+            isinstance(state.epoch, int)
+            and isinstance(state.run, dict)
+            and all(isinstance(rank, int) and rank >= 0 for rank in state.ranks.values())
+        ):
+            raise TypeError("epoch, ranks or run has the wrong type")
+    except OSError as error:
+        raise CheckpointError(f"{path / STATE}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path / STATE}: not a training state: {error!r}") from error
+    return state
+
+
+def restore_(
+    path: Path, model: nn.Module, optimizer: Optimizer | None, run: dict[str, Any]
+) -> State:
+    """Give `model`, at full rank, and `optimizer` what the checkpoint holds, ranks included.
+
+    Raises:
+        CheckpointError: it is damaged, or of another run; the model may then be half-restored.
+    """
+    state = read_state(path)
+    _check_run(path, state.run, run)
+    layers = low_rank_layers(model)
+    if set(layers) != set(state.ranks):
+        raise CheckpointError(f"{path / STATE}: ranks: not those of {', '.join(layers)}")
+    try:
+        for name, layer in layers.items():
+            truncate_(layer, state.ranks[name])
+        model.load_state_dict(_read_tensors(path / MODEL))
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path / MODEL}: does not fit the network: {error}") from error
+    if optimizer is not None:
+        parameters = dict(model.named_parameters())
+        for key, value in _read_tensors(path / OPTIMIZER).items():
+            name, _, field = key.rpartition("/")
+            if name not in parameters:
+                raise CheckpointError(f"{path / OPTIMIZER}: '{key}' is of no parameter")
+            optimizer.state[parameters[name]][field] = value
+    return state
+
+
+def _check_run(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    wanted = json.loads(json.dumps(wanted))
+    for key in sorted(found.keys() | wanted.keys()):
+        if found.get(key) != wanted.get(key):
+            raise CheckpointError(
+                f"{path / STATE}: run.{key} is {found.get(key)!r}, but this run has "
+                f"{wanted.get(key)!r}: choose another output directory"
+            )
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from error
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return the optimiser's tensors as PARAMETER/FIELD."""
+    return {
+        f"{name}/{field}": value
+        for name, parameter in model.named_parameters()
+        for field, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _owned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies: safetensors refuses tensors that share memory, as tied weights do."""
+    return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}

@@ -1,0 +1,45 @@
+"""Loss and accuracy of a network at given ranks."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from maestro_core.data import Pictures
+from maestro_core.factorize import forward_at
+
+BATCH = 500  # LeNet, two cores: 500 is 10 % faster than 128 or 2,000
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The mean cross-entropy and how many of `n` pictures were right."""
+
+    loss: float
+    correct: int
+    n: int
+
+    @property
+    def accuracy(self) -> float:
+        """Return the share of right answers, 0..1."""
+        return self.correct / self.n
+
+
+def evaluate(
+    model: nn.Module, pictures: Pictures, ranks: Mapping[str, int] | None = None
+) -> Result:
+    """Return how `model`, cut to `ranks`, does on all `pictures`; its mode is put back."""
+    loss, correct, training = 0.0, 0, model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for start in range(0, len(pictures), BATCH):
+                x, labels = pictures.batch(slice(start, start + BATCH))
+                logits = forward_at(model, ranks or {}, x)
+                loss += F.cross_entropy(logits, labels, reduction="sum").item()
+                correct += int((logits.argmax(1) == labels).sum())
+    finally:
+        model.train(training)
+    return Result(loss / len(pictures), correct, len(pictures))

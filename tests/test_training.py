@@ -1,0 +1,237 @@
+"""The loop on a few hundred made-up pictures: it learns, repeats, resumes and stops cleanly."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from maestro_core import checkpoint
+from maestro_core.artifact import Image
+from maestro_core.checkpoint import CheckpointError
+from maestro_core.data import Data, Pictures
+from maestro_core.evaluation import evaluate
+from maestro_core.factorize import factorize_, low_rank_layers
+from maestro_core.training import Diverged, HyperParameters, learning_rate, train_
+
+HYPER = HyperParameters(
+    epochs=4,
+    batch_size=32,
+    learning_rate=0.05,
+    momentum=0.9,
+    weight_decay=1e-4,
+    lasso=0.0,
+    threshold=1e-5,
+    seed=3,
+)
+RUN: dict[str, Any] = {"recipe": "blobs", "seed": 3}
+IMAGE = Image("L", 6, 6, (0.5,), (0.25,))
+
+
+class Net(nn.Module):
+    """With dropout, so that it draws random numbers of its own; `head` stays dense."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.drop = nn.Dropout(0.1)
+        self.fc = nn.Linear(64, 12)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(self.conv(x).relu().flatten(1))
+        logits: Tensor = self.head(self.fc(x).relu())
+        return logits
+
+
+def network() -> Net:
+    torch.manual_seed(0)
+    model = Net()
+    factorize_(model, keep=["head"])
+    return model
+
+
+def pictures(n: int, seed: int) -> Pictures:
+    """Return pictures whose label is the third that is bright."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, (n,), generator=generator)
+    pixels = torch.randint(0, 120, (n, 6, 6, 1), generator=generator)
+    for i, label in enumerate(labels.tolist()):
+        pixels[i, 2 * label : 2 * label + 2] += 60
+    return Pictures(pixels.to(torch.uint8), labels, IMAGE)
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    return Data(pictures(300, 0), pictures(100, 1), pictures(100, 2), "blobs", "0")
+
+
+def train(model: nn.Module, data: Data, root: Path, hyper: HyperParameters = HYPER) -> Path:
+    return train_(model, data, hyper, root, RUN, Progress(disable=True))
+
+
+def test_training_learns_at_full_rank_and_below(data: Data, tmp_path: Path) -> None:
+    model = network()
+
+    train(model, data, tmp_path)
+
+    assert evaluate(model, data.validation).accuracy > 0.95
+    assert evaluate(model, data.validation, {"fc": 3}).accuracy > 0.9
+    assert evaluate(model, data.validation, {"fc": 0}).accuracy < 0.6
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
+    data: Data, tmp_path: Path
+) -> None:
+    first, again, other = network(), network(), network()
+
+    train(first, data, tmp_path / "a")
+    torch.rand(7)  # the state of the global generator must not matter
+    train(again, data, tmp_path / "b")
+    train(other, data, tmp_path / "c", replace(HYPER, seed=4))
+
+    assert same(first, again)
+    assert not same(first, other)
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(
+        torch.equal(x, y)
+        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
+
+
+SHRINKING = replace(HYPER, lasso=2e-2, threshold=0.1, epochs=6)
+
+
+def test_a_resumed_run_ends_with_the_bits_and_ranks_of_one_that_never_stopped(
+    data: Data, tmp_path: Path
+) -> None:
+    whole, stopped, resumed = network(), network(), network()
+    train(whole, data, tmp_path / "whole", SHRINKING)
+
+    class StopsInEpoch5(Progress):
+        def advance(self, *_: Any, **__: Any) -> None:
+            steps[0] += 1
+            if steps[0] == 43:
+                raise KeyboardInterrupt
+
+    steps = [0]
+    with pytest.raises(KeyboardInterrupt):
+        train_(stopped, data, SHRINKING, tmp_path / "cut", RUN, StopsInEpoch5(disable=True))
+    left = checkpoint.latest(tmp_path / "cut")
+    assert left is not None
+    ranks = checkpoint.read_state(left).ranks
+    train(resumed, data, tmp_path / "cut", SHRINKING)
+
+    assert left.name == "epoch-0004"
+    assert ranks["fc"] < 12, "nothing shrank before the interruption, so ranks were not tried"
+    assert same(whole, resumed)
+
+
+def test_a_finished_run_is_not_trained_again(data: Data, tmp_path: Path) -> None:
+    first, again = network(), network()
+    path = train(first, data, tmp_path)
+
+    assert train(again, data, tmp_path) == path
+    assert same(first, again)
+
+
+def test_shrinking_frees_ranks_and_says_so(data: Data, tmp_path: Path) -> None:
+    model = network()
+
+    path = train(model, data, tmp_path, SHRINKING)
+
+    ranks = {name: layer.rank for name, layer in low_rank_layers(model).items()}
+    assert ranks["fc"] < 12
+    assert checkpoint.read_state(path).ranks == ranks
+    assert evaluate(model, data.validation).accuracy > 0.9
+
+
+def test_only_the_last_checkpoint_is_kept_and_nothing_half_written(
+    data: Data, tmp_path: Path
+) -> None:
+    path = train(network(), data, tmp_path)
+
+    assert [entry.name for entry in tmp_path.iterdir()] == ["epoch-0004"]
+    assert sorted(entry.name for entry in path.iterdir()) == [
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ]
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(
+    data: Data, tmp_path: Path
+) -> None:
+    path = train(network(), data, tmp_path, replace(HYPER, epochs=1))
+    wild = replace(HYPER, epochs=3, learning_rate=1e9)
+
+    with pytest.raises(Diverged, match=r"nan at epoch 2, step \d+ of 10; last good .*epoch-0001"):
+        train(network(), data, tmp_path, wild)
+    assert checkpoint.latest(tmp_path) == path
+
+
+@pytest.mark.parametrize("run", [{"recipe": "other", "seed": 3}, {"recipe": "blobs", "seed": 4}])
+def test_a_checkpoint_of_another_run_is_refused(
+    data: Data, tmp_path: Path, run: dict[str, Any]
+) -> None:
+    train(network(), data, tmp_path)
+
+    with pytest.raises(CheckpointError, match=r"run\.(recipe|seed) is .* but this run has"):
+        train_(network(), data, HYPER, tmp_path, run, Progress(disable=True))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_damaged_checkpoint_is_named(data: Data, tmp_path: Path, name: str, damage: str) -> None:
+    file = train(network(), data, tmp_path) / name
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:40])
+
+    with pytest.raises(CheckpointError, match=name):
+        train(network(), data, tmp_path)
+
+
+def test_a_state_with_wrong_ranks_is_named(data: Data, tmp_path: Path) -> None:
+    path = train(network(), data, tmp_path) / "state.json"
+    state = json.loads(path.read_text())
+    for ranks in (
+        {"conv": 4},
+        {"conv": 4, "fc": -1},
+        {"conv": 4, "fc": 99},
+        {"conv": 4, "fc": "x"},
+    ):
+        path.write_text(json.dumps({**state, "ranks": ranks}))
+
+        with pytest.raises(CheckpointError, match=r"state\.json|ranks 0\.\.12, not 99"):
+            train(network(), data, tmp_path)
+
+
+def test_a_disk_that_fails_leaves_the_earlier_checkpoint(data: Data, tmp_path: Path) -> None:
+    model = network()
+    path = train(model, data, tmp_path / "root", replace(HYPER, epochs=1))
+    blocked = tmp_path / "root" / ".epoch-0002"
+    blocked.write_text("a file where the new directory must go")
+
+    state = checkpoint.State(2, {}, RUN)
+    with pytest.raises(CheckpointError, match="epoch-0002: cannot be written: File exists"):
+        checkpoint.save(tmp_path / "root", model, torch.optim.SGD(model.parameters()), state)
+    assert checkpoint.latest(tmp_path / "root") == path
+    shutil.rmtree(tmp_path / "root")
+
+
+def test_the_rate_falls_from_the_first_to_nearly_nothing() -> None:
+    rates = [learning_rate(HYPER, step, 100) for step in range(100)]
+
+    assert rates[0] == HYPER.learning_rate
+    assert rates[50] == pytest.approx(HYPER.learning_rate / 2)
+    assert 0 < rates[-1] < HYPER.learning_rate * 1e-3
+    assert rates == sorted(rates, reverse=True)
