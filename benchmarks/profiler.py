@@ -1,11 +1,12 @@
 """Measures how long each point takes at each batch size, on this host, in this process.
 
-Serving and calibration stay clean of each other because a trial runs only inside a *turn*, which
-the server hands out: the turn excludes every other computation of the process while the trial
-runs, so that none is in a measured time, and it is given only when no request waits; a request
-that arrives during a trial waits for that one trial at most, never for the calibration.
+Serving and calibration stay clean of each other because a trial, one run, happens only inside a
+*turn*, which the server hands out: the turn excludes every other computation of the process while
+the trial runs, so that none is in a measured time, and it is given only when no request waits; a
+request that arrives during a trial waits for that one trial at most, never for the calibration.
 """
 
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -23,11 +24,10 @@ from server.engine import Engine
 
 Run = Callable[[int, int], object]  # point, batch
 Clock = Callable[[], float]  # monotonic seconds
-Turn = Callable[[float], AbstractContextManager[object]]  # the seconds that it will take
+Turn = Callable[[float], AbstractContextManager[object]]  # the seconds it will take, 0: unknown
 
-_TRIAL_S = 0.002  # a turn lasts about this long, or one run
-_MAX_RUNS = 20  # in a trial
-_MIN_ROUNDS = 5
+_BLOCK_S = 0.1  # runs so near in time share the state of the host
+_MIN_BLOCKS = 10
 _RESAMPLES = 200
 _FIRST_ROUND_SHARE = 0.5  # of the budget: larger batches that don't fit it are dropped
 _QUANTILES = (0.5, 0.9, 0.95, 0.99)
@@ -87,12 +87,26 @@ class _Cell:
 
     point: int
     batch: int
-    rounds: list[list[float]] = field(default_factory=list)  # ms
+    blocks: list[list[float]] = field(default_factory=list)  # ms
+    block_began_s: float = -math.inf
     known: Latency | None = None  # when precise
-    next_check: int = _MIN_ROUNDS
+    next_check: int = _MIN_BLOCKS
+
+    def add(self, began_s: float, ended_s: float) -> None:
+        if began_s - self.block_began_s >= _BLOCK_S:
+            self.blocks.append([])
+            self.block_began_s = began_s
+        self.blocks[-1].append((ended_s - began_s) * 1e3)
+
+    def forget(self) -> None:
+        self.blocks.clear()
+        self.block_began_s = -math.inf
+
+    def runs(self) -> int:
+        return sum(map(len, self.blocks))
 
     def typical_s(self) -> float:
-        return float(np.median(self.rounds[-1])) / 1e3
+        return float(np.median(self.blocks[-1])) / 1e3
 
 
 def profile(
@@ -158,10 +172,10 @@ def measure(
 ) -> Measured:
     """Return the latency of every point at every batch size that fits the budget.
 
-    Rounds of trials, in a new random order each, so that a change of the host's speed falls on all
-    points alike and widens the intervals. A cell leaves the rounds when its median is precise; all
-    end when every cell has, or when the budget is spent. The smallest batch size is measured once
-    whatever it takes.
+    Rounds of single runs, in a new random order each, so that a change of the host's speed falls
+    on all points alike and widens the intervals. A cell leaves the rounds when its median is
+    precise; all end when every cell has, or when the budget is spent. The smallest batch size is
+    measured once whatever it takes.
 
     Raises:
         CancelledError: `cancelled` said so.
@@ -171,7 +185,7 @@ def measure(
     cells = session.first_round(points, sorted(batch_sizes), end_s)
     stopped_on = session.rounds(cells, end_s)
     cells.sort(key=lambda cell: (cell.point, cell.batch))
-    found = (c.known or summary(c.point, c.batch, c.rounds, rng) for c in cells)
+    found = (c.known or summary(c.point, c.batch, c.blocks, rng) for c in cells)
     return Measured(tuple(found), stopped_on)
 
 
@@ -192,20 +206,21 @@ class _Session:
         start_s = self.clock()
         limit_s = start_s + _FIRST_ROUND_SHARE * (end_s - start_s)
         cells: list[_Cell] = []
-        total = len(points) * len(batch_sizes)
-        previous_s, previous_batch = 0.0, 1
+        pass_s, previous = 0.0, batch_sizes[0]
         for batch in batch_sizes:
-            began_s = self.clock()
-            if cells and began_s + previous_s * batch / previous_batch > limit_s:
+            expected_s = pass_s * batch / previous
+            if cells and self.clock() + 2 * expected_s > limit_s:
                 break
-            for point in self.rng.sample(points, len(points)):
-                cell = _Cell(point, batch)
-                for _ in range(2):
-                    self._trial(cell, 1)
-                del cell.rounds[0]  # it warmed up
-                cells.append(cell)
-                self.progress(Progress(0, total, max(0.0, end_s - self.clock())))
-            previous_s, previous_batch = self.clock() - began_s, batch
+            row = [_Cell(point, batch) for point in points]
+            for _ in range(2):
+                began_s = self.clock()
+                for cell in self.rng.sample(row, len(row)):
+                    cell.forget()  # what warmed it up
+                    self._trial(cell, expected_s / len(row))
+                pass_s, previous = self.clock() - began_s, batch
+            cells += row
+            total = len(points) * len(batch_sizes)
+            self.progress(Progress(0, total, max(0.0, end_s - self.clock())))
         return cells
 
     def rounds(self, cells: Sequence[_Cell], end_s: float) -> Stop:
@@ -213,59 +228,56 @@ class _Session:
         while open_cells := [cell for cell in cells if not cell.known]:
             self.rng.shuffle(open_cells)
             for cell in open_cells:
-                runs = max(1, min(_MAX_RUNS, int(_TRIAL_S / cell.typical_s())))
-                if self.clock() + (runs + 1) * cell.typical_s() > end_s:
+                if self.clock() + cell.typical_s() > end_s:
                     return "time"
-                self._trial(cell, runs + (runs > 1))
+                self._trial(cell, cell.typical_s())
                 self._check(cell)
             done = sum(cell.known is not None for cell in cells)
             self.progress(Progress(done, len(cells), max(0.0, end_s - self.clock())))
         return "precision"
 
-    def _trial(self, cell: _Cell, runs: int) -> None:
-        """Run a cell a few times in one turn. Of several runs the first only fills the caches."""
+    def _trial(self, cell: _Cell, expected_s: float) -> None:
+        """Run a cell once. Other cells ran before it, as other requests do when it is served."""
         if self.cancelled():
             raise CancelledError
-        times_ms = []
-        with self.turn(runs * cell.typical_s() if cell.rounds else _TRIAL_S):
-            for _ in range(runs):
-                began_s = self.clock()
-                self.run(cell.point, cell.batch)
-                times_ms.append((self.clock() - began_s) * 1e3)
-        cell.rounds.append(times_ms[1:] or times_ms)
+        with self.turn(expected_s):
+            began_s = self.clock()
+            self.run(cell.point, cell.batch)
+            cell.add(began_s, self.clock())
 
     def _check(self, cell: _Cell) -> None:
-        """Look at the interval each time a fifth more rounds are in: resampling costs time too."""
-        if len(cell.rounds) < cell.next_check:
+        """Look at the interval each time a fifth more runs are in: resampling costs time too."""
+        runs = cell.runs()
+        if runs < cell.next_check or len(cell.blocks) < _MIN_BLOCKS:
             return
-        cell.next_check = len(cell.rounds) + max(1, len(cell.rounds) // 5)
-        found = summary(cell.point, cell.batch, cell.rounds, self.rng)
+        cell.next_check = runs + max(1, runs // 5)
+        found = summary(cell.point, cell.batch, cell.blocks, self.rng)
         cell.known = found if self.precision.is_met(found) else None
 
 
 def summary(
-    point: int, batch: int, rounds: Sequence[Sequence[float]], rng: random.Random
+    point: int, batch: int, blocks: Sequence[Sequence[float]], rng: random.Random
 ) -> Latency:
-    """Return the quantiles of all runs, ms, and the median's 95 % interval over whole rounds.
+    """Return the quantiles of all runs, ms, and the median's 95 % interval over whole blocks.
 
-    Runs of one round share the state of the host, so rounds are resampled, not runs (cluster
+    Runs of one block share the state of the host, so blocks are resampled, not runs (cluster
     bootstrap): a host that changed its speed in between shows as a wide interval.
     """
-    runs = np.concatenate([np.asarray(times, dtype=float) for times in rounds])
+    runs = np.concatenate([np.asarray(times, dtype=float) for times in blocks])
     p50, p90, p95, p99 = np.quantile(runs, _QUANTILES).tolist()
-    low, high = np.quantile(_resampled_medians(rounds, rng), (0.025, 0.975)).tolist()
+    low, high = np.quantile(_resampled_medians(blocks, rng), (0.025, 0.975)).tolist()
     low, high = min(low, p50), max(high, p50)
     return Latency(point, batch, p50, p90, p95, p99, len(runs), low, high)
 
 
 def _resampled_medians(
-    rounds: Sequence[Sequence[float]], rng: random.Random
+    blocks: Sequence[Sequence[float]], rng: random.Random
 ) -> npt.NDArray[np.float64]:
-    """Return medians over resampled rounds, (resamples,), each run weighted by its round's size."""
-    values = np.concatenate([np.asarray(times, dtype=float) for times in rounds])
-    owner = np.repeat(np.arange(len(rounds)), [len(times) for times in rounds])
+    """Return medians, (resamples,), of runs counted as often as their block was drawn."""
+    values = np.concatenate([np.asarray(times, dtype=float) for times in blocks])
+    owner = np.repeat(np.arange(len(blocks)), [len(times) for times in blocks])
     drawn = np.random.default_rng(rng.getrandbits(32)).multinomial(
-        len(rounds), np.full(len(rounds), 1 / len(rounds)), size=_RESAMPLES
+        len(blocks), np.full(len(blocks), 1 / len(blocks)), size=_RESAMPLES
     )
     order = np.argsort(values)
     below = np.cumsum(drawn[:, owner[order]], axis=1)

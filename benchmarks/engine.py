@@ -1,0 +1,165 @@
+"""`maestro bench engine`: all points in one engine, against each exported alone.
+
+Memory in processes of their own; speed and switching side by side in one process, interleaved.
+"""
+
+import argparse
+import random
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from benchmarks import networks, report
+from benchmarks.memory import grown_mib, inline
+from benchmarks.networks import Network
+from benchmarks.profiler import Precision, measure
+from maestro_core.artifact import Artifact
+from maestro_core.profile import Latency
+from server.engine import Engine, session_options
+
+POINTS = 16
+BATCHES = (1, 8)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print the result, and write it where `--out` says."""
+    parser = argparse.ArgumentParser(prog="maestro bench engine", description=__doc__)
+    parser.add_argument("--budget-s", type=float, default=60.0, help="for speed, per network")
+    parser.add_argument("--out", type=Path, default=report.RESULTS / "engine.json")
+    chosen = parser.parse_args(argv)
+    result: dict[str, Any] = {**report.conditions(), "intra_op_threads": 1, "points": POINTS}
+    with tempfile.TemporaryDirectory() as folder:
+        for make in (networks.resnet18, networks.encoder):
+            network = make()
+            path = Path(folder) / f"{network.name}.maestro"
+            model = network.save(path, _chain(network))
+            result[network.name] = compared(model, Path(folder), chosen.budget_s)
+    report.write(result, chosen.out)
+
+
+def compared(model: Artifact, state_dir: Path, budget_s: float) -> dict[str, Any]:
+    """Return memory, speed and switching of an artifact's points."""
+    began_s = time.perf_counter()
+    Engine(model, state_dir=state_dir, memory_budget_bytes=0)  # bakes, and loads nothing
+    baked_s = time.perf_counter() - began_s
+    memory = _memory(model, state_dir)  # before this process maps the same pages
+    engine = Engine(model, state_dir=state_dir)
+    return {
+        "bake_s": round(baked_s, 2),
+        "memory_mib": memory,
+        "speed": _speed(engine, state_dir, budget_s),
+        "switching": _switching(engine, budget_s / 4),
+    }
+
+
+def _chain(network: Network) -> list[tuple[int, ...]]:
+    return [network.uniform((i + 1) / POINTS) for i in range(POINTS)]
+
+
+def _memory(model: Artifact, state_dir: Path) -> dict[str, Any]:
+    batch = BATCHES[-1]
+    found: dict[str, Any] = {"batch": batch}
+    for way in ("alone", "engine"):
+        for name, points in (("largest", 1), ("all", len(model.points))):
+            found[f"{way}_{name}"] = grown_mib(model.path, way, points, batch, state_dir)
+    for kind in ("private", "private_dirty", "pss"):
+        largest = found["alone_largest"][kind]
+        found[f"all_over_largest_alone_{kind}"] = round(found["engine_all"][kind] / largest, 3)
+    return found
+
+
+def _speed(engine: Engine, state_dir: Path, budget_s: float) -> dict[str, Any]:
+    """Return each point's latency in the engine over that of its own export."""
+    model = engine.artifact
+    points = range(len(model.points))
+    alone = [ort.InferenceSession(inline(model, i, state_dir), session_options(1)) for i in points]
+    name, x = model.manifest.input.name, _samples(model, BATCHES[-1])
+
+    def run(index: int, batch: int) -> object:
+        point, is_alone = divmod(index, 2)
+        samples = x[:batch]
+        return alone[point].run(None, {name: samples}) if is_alone else engine.run(samples, point)
+
+    measured = measure(
+        run,
+        range(2 * len(points)),
+        BATCHES,
+        budget_s=budget_s,
+        precision=Precision(relative=0.005, absolute_ms=0.0),
+        rng=random.Random(0),
+        clock=time.perf_counter,
+    )
+    cells = {(latency.point, latency.batch): latency for latency in measured.latencies}
+    rows = [
+        _compared(point, batch, cells[2 * point, batch], cells[2 * point + 1, batch])
+        for point, batch in sorted({(i // 2, batch) for i, batch in cells}, key=lambda c: c[::-1])
+    ]
+    ratios = [row["ratio"] for row in rows]
+    slower = [
+        row["point"]
+        for row in rows
+        if row["engine_p50_ms"] > cells[2 * len(points) - 1, row["batch"]].p50_ms * 1.02
+    ]
+    return {
+        "stopped_on": measured.stopped_on,
+        "median_ratio": round(median(ratios), 3),
+        "max_ratio": max(ratios),
+        "over_1.05": sum(ratio > 1.05 for ratio in ratios),
+        "slower_than_dense_by_2_percent": slower,
+        "cells": rows,
+    }
+
+
+def _compared(point: int, batch: int, ours: Latency, alone: Latency) -> dict[str, Any]:
+    return {
+        "point": point,
+        "batch": batch,
+        "engine_p50_ms": round(ours.p50_ms, 4),
+        "alone_p50_ms": round(alone.p50_ms, 4),
+        "ratio": round(ours.p50_ms / alone.p50_ms, 3),
+        "interval": [
+            round(ours.p50_low_ms / alone.p50_high_ms, 3),
+            round(ours.p50_high_ms / alone.p50_low_ms, 3),
+        ],
+        "n": [ours.n, alone.n],
+    }
+
+
+def _switching(engine: Engine, budget_s: float) -> dict[str, Any]:
+    """Return the latency of requests at random points over the same requests point by point."""
+    rng = random.Random(0)
+    x = _samples(engine.artifact, 1)
+    points = range(len(engine.artifact.points))
+    mixed: dict[int, list[float]] = {point: [] for point in points}
+    sorted_: dict[int, list[float]] = {point: [] for point in points}
+    end_s = time.perf_counter() + budget_s
+    while time.perf_counter() < end_s:
+        requests = [point for point in points for _ in range(4)]
+        orders = [(sorted_, sorted(requests)), (mixed, rng.sample(requests, len(requests)))]
+        rng.shuffle(orders)
+        for times, order in orders:
+            for point in order:
+                began_s = time.perf_counter()
+                engine.run(x, point)
+                times[point].append(time.perf_counter() - began_s)
+    ratios = {point: median(mixed[point]) / median(sorted_[point]) for point in points}
+    return {
+        "requests": sum(map(len, mixed.values())),
+        "median_ratio": round(median(ratios.values()), 3),
+        "ratios": [round(ratio, 3) for ratio in ratios.values()],
+    }
+
+
+def _samples(model: Artifact, batch: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    shape = (batch, *model.manifest.input.shape[1:])
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Memory of loaded points, measured by a process of their own: `python -m benchmarks.memory`."""
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from maestro_core import artifact
+from server.engine import Engine, session_options
+
+Way = Literal["alone", "engine"]
+
+
+def grown_mib(path: Path, way: Way, points: int, batch: int, state_dir: Path) -> dict[str, float]:
+    """Return what a new process grows by, MiB, when it loads the dearest `points` and runs each.
+
+    alone: each as a file of its own with its weights inside, as exported without us.
+    Keys: private, private_dirty (not backed by a file), pss (a page mapped k times counts 1/k).
+    """
+    arguments = (str(path), way, str(points), str(batch), str(state_dir))
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-m", "benchmarks.memory", *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    return cast(dict[str, float], json.loads(done.stdout))
+
+
+def inline(model: artifact.Artifact, point: int, state_dir: Path) -> Path:
+    """Return a point as a file of its own with its weights inside, made where it is missing."""
+    path = state_dir / "alone" / model.digest[:16] / f"{point:02}.onnx"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        onnx.save(onnx.load(model.graph_path(point)), path)
+    return path
+
+
+def main() -> None:
+    """Print by how much this process grows, as JSON."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("path", type=Path)
+    parser.add_argument("way", choices=("alone", "engine"))
+    parser.add_argument("points", type=int)
+    parser.add_argument("batch", type=int)
+    parser.add_argument("state_dir", type=Path)
+    chosen = parser.parse_args()
+    model = artifact.load(chosen.path)
+    last = len(model.points)
+    x = np.ones((chosen.batch, *model.manifest.input.shape[1:]), np.float32)
+    points = range(last - chosen.points, last)
+    before = _smaps()
+    if chosen.way == "alone":
+        paths = [inline(model, point, chosen.state_dir) for point in points]
+        sessions = [ort.InferenceSession(path, session_options(1)) for path in paths]
+        for session in sessions:
+            session.run(None, {model.manifest.input.name: x})
+    else:
+        budget_bytes = None if chosen.points == last else 0
+        engine = Engine(model, state_dir=chosen.state_dir, memory_budget_bytes=budget_bytes)
+        for point in points:
+            engine.run(x, point)
+    gc.collect()
+    after = _smaps()
+    print(json.dumps({name: round(after[name] - before[name], 1) for name in after}))
+
+
+def _smaps() -> dict[str, float]:
+    text = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
+    mib: dict[str, Any] = {}
+    for line in text.splitlines()[1:]:
+        name, value, *_ = line.split()
+        mib[name.rstrip(":")] = int(value) / 1024
+    private = mib["Private_Clean"] + mib["Private_Dirty"]
+    return {"private": private, "private_dirty": mib["Private_Dirty"], "pss": mib["Pss"]}
+
+
+if __name__ == "__main__":
+    main()
