@@ -27,6 +27,12 @@ app = typer.Typer(
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
+BENCHES = {
+    "engine": "memory, speed against each point alone, switching",
+    "prediction": "whether measured latencies are what the profile says",
+    "policies": "our policy and its rivals, simulated under load",
+}
+
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A NAME.maestro directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
 Data = Annotated[Path | None, typer.Option(help="The data set, as the recipe wants it.")]
@@ -131,9 +137,7 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Else MAESTRO_PORT, or 8000.")] = None,
 ) -> None:
     """Start the server; without ARTIFACT, for the model that ships with the project."""
-    import uvicorn
-
-    from server.app import create_app
+    from server import running
     from server.service import Service
     from server.settings import read_settings
 
@@ -146,16 +150,8 @@ def serve(
         service = Service(settings, progress)
         name = service.artifact.manifest.name
         console.print(f"{name} on http://{settings.host}:{settings.port}; API at /docs")
-        config = uvicorn.Config(
-            create_app(settings, service),
-            host=settings.host,
-            port=settings.port,
-            log_config=None,
-            access_log=False,
-        )
-        server = uvicorn.Server(config)
-        server.run()
-    if not server.started:
+        started = running.run(service)
+    if not started:
         raise CommandError(f"the server did not start on {settings.host}:{settings.port}")
 
 
@@ -201,6 +197,25 @@ def infer(
     for name, value in answer.items():
         if value is not None and name != "outputs":
             console.print(f"{name}: {value}")
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def bench(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(help="One of --list.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Name the comparisons.")] = False,
+) -> None:
+    """Measure this project against what a user would pick instead; NAME --help for its options."""
+    if list_ or name not in BENCHES:
+        for known, what in BENCHES.items():
+            console.print(f"{known}: {what}")
+        if name is not None:
+            raise CommandError(f"bench: there is no '{name}'")
+        return
+    _train_side(f"benchmarks.{name}").main(context.args)
 
 
 def _train_side(module: str) -> Any:  # noqa: ANN401  a module

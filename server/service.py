@@ -84,6 +84,7 @@ class Service:
         self._ids = map(str, itertools.count())
         self._overhead_ms = 0.0
         self._serving: _Serving | None = None
+        self.is_leaving = False
         self._stopping = False
 
     # -- life --------------------------------------------------------------------------------
@@ -101,6 +102,10 @@ class Service:
         log.info("no profile of this host yet: calibrating, %g s at most", self._quick().budget_s)
         self._first_job = self._calibrator.start(self._quick()).id
 
+    def leave(self) -> None:
+        """Be not ready from now on, and serve on until stopped."""
+        self.is_leaving = True
+
     async def stop(self) -> None:
         """Answer what was taken, then end."""
         self._stopping = True
@@ -110,8 +115,8 @@ class Service:
 
     @property
     def is_ready(self) -> bool:
-        """Return whether requests are served."""
-        return self._serving is not None and not self._stopping
+        """Return whether requests should be sent here."""
+        return self._serving is not None and not self.is_leaving and not self._stopping
 
     def serving(self) -> _Serving:
         """Return what serves now.

@@ -31,6 +31,8 @@ class Settings(BaseSettings):
     max_queue: Annotated[int, Field(ge=1)] = 1024
     max_body_bytes: Annotated[int, Field(ge=1)] = 16 * 2**20
     calibration_budget_s: Annotated[float, Field(gt=0, le=120)] = 10.0
+    # After SIGTERM: not ready, but serving, for so long.
+    drain_s: Annotated[float, Field(ge=0, le=3600)] = 0.0
     admin_token: SecretStr | None = None
 
 

@@ -18,14 +18,25 @@ START_S = 60.0
 @contextmanager
 def running_server(state_dir: Path, artifact: Path | None = None) -> Iterator[str]:
     """Start `maestro serve` on a free port; yield its address once it is ready."""
+    with server_process(state_dir, artifact) as (address, process):
+        yield address
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+
+
+@contextmanager
+def server_process(
+    state_dir: Path, artifact: Path | None = None, **variables: str
+) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
+    """Start `maestro serve` on a free port; yield its address and itself once it is ready."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-c", "from maestro_core.cli import main; main()", "serve"]
-    environment = os.environ | {"MAESTRO_STATE_DIR": str(state_dir), "MAESTRO_PORT": str(port)}
+    ours = {"MAESTRO_STATE_DIR": str(state_dir), "MAESTRO_PORT": str(port)}
     process = subprocess.Popen(
         [*command, *([str(artifact)] if artifact else [])],
-        env=environment,
+        env=os.environ | ours | variables,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -33,9 +44,9 @@ def running_server(state_dir: Path, artifact: Path | None = None) -> Iterator[st
     address = f"http://127.0.0.1:{port}"
     try:
         _wait_until_ready(address, process)
-        yield address
+        yield address, process
     finally:
-        process.send_signal(signal.SIGTERM)
+        process.kill()
         process.communicate(timeout=30)
 
 

@@ -1,0 +1,61 @@
+"""Runs the application until a signal: not ready at once, serving on for the drain, then an end."""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Iterator
+
+import uvicorn
+
+from server.app import create_app
+from server.service import Service
+
+# Between the end of accepting and the end of idle connections: a request that is on its way on a
+# connection just accepted still arrives.
+LINGER_S = 0.2
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, leaving signals to us: its own handling ends with the signal's status."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def run(service: Service) -> bool:
+    """Serve until SIGTERM or SIGINT; return whether the server ever started.
+
+    On SIGTERM readiness goes first, and requests are served on for `drain_s`, so that balancers
+    have time to look elsewhere; SIGINT does not wait. A second signal ends connections too.
+    """
+    settings = service.settings
+    config = uvicorn.Config(
+        create_app(settings, service),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+    )
+    server = _Server(config)
+    with contextlib.suppress(SystemExit):  # uvicorn's answer to a port that is taken; it says so
+        asyncio.run(_serve(server, service))
+    return server.started
+
+
+async def _serve(server: _Server, service: Service) -> None:
+    loop = asyncio.get_running_loop()
+
+    def leave(drain_s: float) -> None:
+        server.force_exit = service.is_leaving
+        service.leave()
+        loop.call_later(drain_s, close)
+
+    def close() -> None:
+        for listener in server.servers:
+            listener.close()
+        loop.call_later(LINGER_S, setattr, server, "should_exit", True)
+
+    loop.add_signal_handler(signal.SIGTERM, leave, service.settings.drain_s)
+    loop.add_signal_handler(signal.SIGINT, leave, 0.0)
+    await server.serve()

@@ -1,0 +1,71 @@
+"""How a server ends: told to, while clients call it."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx2 as httpx
+import numpy as np
+
+from maestro_core.artifact import Artifact
+from tests.server_process import server_process
+
+BODY = {"inputs": np.zeros((1, 8, 8)).tolist()}
+
+
+def test_sigterm_under_load_loses_no_answer(tiny_artifact: Artifact, tmp_path: Path) -> None:
+    statuses: list[int] = []
+    lost: list[str] = []
+
+    def call(address: str) -> None:
+        """Send requests as a balancer does: for as long as the server says that it is ready."""
+        with httpx.Client(base_url=address) as client:
+            try:
+                while client.get("/readyz").status_code == 200:
+                    statuses.append(client.post("/infer", json=BODY).status_code)
+            except httpx.HTTPError as error:
+                lost.append(repr(error))
+
+    with server_process(tmp_path, tiny_artifact.path, MAESTRO_DRAIN_S="1") as (address, process):
+        threads = [threading.Thread(target=call, args=(address,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        while len(statuses) < 40:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join()
+
+        assert process.wait(30) == 0
+    assert lost == []
+    assert set(statuses) == {200}
+
+
+def test_readiness_goes_first_and_serving_goes_on(tiny_artifact: Artifact, tmp_path: Path) -> None:
+    with server_process(tmp_path, tiny_artifact.path, MAESTRO_DRAIN_S="2") as (address, process):
+        process.send_signal(signal.SIGTERM)
+        while httpx.get(f"{address}/readyz").status_code == 200:
+            time.sleep(0.01)
+
+        assert httpx.get(f"{address}/livez").status_code == 200
+        assert httpx.post(f"{address}/infer", json=BODY).status_code == 200
+        assert process.wait(30) == 0
+
+
+def test_a_port_that_is_taken_is_one_clear_error(tiny_artifact: Artifact, tmp_path: Path) -> None:
+    with server_process(tmp_path, tiny_artifact.path) as (address, _):
+        port = address.rpartition(":")[2]
+        program = [sys.executable, "-c", "from maestro_core.cli import main; main()"]
+        second = subprocess.run(
+            [*program, "serve", str(tiny_artifact.path), "--port", port],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    assert second.returncode == 1
+    assert f"did not start on 127.0.0.1:{port}" in second.stderr
+    assert "Traceback" not in second.stderr
