@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from server.tables import MS, Tables
+from server.forecast import Envelope
+from server.tables import MS, TABULATED, Tables
 from server.waiting import WaitingList
 
 
@@ -26,12 +27,17 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What may come: mean rows a second, and the most rows within each window."""
+    """What may come: mean rows a second, and bursts, of which `fading` is still expected."""
 
     rate: float = 0.0
     windows_ms: Sequence[float] = ()
-    bursts: Sequence[float] = ()
-    target_ms: float = math.inf  # the tightest of late, less the overhead
+    envelopes: Sequence[Envelope] = ()
+    fading: float = 1.0
+
+    @property
+    def target_ms(self) -> float:
+        """The loosest class of targets, inf if there was none."""
+        return self.envelopes[-1].target_ms if self.envelopes else math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,40 +118,69 @@ def limits_behind_ms(view: View, counts: Sequence[int]) -> list[float]:
 def burst_limit_ms(view: View, rows: int) -> float:
     """Return how long a batch may take for a burst that comes meanwhile to be on time.
 
-    Who comes just after the start of a batch that takes x waits x, and then for those left
-    behind and those of the burst: x + drain(left + burst(x)) <= the tightest target of late.
+    A burst that begins just after the start of a batch that takes x has its request of y later
+    done at x + drain(left behind + burst(y)), and that must be within y + target for every y:
+    the delay bound of network calculus, for each class of targets with those tighter than it.
     """
-    expected = view.expected
-    if expected.target_ms == math.inf:
-        return math.inf
-    left = view.waiting.rows - rows
-    alone = rows if len(view.waiting) == 1 and not view.running else 0
-    limit_ms = start_ms = 0.0
-    for end_ms, burst in zip(expected.windows_ms, expected.bursts, strict=True):
-        coming = burst - alone
-        if coming >= 0.5:
-            allowed_ms = expected.target_ms - view.drain_ms(left + coming)
-            limit_ms = max(start_ms, min(allowed_ms, end_ms))
-            if allowed_ms < end_ms:
-                return limit_ms
-        start_ms = limit_ms = end_ms
-    return math.inf if limit_ms == 0.0 or coming < 0.5 else max(limit_ms, allowed_ms)
+    expected, tables, waiting = view.expected, view.tables, view.waiting
+    dearer = max(1.0, waiting.work_ms / (waiting.rows * tables.unit_ms[0]))
+    scale, drains, slots = view.level * dearer, tables.drains_ms, view.slots
+    alone = rows if len(waiting) == 1 and not view.running else 0
+    limit_ms = math.inf
+    for envelope in expected.envelopes:
+        target_ms = envelope.target_ms - tables.latencies.overhead_ms
+        before = waiting.place((view.now + target_ms / MS, 0, 0)) * waiting.rows / len(waiting)
+        left = max(0.0, before - rows)
+        for window_ms, burst in zip(expected.windows_ms, envelope.bursts, strict=True):
+            coming = burst * expected.fading - alone
+            if coming >= 0.5:
+                ahead = min(TABULATED, math.ceil((left + coming) / slots))
+                limit_ms = min(limit_ms, target_ms + window_ms - scale * drains[ahead])
+    return limit_ms
 
 
-def mean_accuracy(view: View, count: int, rows: int, point: int) -> float:
-    """Return the mean accuracy over the batch and over what will wait when it ends.
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What has to be served in the time of one target: the point that carries it (-1 if none
+    does), and what a ms is then worth in accuracy."""
 
-    What waits then is what it leaves behind and what comes meanwhile at the mean rate, and is
-    served at one point: the dearest that the slack of its first allows, or, where it fills more
-    than a batch, that works it off by the deadline of its last.
+    point: int
+    price: float
+
+
+def load(view: View) -> Load:
+    """Return the load of what waits and of what comes at the mean rate."""
+    tables, waiting = view.tables, view.waiting
+    horizon_ms = view.expected.target_ms
+    if waiting.entries[-1].expiry_s < math.inf:
+        horizon_ms = max(horizon_ms, MS * (waiting.entries[-1].expiry_s - view.now))
+    others = waiting.rows - waiting.entries[0].request.rows
+    queued = others / horizon_ms if horizon_ms > 0 else math.inf
+    per_ms = view.level * (queued + view.expected.rate / MS)
+    point = (
+        bisect_right(tables.unit_ms, view.slots / per_ms) - 1
+        if per_ms > 0
+        else len(tables.unit_ms) - 1
+    )
+    return Load(point, tables.prices[point])
+
+
+def worth(view: View, heads: tuple[int, int], point: int, now: Load) -> float:
+    """Return the mean accuracy over a batch and over what will wait when it ends, less the
+    worth of the mean time that it takes.
+
+    heads: count and rows. What waits then is what the batch leaves behind and what comes
+    meanwhile at the mean rate. It is served at one point: the one that carries the load, or
+    a cheaper one where the slack of its first asks for that.
     """
+    count, rows = heads
     tables, expected = view.tables, view.expected
     accuracy = tables.latencies.accuracy
     took_ms = view.level * tables.p50_ms[rows - 1][point]
     left = view.waiting.rows - rows
     after = left + expected.rate * took_ms / MS
     if after < 1e-3:
-        return accuracy[point]
+        return accuracy[point] - now.price * took_ms / rows
     if left:
         entries = view.waiting.entries
         first_ms = MS * (entries[count].expiry_s - view.now) - took_ms
@@ -157,5 +192,16 @@ def mean_accuracy(view: View, count: int, rows: int, point: int) -> float:
         then = bisect_right(column, first_ms / view.factor) - 1
     else:
         then = bisect_right(tables.unit_ms, view.slots * last_ms / after / view.level) - 1
-    accuracy_then = accuracy[tables.best[then]] if then >= 0 else 0.0
-    return (rows * accuracy[point] + after * accuracy_then) / (rows + after)
+    then = min(then, max(0, now.point))
+    if then < 0:
+        accuracy_then, then_ms = 0.0, 0.0
+    else:
+        accuracy_then = accuracy[tables.best[then]]
+        whole = math.ceil(after)
+        then_ms = view.level * (
+            tables.p50_ms[whole - 1][then] * after / whole
+            if whole <= tables.latencies.max_batch
+            else after * tables.unit_ms[then]
+        )
+    gained = rows * accuracy[point] + after * accuracy_then
+    return (gained - now.price * (took_ms + then_ms)) / (rows + after)

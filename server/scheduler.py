@@ -366,7 +366,6 @@ class Scheduler:
 
     def _view(self, now: float) -> View:
         forecast = self._forecast
-        target_ms = forecast.target_ms - self._tables.latencies.overhead_ms
         return View(
             now,
             self._waiting,
@@ -375,7 +374,12 @@ class Scheduler:
             self._slowdown.typical(now),
             self._slots,
             len(self._running),
-            Expected(forecast.rate(now), forecast.windows_ms, forecast.bursts(now), target_ms),
+            Expected(
+                forecast.rate(now),
+                forecast.windows_ms,
+                forecast.envelopes,
+                forecast.fading(now),
+            ),
             self._finished,
         )
 

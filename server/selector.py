@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from server.outlook import View, burst_limit_ms, limits_behind_ms, mean_accuracy
+from server.outlook import View, burst_limit_ms, limits_behind_ms, load, worth, Load
 from server.tables import MS, Tables
 
 # Batch sizes that are weighed against each other, besides the largest possible one.
@@ -58,10 +58,11 @@ def choose(view: View) -> Choice:
     if largest.count not in _WEIGHED:
         heads.append(largest)
     behind_ms = limits_behind_ms(view, [h.count for h in heads])
-    best_score, chosen = -1.0, None
+    now = load(view)
+    best_score, chosen = -math.inf, None
     for head, behind in zip(heads, behind_ms, strict=True):
         limit_ms = min(MS * (head.expiry_s - view.now), behind)
-        option = _balanced(view, head, limit_ms)
+        option = _balanced(view, head, limit_ms, now)
         if option is not None and option[1] >= best_score - 1e-9:
             best_score, chosen = option[1], Choice(head.count, option[0])
     return chosen or most_on_time(view)
@@ -98,20 +99,20 @@ def most_accurate(
     return max(lowest, tables.best[min(fits, highest)]) if fits >= lowest else None
 
 
-def _balanced(view: View, heads: Heads, limit_ms: float) -> tuple[int, float] | None:
+def _balanced(view: View, heads: Heads, limit_ms: float, now: Load) -> tuple[int, float] | None:
     """Return the point for a batch and the mean accuracy that follows, None if none is in time."""
     tables, rows, lowest = view.tables, heads.rows, heads.lowest
     if most_accurate(tables, rows, limit_ms / view.factor, lowest, heads.highest) is None:
         return None
     quickest_ms = view.factor * tables.tail_ms[rows - 1][lowest]
     limit_ms = max(quickest_ms, min(limit_ms, burst_limit_ms(view, rows)))
-    best, score, last = lowest, -1.0, -1
+    best, score, last = lowest, -math.inf, -1
     for share in SHARES:
         budget_ms = max(quickest_ms, share * limit_ms) / view.factor
         point = most_accurate(tables, rows, budget_ms, lowest, heads.highest)
         if point is None or point == last:
             continue
-        accuracy, last = mean_accuracy(view, heads.count, rows, point), point
+        accuracy, last = worth(view, (heads.count, rows), point, now), point
         if accuracy > score:
             best, score = point, accuracy
     return best, score

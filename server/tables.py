@@ -13,10 +13,20 @@ class Tables:
     """`p50_ms` and `tail_ms` are columns: [rows - 1][point], rising along the points.
 
     best[p]: the most accurate of points 0..p. unit_ms[p]: a row's share of the batch size that
-    gets most rows a second through, full_batch[p].
+    gets most rows a second through, full_batch[p]. prices[p]: what time is worth when the load is
+    such that all can run at p, in accuracy per ms; prices[-1] when not even 0 carries it.
     """
 
-    __slots__ = ("_drain_ms", "best", "full_batch", "latencies", "p50_ms", "tail_ms", "unit_ms")
+    __slots__ = (
+        "best",
+        "drains_ms",
+        "full_batch",
+        "latencies",
+        "p50_ms",
+        "prices",
+        "tail_ms",
+        "unit_ms",
+    )
 
     def __init__(self, latencies: Latencies) -> None:
         self.latencies = latencies
@@ -30,21 +40,31 @@ class Tables:
         units = [min((row[rows - 1] / rows, -rows) for rows in sizes) for row in latencies.p50_ms]
         self.unit_ms = [unit_ms for unit_ms, _ in units]
         self.full_batch = [-rows for _, rows in units]
-        self._drain_ms = [self._work_off_ms(rows) for rows in range(TABULATED)]
+        self.prices = _prices(latencies.accuracy, self.unit_ms)
+        self.drains_ms = [self._work_off_ms(rows) for rows in range(TABULATED + 1)]
 
     def drain_ms(self, rows: float) -> float:
-        """Return how long one slot usually takes for so many rows at the cheapest point.
-
-        More than a full batch counts in full batches: who stands in the middle of one is done
-        when it is.
-        """
+        """Return how long one slot usually takes for so many rows at the cheapest point."""
         whole = math.ceil(rows)
-        return self._drain_ms[whole] if whole < TABULATED else self._work_off_ms(whole)
+        return self.drains_ms[whole] if whole <= TABULATED else self._work_off_ms(whole)
 
     def _work_off_ms(self, rows: int) -> float:
         full = self.full_batch[0]
         if rows == 0:
             return 0.0
-        if rows < full:
-            return self.p50_ms[rows - 1][0]
-        return math.ceil(rows / full) * full * self.unit_ms[0]
+        batches, rest = divmod(rows, full)
+        last_ms = self.p50_ms[rest - 1][0] if rest else 0.0
+        return batches * full * self.unit_ms[0] + last_ms
+
+
+def _prices(accuracy: tuple[float, ...], unit_ms: list[float]) -> list[float]:
+    """Return (P + 1,): the accuracy that a ms more for a row gains from each point upwards.
+
+    The last is for a load that not even the cheapest point carries: a row served or not.
+    """
+    slopes = []
+    for point, at_ms in enumerate(unit_ms):
+        dearer = zip(accuracy[point + 1 :], unit_ms[point + 1 :], strict=True)
+        gains = [(a - accuracy[point]) / (ms - at_ms) for a, ms in dearer if ms > at_ms]
+        slopes.append(max(gains, default=0.0))
+    return [*slopes, accuracy[0] / unit_ms[0]]
