@@ -17,7 +17,6 @@ import onnxruntime as ort
 
 from benchmarks import networks, report
 from benchmarks.memory import grown_mib, inline
-from benchmarks.networks import Network
 from benchmarks.profiler import Precision, measure
 from maestro_core.artifact import Artifact
 from maestro_core.profile import Latency
@@ -25,6 +24,7 @@ from server.engine import Engine, session_options
 
 POINTS = 16
 BATCHES = (1, 8)
+STRIDE = 4  # a layer of the staggered chain grows at every fourth point
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -37,16 +37,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for make in (networks.resnet18, networks.encoder):
             network = make()
-            path = Path(folder) / f"{network.name}.maestro"
-            model = network.save(path, _chain(network))
-            result[network.name] = compared(model, Path(folder), chosen.budget_s)
+            state_dir = Path(folder) / network.name
+            uniform = network.save(state_dir / "uniform.maestro", network.uniform_chain(POINTS))
+            staggered = network.save(
+                state_dir / "staggered.maestro", network.staggered_chain(POINTS, STRIDE)
+            )
+            result[network.name] = {
+                **compared(uniform, state_dir, chosen.budget_s),
+                "staggered_memory_mib": _memory(staggered, state_dir),
+            }
     report.write(result, chosen.out)
 
 
 def compared(model: Artifact, state_dir: Path, budget_s: float) -> dict[str, Any]:
-    """Return memory, speed and switching of an artifact's points."""
+    """Return memory, speed, switching, and the cost of a point that is not in memory."""
     began_s = time.perf_counter()
-    Engine(model, state_dir=state_dir, memory_budget_bytes=0)  # bakes, and loads nothing
+    cold = Engine(model, state_dir=state_dir, memory_budget_bytes=0)  # bakes, and loads nothing
     baked_s = time.perf_counter() - began_s
     memory = _memory(model, state_dir)  # before this process maps the same pages
     engine = Engine(model, state_dir=state_dir)
@@ -55,15 +61,14 @@ def compared(model: Artifact, state_dir: Path, budget_s: float) -> dict[str, Any
         "memory_mib": memory,
         "speed": _speed(engine, state_dir, budget_s),
         "switching": _switching(engine, budget_s / 4),
+        "cold_start_ms": _cold_start_ms(cold, engine),
     }
 
 
-def _chain(network: Network) -> list[tuple[int, ...]]:
-    return [network.uniform((i + 1) / POINTS) for i in range(POINTS)]
-
-
 def _memory(model: Artifact, state_dir: Path) -> dict[str, Any]:
+    """Return MiB by way: the dearest point alone, and all points; and ours over one alone."""
     batch = BATCHES[-1]
+    Engine(model, state_dir=state_dir, memory_budget_bytes=0)  # bakes where it is missing
     found: dict[str, Any] = {"batch": batch}
     for way in ("alone", "engine"):
         for name, points in (("largest", 1), ("all", len(model.points))):
@@ -154,6 +159,21 @@ def _switching(engine: Engine, budget_s: float) -> dict[str, Any]:
         "median_ratio": round(median(ratios.values()), 3),
         "ratios": [round(ratio, 3) for ratio in ratios.values()],
     }
+
+
+def _cold_start_ms(cold: Engine, warm: Engine) -> dict[str, float]:
+    """Return what a run costs more when its point has to be loaded, over all points."""
+    x = _samples(cold.artifact, 1)
+    points = range(len(cold.artifact.points))
+    extra_ms = []
+    for point in [*points, *points]:
+        times = []
+        for engine in (cold, warm):
+            began_s = time.perf_counter()
+            engine.run(x, point)
+            times.append(1e3 * (time.perf_counter() - began_s))
+        extra_ms.append(times[0] - times[1])
+    return {"median": round(median(extra_ms), 2), "max": round(max(extra_ms), 2)}
 
 
 def _samples(model: Artifact, batch: int) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -44,6 +44,26 @@ class Network:
             for layer, rank in zip(self.layers, ranks, strict=True)
         )
 
+    def uniform_chain(self, points: int) -> list[tuple[int, ...]]:
+        """Return nested points in which every layer grows at every step."""
+        return [self.uniform((i + 1) / points) for i in range(points)]
+
+    def staggered_chain(self, points: int, stride: int) -> list[tuple[int, ...]]:
+        """Return nested points in which a layer grows at every `stride`-th, each at its own ones.
+
+        Chains found by a sweep over convex hulls are like this: from one point to the next a few
+        layers grow, and the others are the same in both.
+        """
+        offsets = np.random.default_rng(0).permutation(len(self.layers)) % stride
+        grown = [0] * len(self.layers)
+        chain = []
+        for i in range(points):
+            for j, offset in enumerate(offsets):
+                if i % stride == offset or i == points - 1:
+                    grown[j] = i
+            chain.append(tuple(self.uniform((at + 1) / points)[j] for j, at in enumerate(grown)))
+        return chain
+
     def save(self, path: Path, chain: Sequence[Sequence[int]]) -> Artifact:
         """Write the artifact whose points have these ranks, cheapest first."""
         template, weights = graph.pack(self.template, self.layers)

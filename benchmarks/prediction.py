@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             model = artifact.load(chosen.artifact)
         else:
             network = networks.resnet18()
-            chain = [network.uniform((i + 1) / 16) for i in range(16)]
-            model = network.save(Path(folder) / f"{network.name}.maestro", chain)
+            path = Path(folder) / f"{network.name}.maestro"
+            model = network.save(path, network.uniform_chain(16))
         engine = Engine(model, state_dir=Path(folder))
         effort = profiler.Effort("full", chosen.budget_s, profiler.FULL.precision)
         sizes = profiler.batch_sizes_to(MAX_BATCH)
