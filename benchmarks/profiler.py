@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.smoothing import smooth
+from benchmarks.tails import steadied
 from maestro_core.profile import Kind, Latency, Profile, Stop
 from server.engine import Engine
 
@@ -172,6 +173,8 @@ def measure(
 ) -> Measured:
     """Return the latency of every point at every batch size that fits the budget.
 
+    Tails lean on those of like cells (`benchmarks.tails`).
+
     Rounds of single runs, in a new random order each, so that a change of the host's speed falls
     on all points alike and widens the intervals. A cell leaves the rounds when its median is
     precise; all end when every cell has, or when the budget is spent. The smallest batch size is
@@ -185,8 +188,9 @@ def measure(
     cells = session.first_round(points, sorted(batch_sizes), end_s)
     stopped_on = session.rounds(cells, end_s)
     cells.sort(key=lambda cell: (cell.point, cell.batch))
-    found = (c.known or summary(c.point, c.batch, c.blocks, rng) for c in cells)
-    return Measured(tuple(found), stopped_on)
+    found = [c.known or summary(c.point, c.batch, c.blocks, rng) for c in cells]
+    runs_ms = [np.concatenate(cell.blocks) for cell in cells]
+    return Measured(tuple(steadied(found, runs_ms)), stopped_on)
 
 
 @dataclass(frozen=True, slots=True)
