@@ -1,0 +1,163 @@
+"""From a trained network and its points to the artifact, checked against torch before it is saved.
+
+Test pictures are used here and nowhere else: they score the points.
+"""
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from onnx import ModelProto
+from torch import Tensor, nn
+
+from maestro_core import artifact, graph
+from maestro_core.accounting import Cost
+from maestro_core.artifact import Artifact, Manifest, Metric, OperatingPoint, Score
+from maestro_core.artifact import Tensor as TensorSpec
+from maestro_core.data import Pictures
+from maestro_core.evaluation import evaluate
+from maestro_core.factorize import forward_at
+
+INPUT, OUTPUT = "image", "logits"
+TOLERANCE = 1e-4
+CHECKED = 64  # pictures on which a point is compared with torch
+Z_95 = 1.959963984540054
+
+
+class ExportError(ValueError):
+    """A network whose points can't be exported, or don't compute what torch computes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What the manifest says of the artifact beyond its network and points."""
+
+    name: str
+    task: str
+    labels: tuple[str, ...]
+    data_set: str
+    provenance: dict[str, Any]
+
+
+def export(
+    model: nn.Module,
+    cost: Cost,
+    chain: Sequence[tuple[int, ...]],
+    test: Pictures,
+    description: Description,
+    path: Path,
+    on_point: Callable[[], None],
+) -> Artifact:
+    """Score every point of `chain`, one rank per layer of `cost`, and write the artifact at `path`.
+
+    Raises:
+        ExportError: a point's ONNX output differs from torch's by more than 1e-4.
+        ArtifactError: the disk does not take it; what was at `path` is untouched.
+    """
+    model.eval()
+    x, _ = test.batch(slice(0, CHECKED))
+    template, weights = graph.pack(make_template(model, x), cost.layers)
+    contents = {artifact.WEIGHTS: weights, artifact.TEMPLATE: template.SerializeToString()}
+    points = []
+    for i, ranks in enumerate(chain):
+        name = f"points/{i:02}.onnx"
+        contents[name] = graph.build(template, cost.layers, ranks).SerializeToString()
+        named = by_name(cost, ranks)
+        _check_point(contents[name], weights, x, _torch_output(model, named, x), name)
+        result = evaluate(model, test, named)
+        points.append(
+            OperatingPoint(
+                ranks=ranks,
+                precision="fp32",
+                score=wilson(result.correct, result.n),
+                macs=cost.macs_at(ranks),
+                params=cost.params_at(ranks),
+                graph=name,
+            )
+        )
+        on_point()
+    manifest = Manifest(
+        format=artifact.FORMAT,
+        name=description.name,
+        version="1",
+        task=description.task,
+        input=TensorSpec(INPUT, "float32", (-1, *x.shape[1:]), test.image),
+        output=TensorSpec(OUTPUT, "float32", (-1, len(description.labels))),
+        labels=description.labels,
+        metric=Metric(
+            "top-1 accuracy", f"{description.data_set} test", len(test), higher_is_better=True
+        ),
+        dense_macs=cost.dense_macs,
+        dense_params=cost.dense_params,
+        layers=cost.layers,
+        points=tuple(points),
+        files={},
+        provenance=description.provenance,
+    )
+    return artifact.save(path, manifest, contents)
+
+
+def make_template(model: nn.Module, x: Tensor) -> ModelProto:
+    """Return `model` in ONNX with one node per factorised layer (graph.py); `x` is (b >= 2, …)."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # that torchvision is missing is fine
+    with warnings.catch_warnings():
+        # torch's exporter calls functions that torch itself deprecates.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        program = torch.onnx.export(
+            model,
+            (x,),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            verbose=False,
+        )
+    if program is None:
+        raise ExportError("torch made no ONNX program of the network")
+    return program.model_proto
+
+
+def by_name(cost: Cost, ranks: Sequence[int]) -> dict[str, int]:
+    """Return the ranks, in the order of `cost.layers`, by layer name."""
+    return {layer.name: rank for layer, rank in zip(cost.layers, ranks, strict=True)}
+
+
+def wilson(correct: int, n: int) -> Score:
+    """Return the share correct / n and its 95 % interval (Wilson, JASA 22, 1927)."""
+    share, z2 = correct / n, Z_95**2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z_95 / (1 + z2 / n) * sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return Score(share, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def _torch_output(model: nn.Module, ranks: Mapping[str, int], x: Tensor) -> np.ndarray:
+    with torch.inference_mode():
+        output: np.ndarray = forward_at(model, ranks, x).numpy()
+    return output
+
+
+def _check_point(point: bytes, weights: bytes, x: Tensor, expected: np.ndarray, name: str) -> None:
+    """Run the point as plain onnxruntime will, from files, with a batch and with one sample."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "point.onnx"
+        path.write_bytes(point)
+        path.with_name(graph.LOCATION).write_bytes(weights)
+        session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+        for size in (len(x), 1):
+            output = session.run([OUTPUT], {INPUT: x[:size].numpy()})[0]
+            error = float(np.abs(output - expected[:size]).max())
+            scale = max(1.0, float(np.abs(expected).max()))
+            if not error <= TOLERANCE * scale:
+                raise ExportError(
+                    f"{name}: ONNX Runtime's output differs from torch's by {error:.2g}, "
+                    f"more than {TOLERANCE} of the largest output, {scale:.3g}"
+                )

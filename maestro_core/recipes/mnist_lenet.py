@@ -1,0 +1,28 @@
+"""LeNet on MNIST: a few minutes on two cores."""
+
+from maestro_core.artifact import Image
+from maestro_core.models.lenet import LeNet
+from maestro_core.recipes.recipe import Recipe
+from maestro_core.search import SearchParameters
+from maestro_core.training import HyperParameters
+
+RECIPE = Recipe(
+    name="mnist-lenet",
+    summary="LeNet on handwritten digits, a few minutes on two cores; --data mnist.npz",
+    network=LeNet,
+    image=Image("L", 28, 28, mean=(0.1307,), std=(0.3081,)),
+    labels=tuple("0123456789"),
+    validation=5_000,
+    keep=(),
+    training=HyperParameters(
+        epochs=20,
+        batch_size=64,
+        learning_rate=0.02,
+        momentum=0.9,
+        weight_decay=1e-4,
+        lasso=1e-3,
+        threshold=1e-5,
+        seed=0,
+    ),
+    search=SearchParameters(points=10, min_accuracy=0.9, probes=24),
+)

@@ -1,0 +1,40 @@
+"""What a recipe says: everything that decides a trained artifact, but for the data file."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from maestro_core.artifact import Image
+from maestro_core.search import SearchParameters
+from maestro_core.training import HyperParameters
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A network, the pictures it reads, and how it is trained and searched.
+
+    `keep` names layers to leave dense; `validation` pictures leave the training set to choose
+    the points.
+    """
+
+    name: str
+    summary: str
+    network: Callable[[], nn.Module]
+    image: Image
+    labels: tuple[str, ...]
+    validation: int
+    keep: tuple[str, ...]
+    training: HyperParameters
+    search: SearchParameters
+
+    def identity(self, data_sha256: str) -> dict[str, Any]:
+        """Return, as plain JSON, what a checkpoint must agree on to be resumed."""
+        return {
+            "recipe": self.name,
+            "data_sha256": data_sha256,
+            "validation": self.validation,
+            "keep": list(self.keep),
+            **asdict(self.training),
+        }

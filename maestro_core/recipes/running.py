@@ -1,0 +1,131 @@
+"""Run a recipe: train, search, export. The steps are elsewhere; here they are joined."""
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from maestro_core import checkpoint, data
+from maestro_core.accounting import measure
+from maestro_core.data import Data
+from maestro_core.export import Description
+from maestro_core.export import export as export_artifact
+from maestro_core.factorize import factorize_
+from maestro_core.recipes.mnist_lenet import RECIPE as MNIST_LENET
+from maestro_core.recipes.recipe import Recipe
+from maestro_core.search import find_chain
+from maestro_core.training import train_
+
+RECIPES = {recipe.name: recipe for recipe in (MNIST_LENET,)}
+
+
+def summaries() -> dict[str, str]:
+    """Return what each recipe is, by name."""
+    return {name: recipe.summary for name, recipe in RECIPES.items()}
+
+
+def run(name: str, data_path: Path, out: Path) -> Path:
+    """Train the recipe `name`, or go on where it stopped; return the artifact, in `out`.
+
+    Checkpoints are in `out/NAME-checkpoints`. Progress is shown on standard error.
+
+    Raises:
+        ValueError: no such recipe, wrong data, another run's checkpoint, or a disk that is full;
+            each says which.
+        Diverged: the loss is no longer finite.
+    """
+    return run_recipe(_recipe(name), data_path, out, _progress())
+
+
+def export(path: Path, data_path: Path, out: Path) -> Path:
+    """Search and export the checkpoint at `path`; return the artifact `out`.
+
+    Raises:
+        ValueError: the checkpoint is of no recipe here, or of other data or hyper-parameters.
+    """
+    recipe = _recipe(str(checkpoint.read_state(path).run.get("recipe")))
+    with _progress() as progress:
+        loaded = _load(recipe, data_path)
+        model = _network(recipe)
+        checkpoint.restore_(path, model, None, recipe.identity(loaded.sha256))
+        return _search_and_export(recipe, model, loaded, out, progress)
+
+
+def run_recipe(recipe: Recipe, data_path: Path, out: Path, progress: Progress) -> Path:
+    """Train `recipe`, or go on where it stopped; return the artifact, in `out`.
+
+    Raises as `run` does.
+    """
+    with progress:
+        loaded = _load(recipe, data_path)
+        model = _network(recipe)
+        identity = recipe.identity(loaded.sha256)
+        root = out / f"{recipe.name}-checkpoints"
+        train_(model, loaded, recipe.training, root, identity, progress)
+        return _search_and_export(recipe, model, loaded, out / f"{recipe.name}.maestro", progress)
+
+
+def _search_and_export(
+    recipe: Recipe, model: nn.Module, loaded: Data, path: Path, progress: Progress
+) -> Path:
+    x, _ = loaded.validation.batch(slice(0, 1))
+    cost = measure(model, x)
+    searching = progress.add_task("search", total=None)
+    chain = find_chain(
+        model,
+        cost,
+        loaded.validation,
+        recipe.search,
+        lambda done, total: progress.update(searching, completed=done, total=total),
+    )
+    exporting = progress.add_task("export", total=len(chain))
+    description = Description(
+        name=recipe.name,
+        task="image-classification",
+        labels=recipe.labels,
+        data_set=loaded.name,
+        provenance={
+            **recipe.identity(loaded.sha256),
+            "data_set": loaded.name,
+            "packages": {name: version(name) for name in ("torch", "onnx", "onnxruntime", "numpy")},
+            "python": platform.python_version(),
+        },
+    )
+    ranks = [candidate.ranks for candidate in chain]
+    export_artifact(
+        model, cost, ranks, loaded.test, description, path, lambda: progress.advance(exporting)
+    )
+    return path
+
+
+def _recipe(name: str) -> Recipe:
+    if name not in RECIPES:
+        raise ValueError(f"no recipe '{name}'; there are: {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+def _load(recipe: Recipe, path: Path) -> Data:
+    return data.load(
+        path, recipe.image, len(recipe.labels), recipe.validation, recipe.training.seed
+    )
+
+
+def _network(recipe: Recipe) -> nn.Module:
+    torch.manual_seed(recipe.training.seed)
+    model = recipe.network()
+    factorize_(model, recipe.keep)
+    return model
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )

@@ -1,0 +1,147 @@
+"""The artifact of a network, run by plain ONNX Runtime, against torch at the same ranks."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor, nn
+
+from maestro_core import export as exporting
+from maestro_core.accounting import measure
+from maestro_core.artifact import Artifact, Image
+from maestro_core.data import Pictures
+from maestro_core.evaluation import evaluate
+from maestro_core.export import Description, ExportError, by_name, export, wilson
+from maestro_core.factorize import factorize_, forward_at, low_rank_layers
+from maestro_core.lod import truncate_
+
+CHAIN = [(1, 0, 1, 0), (1, 2, 1, 2), (2, 9, 3, 4), (2, 12, 10, 6), (4, 20, 18, 8)]
+
+
+class Net(nn.Module):
+    """A strided and dilated convolution, normalisation, a layer over positions, one left dense."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, (3, 1), padding=(1, 0), bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 20, 3, stride=2, padding=2, dilation=2)
+        self.depthwise = nn.Conv2d(20, 20, 2, groups=20)
+        self.over = nn.Linear(20, 24)
+        self.head = nn.Linear(24, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.depthwise(self.conv2(self.norm(self.conv1(x)).relu()).relu())
+        x = self.over(x.flatten(2).transpose(1, 2)).relu()  # (b, 9, 24)
+        logits: Tensor = self.head(x.mean(1))
+        return logits
+
+
+def network() -> Net:
+    torch.manual_seed(0)
+    model = Net()
+    model.norm.load_state_dict(
+        {
+            "weight": torch.rand(4) + 0.5,
+            "bias": torch.rand(4),
+            "running_mean": torch.rand(4),
+            "running_var": torch.rand(4) + 0.5,
+            "num_batches_tracked": torch.tensor(1),
+        }
+    )
+    factorize_(model)
+    truncate_(low_rank_layers(model)["over"], 18)
+    return model.eval()
+
+
+def pictures(n: int = 90) -> Pictures:
+    generator = torch.Generator().manual_seed(0)
+    return Pictures(
+        torch.randint(0, 256, (n, 8, 8, 3), generator=generator).to(torch.uint8),
+        torch.randint(8, (n,), generator=generator),
+        Image("RGB", 8, 8, (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)),
+    )
+
+
+DESCRIPTION = Description("net", "image-classification", tuple("abcdefgh"), "noise", {"seed": 0})
+
+
+def write(model: nn.Module, path: Path) -> Artifact:
+    cost = measure(model, torch.zeros(1, 3, 8, 8))
+    return export(model, cost, CHAIN, pictures(), DESCRIPTION, path, lambda: None)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return write(network(), tmp_path_factory.mktemp("export") / "net.maestro")
+
+
+@pytest.mark.parametrize("point", range(len(CHAIN)))
+@pytest.mark.parametrize("batch", [1, 3, 70])
+def test_every_point_computes_what_torch_does_at_its_ranks(
+    exported: Artifact, point: int, batch: int
+) -> None:
+    model = network()
+    x = torch.randn(batch, 3, 8, 8)
+    ranks = by_name(measure(model, x[:1]), CHAIN[point])
+
+    session = ort.InferenceSession(exported.graph_path(point), providers=["CPUExecutionProvider"])
+    output = session.run(None, {"image": x.numpy()})[0]
+
+    with torch.no_grad():
+        expected = forward_at(model, ranks, x).numpy()
+    np.testing.assert_allclose(output, expected, rtol=0, atol=1e-4)
+
+
+def test_every_point_is_plain_onnx(exported: Artifact) -> None:
+    for point in range(len(CHAIN)):
+        path = exported.graph_path(point)
+        onnx.checker.check_model(str(path), full_check=True)
+        graph = onnx.load(path, load_external_data=False)
+
+        assert {entry.domain for entry in graph.opset_import} <= {"", "ai.onnx"}
+
+
+def test_points_are_scored_and_costed_as_a_whole(exported: Artifact) -> None:
+    model = network()
+    cost = measure(model, torch.zeros(1, 3, 8, 8))
+
+    for point, ranks in zip(exported.points, CHAIN, strict=True):
+        result = evaluate(model, pictures(), by_name(cost, ranks))
+        assert point.ranks == ranks
+        assert point.score == wilson(result.correct, 90)
+        assert point.macs == cost.macs_at(ranks)
+    assert exported.points[-1].macs == exported.manifest.dense_macs
+    assert exported.manifest.input.shape == (-1, 3, 8, 8)
+    assert exported.manifest.metric.samples == 90
+
+
+def test_a_point_that_computes_something_else_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporting, "TOLERANCE", 0.0)
+
+    with pytest.raises(ExportError, match=r"points/0\d\.onnx: ONNX Runtime's output differs"):
+        write(network(), tmp_path / "net.maestro")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("correct", "n", "low", "high"),
+    [  # Newcombe, Statistics in Medicine 17 (1998), table I, method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_interval_is_the_published_one(
+    correct: int, n: int, low: float, high: float
+) -> None:
+    score = wilson(correct, n)
+
+    assert score.value == correct / n
+    assert (round(score.low, 4), round(score.high, 4)) == (low, high)

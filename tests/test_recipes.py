@@ -1,0 +1,113 @@
+"""A recipe from data file to artifact, on a network that trains in a second."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.progress import Progress
+
+from maestro_core import artifact, checkpoint
+from maestro_core.data import DataError
+from maestro_core.recipes import running
+from maestro_core.recipes.mnist_lenet import RECIPE
+
+SMALL = replace(
+    RECIPE,
+    validation=200,
+    training=replace(RECIPE.training, epochs=6, batch_size=16),
+    search=replace(RECIPE.search, min_accuracy=0.3, probes=6),
+)
+
+
+def write_digits(path: Path, labels_of_test: int = 1) -> Path:
+    """Write 1,200 pictures whose label is where the bright square is."""
+    rng = np.random.default_rng(0)
+    arrays: dict[str, Any] = {}
+    for part, n in (("train", 1_000), ("test", 200)):
+        y = rng.integers(0, 10, n)
+        x = rng.integers(0, 120, (n, 28, 28))
+        for i, label in enumerate(y):
+            row, column = 6 + 10 * (label // 5), 2 + 5 * (label % 5)
+            x[i, row : row + 5, column : column + 5] += 100
+        arrays[f"x_{part}"], arrays[f"y_{part}"] = x.astype(np.uint8), y.astype(np.uint8)
+    arrays["y_test"] = (arrays["y_test"] * labels_of_test) % 10
+    np.savez(path, **arrays)
+    return path
+
+
+def run(data: Path, out: Path) -> artifact.Artifact:
+    return artifact.load(running.run_recipe(SMALL, data, out, Progress(disable=True)))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_digits(tmp_path_factory.mktemp("data") / "squares.npz")
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    path = tmp_path_factory.mktemp("out")
+    run(data, path)
+    return path
+
+
+def test_a_recipe_makes_an_artifact_whose_best_point_has_learnt(out: Path) -> None:
+    made = artifact.load(out / "mnist-lenet.maestro")
+
+    assert made.points[-1].score.value > 0.9
+    assert len(made.points) >= 2
+    assert made.manifest.dense_macs == 281_640
+    provenance = made.manifest.provenance
+    assert (provenance["recipe"], provenance["seed"], provenance["epochs"]) == ("mnist-lenet", 0, 6)
+    assert provenance["data_set"] == "squares"
+    assert provenance["packages"]["torch"] == torch.__version__
+
+
+def test_running_again_makes_the_same_artifact_without_training(out: Path, data: Path) -> None:
+    before = artifact.load(out / "mnist-lenet.maestro")
+
+    assert run(data, out).digest == before.digest
+
+
+def test_export_alone_makes_the_same_artifact(
+    out: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "RECIPES", {SMALL.name: SMALL})
+    last = checkpoint.latest(out / "mnist-lenet-checkpoints")
+    assert last is not None
+
+    path = running.export(last, data, tmp_path / "alone.maestro")
+
+    assert artifact.load(path).digest == artifact.load(out / "mnist-lenet.maestro").digest
+
+
+def test_test_labels_score_but_never_choose(out: Path, tmp_path: Path) -> None:
+    data = write_digits(tmp_path / "squares.npz", labels_of_test=3)
+
+    other = run(data, tmp_path / "out").points
+
+    ours = artifact.load(out / "mnist-lenet.maestro").points
+    assert [point.ranks for point in other] == [point.ranks for point in ours]
+    assert [point.score for point in other] != [point.score for point in ours]
+
+
+def test_a_checkpoint_of_other_data_is_refused(out: Path, tmp_path: Path) -> None:
+    data = write_digits(tmp_path / "squares.npz", labels_of_test=3)
+
+    with pytest.raises(checkpoint.CheckpointError, match=r"run\.data_sha256"):
+        run(data, out)
+
+
+def test_an_unknown_recipe_or_missing_data_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no recipe 'vgg'; there are: mnist-lenet"):
+        running.run("vgg", tmp_path / "none.npz", tmp_path)
+    with pytest.raises(DataError, match=r"none\.npz: no such file"):
+        running.run("mnist-lenet", tmp_path / "none.npz", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_recipes_say_what_they_are() -> None:
+    assert "digits" in running.summaries()["mnist-lenet"]
