@@ -91,8 +91,10 @@ class Profile:
             )
         if not (math.isfinite(self.overhead_ms) and self.overhead_ms >= 0):
             raise ProfileError(f"overhead_ms: {self.overhead_ms} is not a time >= 0")
-        if not set(self.dominated) < set(self.points):
-            raise ProfileError(f"dominated: {self.dominated} is not some of {self.points}")
+        if self.points[-1] in self.dominated or not set(self.dominated) <= set(self.points):
+            raise ProfileError(f"dominated: {self.dominated} is not some of {self.points[:-1]}")
+        if list(self.dominated) != sorted(self.dominated):
+            raise ProfileError(f"dominated: {self.dominated} is not in order")
 
     @property
     def points(self) -> tuple[int, ...]:
@@ -134,6 +136,17 @@ class Profile:
         below = float(getattr(row[right - 1], f"p{quantile}_ms"))
         share = (batch - sizes[right - 1]) / (sizes[right] - sizes[right - 1])
         return below + share * (above - below)
+
+    def table(self, quantile: Literal[50, 90, 95, 99]) -> tuple[tuple[float, ...], ...]:
+        """Return ms, (points, batch sizes), that never fall along the points: for choosing.
+
+        A dominated point counts as fast as the next one worth using: it is then never chosen
+        before that one, and does not slow it.
+        """
+        rows = [[float(getattr(x, f"p{quantile}_ms")) for x in self.row(p)] for p in self.points]
+        for point in reversed(self.dominated):
+            rows[point] = [min(pair) for pair in zip(rows[point], rows[point + 1], strict=True)]
+        return tuple(tuple(row) for row in rows)
 
     def to_json(self) -> str:
         """Return the text of profile.json."""

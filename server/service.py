@@ -319,12 +319,11 @@ class Service:
 
 def latencies_of(artifact: Artifact, profile: Profile) -> Latencies:
     """Return what the selector needs to know of the points on this host."""
-    rows = [profile.row(point) for point in profile.points]
     return Latencies.from_quantiles(
         [point.score.value for point in artifact.points],
         profile.batch_sizes,
-        [[latency.p50_ms for latency in row] for row in rows],
-        [[latency.p99_ms for latency in row] for row in rows],
+        profile.table(50),
+        profile.table(99),
         profile.overhead_ms,
     )
 

@@ -87,6 +87,16 @@ def test_a_batch_outside_the_profiled_sizes_is_refused(batch: int) -> None:
         PROFILE.quantile_ms(0, batch, 50)
 
 
+def test_a_dominated_point_does_not_slow_those_after_it() -> None:
+    slow = tuple(
+        latency(x.point, x.batch, 9.0 + x.batch) if x.point == 1 else x for x in PROFILE.latencies
+    )
+
+    table = replace(PROFILE, latencies=slow).table(50)
+
+    assert table == ((1.25, 2.0, 3.0), (3.75, 6.0, 9.0), (3.75, 6.0, 9.0))
+
+
 def test_a_point_that_is_not_there_is_refused() -> None:
     with pytest.raises(ProfileError, match=r"point 3 is not profiled; points are 0\.\.2"):
         PROFILE.quantile_ms(3, 1, 50)
