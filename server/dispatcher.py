@@ -4,6 +4,7 @@ What runs next is the scheduler's decision; who is told what, and when, is decid
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ MS = 1e3
 # A batch that takes this many times its predicted tail, and at least this long, is taken to hang.
 HANG_FACTOR = 20.0
 HANG_MIN_S = 2.0
+# A batch this short is computed on the event loop: handing it to a thread and back costs about
+# 0.2 ms, and whoever arrives meanwhile would wait for it anyway.
+INLINE_MS = 1.0
 
 
 class Runner(Protocol):
@@ -52,8 +56,8 @@ class _Caller:
 class _Flight:
     batch: Batch
     callers: dict[str, _Caller]
-    worker: Worker
-    watch: asyncio.TimerHandle
+    worker: Worker | None = None  # None: computed on the event loop
+    watch: asyncio.TimerHandle | None = None
 
 
 class Dispatcher:
@@ -72,6 +76,7 @@ class Dispatcher:
         self._runner = runner
         self._turns = turns
         self._on_batch = on_batch
+        self._slots = slots
         self._loop = asyncio.get_running_loop()
         self._free = [Worker(f"compute-{i}") for i in range(slots)]
         self._callers: dict[str, _Caller] = {}
@@ -163,6 +168,10 @@ class Dispatcher:
         callers = {request.id: self._callers.pop(request.id) for request in batch.requests}
         inputs = [caller.x for caller in callers.values()]
         x = inputs[0] if len(inputs) == 1 else np.concatenate(inputs)
+        if batch.predicted_ms <= INLINE_MS and self._slots == 1:
+            self._flights[batch.id] = _Flight(batch, callers)
+            self._finished(batch.id, *self._computed(batch, x))
+            return
         worker = self._free.pop()
         limit_s = max(HANG_MIN_S, HANG_FACTOR * batch.predicted_ms / MS)
         watch = self._loop.call_later(limit_s, self._hung, batch.id)
@@ -172,6 +181,14 @@ class Dispatcher:
 
     def _compute(self, batch: Batch, x: Floats) -> None:
         """Run a batch; in a worker's thread."""
+        result = self._computed(batch, x)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._finished_elsewhere, batch.id, *result)
+
+    def _computed(
+        self, batch: Batch, x: Floats
+    ) -> tuple[Floats | None, Exception | None, float, float]:
+        """Return the output or the error, when it began, and how long it took in seconds."""
         output: Floats | None = None
         error: Exception | None = None
         with self._turns.computing:
@@ -180,13 +197,24 @@ class Dispatcher:
                 output = self._runner.run(x, batch.point)
             except Exception as caught:
                 error = caught
-            compute_s = time.monotonic() - began_s
-        try:
-            self._loop.call_soon_threadsafe(
-                self._finished, batch.id, output, error, began_s, compute_s
-            )
-        except RuntimeError:  # the loop is closed: nobody waits any more
+            return output, error, began_s, time.monotonic() - began_s
+
+    def _finished_elsewhere(
+        self,
+        batch_id: int,
+        output: Floats | None,
+        error: Exception | None,
+        began_s: float,
+        compute_s: float,
+    ) -> None:
+        flight = self._flights.get(batch_id)
+        if flight is None:  # given up as hanging; its thread is nobody's any more
             return
+        if flight.watch and flight.worker:
+            flight.watch.cancel()
+            self._free.append(flight.worker)
+        self._finished(batch_id, output, error, began_s, compute_s)
+        self._pump()
 
     def _finished(
         self,
@@ -196,11 +224,7 @@ class Dispatcher:
         began_s: float,
         compute_s: float,
     ) -> None:
-        flight = self._flights.pop(batch_id, None)
-        if flight is None:  # given up as hanging; its thread is nobody's any more
-            return
-        flight.watch.cancel()
-        self._free.append(flight.worker)
+        flight = self._flights.pop(batch_id)
         now = time.monotonic()
         if output is None:
             failed = self.scheduler.failed(batch_id, now)
@@ -209,7 +233,6 @@ class Dispatcher:
             answered = self.scheduler.done(batch_id, MS * compute_s, now)
             self._on_batch(flight.batch, compute_s)
             self._resolve(flight, answered, output, began_s, compute_s)
-        self._pump()
 
     def _resolve(
         self,
@@ -240,7 +263,8 @@ class Dispatcher:
     def _hung(self, batch_id: int) -> None:
         """Give a batch up, and its thread with it: threads cannot be stopped, only left behind."""
         flight = self._flights.pop(batch_id)
-        flight.worker.stop()
+        if flight.worker:
+            flight.worker.stop()
         self._free.append(Worker("compute-replacement"))
         self._turns.replace_lock()
         failed = self.scheduler.failed(batch_id, time.monotonic())
