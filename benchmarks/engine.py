@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget-s", type=float, default=60.0, help="for speed, per network")
     parser.add_argument("--out", type=Path, default=report.RESULTS / "engine.json")
     chosen = parser.parse_args(argv)
+    elsewhere = report.Elsewhere()
     result: dict[str, Any] = {**report.conditions(), "intra_op_threads": 1, "points": POINTS}
     with tempfile.TemporaryDirectory() as folder:
         for make in (networks.resnet18, networks.encoder):
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 **compared(uniform, state_dir, chosen.budget_s),
                 "staggered_memory_mib": _memory(staggered, state_dir),
             }
+    result["cores_used_by_others"] = elsewhere.share()
     report.write(result, chosen.out)
 
 

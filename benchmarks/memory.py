@@ -13,7 +13,7 @@ import onnx
 import onnxruntime as ort
 
 from maestro_core import artifact
-from server.engine import Engine, session_options
+from server.engine import Engine, session_options, trim_heap
 
 Way = Literal["alone", "engine"]
 
@@ -69,6 +69,7 @@ def main() -> None:
         for point in points:
             engine.run(x, point)
     gc.collect()
+    trim_heap()  # for both ways alike
     after = _smaps()
     print(json.dumps({name: round(after[name] - before[name], 1) for name in after}))
 

@@ -74,6 +74,15 @@ def test_a_batch_of_another_shape_is_refused(engine: Engine, shape: tuple[int, .
         engine.run(np.zeros(shape, np.float32), 0)
 
 
+def test_a_batch_that_is_not_contiguous_is_taken(engine: Engine) -> None:
+    x = pictures(3)
+
+    turned = np.ascontiguousarray(x.transpose(0, 1, 3, 2)).transpose(0, 1, 3, 2)
+
+    assert not turned.flags.c_contiguous
+    np.testing.assert_array_equal(engine.run(turned, 2), engine.run(x, 2))
+
+
 def test_a_batch_of_another_type_is_refused(engine: Engine) -> None:
     with pytest.raises(EngineError, match="input 'x' is float64; the model takes float32"):
         engine.run(pictures(1).astype(np.float64), 0)
