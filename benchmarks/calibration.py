@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the result, and write it where `--out` says."""
     parser = argparse.ArgumentParser(prog="maestro bench calibration", description=__doc__)
     parser.add_argument("--load", type=float, default=0.2, help="share of time spent serving")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of each part")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of each part")
     parser.add_argument("--out", type=Path, default=report.RESULTS / "calibration.json")
     chosen = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
@@ -69,7 +69,8 @@ def compared(engine: Engine, load: float, seconds: float) -> dict[str, Any]:
     beside_ms = _served(engine, turns, rate, seconds + 2)
     ended.set()
     thread.join()
-    ratios = [b.p50_ms / q.p50_ms for b, q in zip(busy[0].latencies, quiet.latencies, strict=True)]
+    quiet_ms = {(x.point, x.batch): x.p50_ms for x in quiet.latencies}
+    ratios = [x.p50_ms / quiet_ms[x.point, x.batch] for x in busy[0].latencies]
     return {
         "load": load,
         "requests_per_s": round(rate, 1),
@@ -77,6 +78,8 @@ def compared(engine: Engine, load: float, seconds: float) -> dict[str, Any]:
         "beside_a_calibration": _quantiles(beside_ms),
         "longest_trial_p50_ms": round(max(x.p50_ms for x in quiet.latencies), 2),
         "profile_under_load_over_quiet": {
+            "batch_sizes": busy[0].batch_sizes,
+            "stopped_on": busy[0].stopped_on,
             "median": round(median(ratios), 3),
             "least": round(min(ratios), 3),
             "most": round(max(ratios), 3),

@@ -1,6 +1,8 @@
 """A thread that computes. It can be abandoned: a call that hangs holds up nobody but itself."""
 
+import math
 import threading
+import time
 from collections.abc import Callable
 from queue import SimpleQueue
 
@@ -33,8 +35,13 @@ class Turns:
 
     # A server that is never idle still gets calibrated: a trial a second.
     PATIENCE_S = 1.0
+    # While requests come in, trials take this share of the time, so that few have to wait for one.
+    TRIAL_SHARE = 0.1
+    TRAFFIC_S = 2.0  # since the last request
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._last_request_s = -math.inf
         self._computing = threading.Lock()
         self._idle = threading.Event()
         self._idle.set()
@@ -44,6 +51,7 @@ class Turns:
         if idle:
             self._idle.set()
         else:
+            self._last_request_s = self._clock()
             self._idle.clear()
 
     def replace_lock(self) -> None:
@@ -55,7 +63,14 @@ class Turns:
         """Return the lock that a batch holds while it computes."""
         return self._computing
 
-    def trial(self, _seconds: float) -> "threading.Lock":
+    def pause_s(self, seconds: float) -> float:
+        """Return how long to leave to requests before a trial that takes `seconds`."""
+        if self._clock() - self._last_request_s > self.TRAFFIC_S:
+            return 0.0
+        return min(self.PATIENCE_S, seconds * (1 / self.TRIAL_SHARE - 1))
+
+    def trial(self, seconds: float) -> "threading.Lock":
         """Return the lock for one trial, once no request waits or patience is over."""
+        time.sleep(self.pause_s(seconds))
         self._idle.wait(self.PATIENCE_S)
         return self._computing
