@@ -93,3 +93,19 @@ def test_a_directory_that_cannot_be_written_is_said(
 
     with pytest.raises(BakeError, match="points not baked"):
         baked(tiny_artifact, tmp_path / "file" / "baked")
+
+
+def test_two_processes_that_bake_at_once_both_get_the_points(
+    tiny_artifact: Artifact, tmp_path: Path
+) -> None:
+    def options() -> ort.SessionOptions:
+        """Bake the same elsewhere, in the middle of baking it here."""
+        if not (tmp_path / "baked").exists():
+            baked(tiny_artifact, tmp_path / "baked")
+        return session_options(1)
+
+    graphs = [tiny_artifact.graph_path(point) for point in range(5)]
+    found = bake(graphs, tmp_path / "baked", "this host", options)
+
+    assert found == baked(tiny_artifact, tmp_path / "baked")
+    assert [path.name for path in tmp_path.glob(".baked*")] == []
