@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+from numpy.typing import NDArray
+
 from server.forecast import Envelope
 from server.tables import MS, TABULATED, Tables
 from server.waiting import WaitingList
@@ -56,63 +59,67 @@ class View:
 
     def drain_ms(self, rows: float) -> float:
         """Return how long so many of the waiting rows usually take at their lowest points."""
-        tables, waiting = self.tables, self.waiting
-        dearer = 1.0
-        if waiting.rows:
-            dearer = max(1.0, waiting.work_ms / (waiting.rows * tables.unit_ms[0]))
-        return self.level * dearer * tables.drain_ms(rows / self.slots)
+        return self.level * self.dearer * self.tables.drain_ms(rows / self.slots)
 
-    def excess_ms(self) -> float:
-        """Return by how much the last batch of a queue may take longer than usual."""
-        tables = self.tables
-        full = tables.full_batch[0] - 1
-        return self.factor * tables.tail_ms[full][0] - self.level * tables.p50_ms[full][0]
+    @property
+    def dearer(self) -> float:
+        """Return how much more work the waiting rows are at their lowest points than at 0."""
+        waiting = self.waiting
+        if not waiting.rows:
+            return 1.0
+        return max(1.0, waiting.work_ms / (waiting.rows * self.tables.unit_ms[0]))
 
 
-def spare_ms(
-    view: View, start: int, excess_ms: float, extra_rows: int = 0
-) -> list[tuple[int, float]]:
-    """Return (place, spare) from `start` on: by how much all from that place on can be delayed
-    when the queue is worked off at the lowest points, `extra_rows` before them.
+def limits_behind_ms(
+    view: View, counts: Sequence[int], extra_rows: int = 0, *, tail: bool = True
+) -> list[float]:
+    """Return for each count how long the engine may be taken for all from that place on to be
+    on time yet, when they are then run at their lowest points.
 
-    The last place comes first. Places far back go in blocks an eighth of their distance long,
-    each as if all of it were due with its first: O(log n), and on the safe side.
+    Batches all of one size are tried, for each of a few sizes: the entry of place j behind
+    count c is done within (j - c) / size + 1 batches. Places far back go in blocks an eighth of
+    their distance long, each as if all of it were due with its first: O(log n), on the safe side.
+    `extra_rows` more come before them. With `tail`, the batch that counts takes its tail.
     """
-    entries = view.waiting.entries
-    n = len(entries)
-    mean_rows = view.waiting.rows / n if n else 1.0
-    now = view.now
-    spare, spares = math.inf, []
-    for low, high in _blocks(start, view.tables.latencies.max_batch, n):
-        due_ms = MS * (entries[low].expiry_s - now)
-        spare = min(spare, due_ms - view.drain_ms(high * mean_rows + extra_rows) - excess_ms)
-        spares.append((low, spare))
-    return spares
-
-
-@lru_cache(maxsize=8192)
-def _blocks(start: int, single: int, n: int) -> list[tuple[int, int]]:
-    """Return (first, end) of blocks of places, last block first; the near ones of one place."""
-    blocks, low = [], start
-    while low < n:
-        high = min(n, low + 1 if low <= start + single else low + max(1, low // 8))
-        blocks.append((low, high))
-        low = high
-    return blocks[::-1]
-
-
-def limits_behind_ms(view: View, counts: Sequence[int]) -> list[float]:
-    """Return for each count, rising, how long a batch of so many heads may take for all that
-    are left behind to be on time yet."""
-    limits = [math.inf] * len(counts)
-    at = len(counts) - 1
-    mean_rows = view.waiting.rows / len(view.waiting)
-    for low, spare in spare_ms(view, 1, view.excess_ms()):
-        while at >= 0 and counts[at] > low:
-            at -= 1
-        if at >= 0 and counts[at] == low:
-            limits[at] = spare + view.drain_ms(low * mean_rows)
+    waiting, tables = view.waiting, view.tables
+    n = len(waiting)
+    lows, _ = _blocks(tables.latencies.max_batch, n)
+    due_ms, ends = _due_ms(view)
+    scale = view.level * view.dearer
+    share_ms = scale * tables.share_ms / view.slots  # (sizes, 1) of a row
+    batch_ms = scale * tables.batch_ms
+    if tail:
+        batch_ms = batch_ms + view.factor * tables.batch_tail_ms - view.level * tables.batch_ms
+    mean_rows = waiting.rows / n if n else 1.0
+    spare_ms = due_ms - share_ms * (mean_rows * ends + extra_rows)  # (sizes, blocks + 1)
+    spare_ms = np.minimum.accumulate(spare_ms[:, ::-1], axis=1)[:, ::-1]
+    at = np.searchsorted(lows, counts, side="right") - 1
+    served = mean_rows * np.asarray(counts)
+    limits: list[float] = (spare_ms[:, at] + share_ms * served - batch_ms).max(axis=0).tolist()
     return limits
+
+
+def _due_ms(view: View) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return when each block of places is due, inf as one more, and the last place of each."""
+    entries = view.waiting.entries
+    lows, ends = _blocks(view.tables.latencies.max_batch, len(entries))
+    expiries_s = [entries[low].expiry_s for low in lows[:-1]]
+    return MS * (np.array([*expiries_s, math.inf]) - view.now), ends
+
+
+@lru_cache(maxsize=4096)
+def _blocks(single: int, n: int) -> tuple[list[int], NDArray[np.float64]]:
+    """Return the first places of blocks of places, and the last of each, and n as one more.
+
+    The first `single` + 1 places are blocks of their own.
+    """
+    lows, ends, low = [], [], 0
+    while low < n:
+        high = min(n, low + 1 if low <= single else low + max(1, low // 8))
+        lows.append(low)
+        ends.append(high - 1)
+        low = high
+    return [*lows, n], np.array([*ends, n], dtype=np.float64)
 
 
 def burst_limit_ms(view: View, rows: int) -> float:
@@ -123,8 +130,7 @@ def burst_limit_ms(view: View, rows: int) -> float:
     the delay bound of network calculus, for each class of targets with those tighter than it.
     """
     expected, tables, waiting = view.expected, view.tables, view.waiting
-    dearer = max(1.0, waiting.work_ms / (waiting.rows * tables.unit_ms[0]))
-    scale, drains, slots = view.level * dearer, tables.drains_ms, view.slots
+    scale, drains, slots = view.level * view.dearer, tables.drains_ms, view.slots
     alone = rows if len(waiting) == 1 and not view.running else 0
     limit_ms = math.inf
     for envelope in expected.envelopes:
@@ -149,31 +155,37 @@ class Load:
 
 
 def load(view: View) -> Load:
-    """Return the load of what waits and of what comes at the mean rate."""
-    tables, waiting = view.tables, view.waiting
-    horizon_ms = view.expected.target_ms
-    if waiting.entries[-1].expiry_s < math.inf:
-        horizon_ms = max(horizon_ms, MS * (waiting.entries[-1].expiry_s - view.now))
+    """Return the load of what waits and of what comes at the mean rate.
+
+    The most crowded of the prefixes of the queue counts, rows by time to its deadline (the
+    critical interval of Yao, Demers and Shenker, FOCS 1995), or the queue and what comes in
+    the time of the loosest target.
+    """
+    tables, waiting, expected = view.tables, view.waiting, view.expected
+    horizon_ms = expected.target_ms
+    due_ms, ends = _due_ms(view)
+    mean_rows = waiting.rows / len(waiting)
+    if due_ms[-2] < math.inf:
+        horizon_ms = max(horizon_ms, due_ms[-2])
     others = waiting.rows - waiting.entries[0].request.rows
-    queued = others / horizon_ms if horizon_ms > 0 else math.inf
-    per_ms = view.level * (queued + view.expected.rate / MS)
-    point = (
-        bisect_right(tables.unit_ms, view.slots / per_ms) - 1
-        if per_ms > 0
-        else len(tables.unit_ms) - 1
-    )
+    per_ms = others / horizon_ms + expected.rate / MS
+    if others:
+        crowded = mean_rows * ends[1:-1] / np.maximum(due_ms[1:-1], tables.unit_ms[0])
+        per_ms = max(per_ms, float(crowded.max()))
+    per_ms *= view.level / view.slots
+    top = len(tables.unit_ms) - 1
+    point = bisect_right(tables.unit_ms, 1 / per_ms) - 1 if per_ms > 0 else top
     return Load(point, tables.prices[point])
 
 
-def worth(view: View, heads: tuple[int, int], point: int, now: Load) -> float:
+def worth(view: View, count: int, rows: int, point: int, now: Load) -> float:
     """Return the mean accuracy over a batch and over what will wait when it ends, less the
     worth of the mean time that it takes.
 
-    heads: count and rows. What waits then is what the batch leaves behind and what comes
+    What waits then is what the batch leaves behind and what comes
     meanwhile at the mean rate. It is served at one point: the one that carries the load, or
     a cheaper one where the slack of its first asks for that.
     """
-    count, rows = heads
     tables, expected = view.tables, view.expected
     accuracy = tables.latencies.accuracy
     took_ms = view.level * tables.p50_ms[rows - 1][point]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from server.forecast import Forecast
 from server.latencies import Latencies
-from server.outlook import Expected, Finished, View, spare_ms
+from server.outlook import Expected, Finished, View, limits_behind_ms
 from server.requests import (
     Admitted,
     Batch,
@@ -202,8 +202,11 @@ class Scheduler:
         if entry.expiry_s == math.inf:
             return False
         place = self._waiting.place(entry.order)
-        spares = spare_ms(view, place, 0.0, entry.request.rows)
-        return bool(spares) and spares[-1][1] < self._residual_ms(view.now)
+        if place == len(self._waiting):
+            return False
+        (limit_ms,) = limits_behind_ms(view, [place], entry.request.rows, tail=False)
+        wait_ms = self._residual_ms(view.now) + view.drain_ms(place)
+        return limit_ms < wait_ms
 
     def _displace_for(self, entry: Entry, now: float) -> tuple[Request, ...]:
         """Give up one waiting request of lower priority, if the entry then fits."""

@@ -5,16 +5,17 @@ A `Policy` sees a `View` and answers with a `Choice`; `choose` is ours (docs/sch
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from server.outlook import View, burst_limit_ms, limits_behind_ms, load, worth, Load
+from server.outlook import Load, View, burst_limit_ms, limits_behind_ms, load, worth
 from server.tables import MS, Tables
 
 # Batch sizes that are weighed against each other, besides the largest possible one.
-COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 # Parts of the time limit that a batch is tried with.
 SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25)
+_WEIGHED = frozenset(COUNTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,6 @@ class Heads:
     rows: int
     lowest: int
     highest: int
-    floor: float
     expiry_s: float
 
 
@@ -51,44 +51,56 @@ def choose(view: View) -> Choice:
 
     A batch is some of the earliest deadlines. Its time is limited by the tightest of them, by
     those left behind and by a burst that may come meanwhile; within the limit the point is the
-    one with the best mean accuracy of the batch and of what will wait when it ends.
+    one with the best mean accuracy of the batch and of what will wait when it ends. Where no
+    batch is short enough for the burst, the one that gets most through; where none is for
+    those that wait, `most_on_time`.
     """
-    heads = [h for h in prefixes(view, 0) if h.count in _WEIGHED]
-    largest = _last(prefixes(view, 0))
-    if largest.count not in _WEIGHED:
-        heads.append(largest)
-    behind_ms = limits_behind_ms(view, [h.count for h in heads])
+    options = sharing(view, 0)
+    behind_ms = limits_behind_ms(view, [heads.count for heads in options])
     now = load(view)
-    best_score, chosen = -math.inf, None
-    for head, behind in zip(heads, behind_ms, strict=True):
-        limit_ms = min(MS * (head.expiry_s - view.now), behind)
-        option = _balanced(view, head, limit_ms, now)
-        if option is not None and option[1] >= best_score - 1e-9:
-            best_score, chosen = option[1], Choice(head.count, option[0])
-    return chosen or most_on_time(view)
+    best, best_pressed = (-math.inf, Choice(0)), (-math.inf, Choice(0))
+    for heads, behind in zip(options, behind_ms, strict=True):
+        limit_ms = min(MS * (heads.expiry_s - view.now), behind)
+        quickest_ms = view.factor * view.tables.tail_ms[heads.rows - 1][heads.lowest]
+        if quickest_ms > limit_ms:
+            continue
+        burst_ms = burst_limit_ms(view, heads.rows)
+        if burst_ms >= quickest_ms:
+            score, point = _balanced(view, heads, min(limit_ms, burst_ms), now)
+            best = max(best, (score + 1e-9 * heads.count, Choice(heads.count, point)), key=_score)
+        else:
+            pressed = (_saved(view, heads), Choice(heads.count, heads.lowest))
+            best_pressed = max(best_pressed, pressed, key=_score)
+    chosen = best[1] if best[1].count else best_pressed[1]
+    return chosen if chosen.count else most_on_time(view)
 
 
-_WEIGHED = frozenset(COUNTS)
+def _score(option: tuple[float, Choice]) -> float:
+    return option[0]
 
 
-def prefixes(view: View, start: int) -> Iterator[Heads]:
-    """Yield what the first one, two, ... entries from place `start` allow, while they can share."""
-    tables = view.tables
+def sharing(view: View, start: int) -> list[Heads]:
+    """Return what the entries from place `start` allow, for each count that is weighed and for
+    the largest that can share a batch."""
+    tables, entries = view.tables, view.waiting.entries
     max_batch, accuracy = tables.latencies.max_batch, tables.latencies.accuracy
     rows, lowest, highest = 0, 0, len(accuracy) - 1
     floor, expiry_s = 0.0, math.inf
-    for count, entry in enumerate(view.waiting.entries[start : start + max_batch], 1):
-        rows += entry.request.rows
-        lowest, highest = max(lowest, entry.lowest), min(highest, entry.highest)
-        floor, expiry_s = max(floor, entry.floor), min(expiry_s, entry.expiry_s)
-        if rows > max_batch or lowest > highest or accuracy[lowest] < floor:
-            return
-        yield Heads(count, rows, lowest, highest, floor, expiry_s)
-
-
-def _last(heads: Iterator[Heads]) -> Heads:
-    *_, last = heads
-    return last
+    options: list[Heads] = []
+    count = 0
+    for entry in entries[start : start + max_batch]:
+        more = rows + entry.request.rows
+        low, high = max(lowest, entry.lowest), min(highest, entry.highest)
+        least = max(floor, entry.floor)
+        if more > max_batch or low > high or accuracy[low] < least:
+            break
+        if count in _WEIGHED:
+            options.append(Heads(count, rows, lowest, highest, expiry_s))
+        rows, lowest, highest, floor = more, low, high, least
+        expiry_s = min(expiry_s, entry.expiry_s)
+        count += 1
+    options.append(Heads(count, rows, lowest, highest, expiry_s))
+    return options
 
 
 def most_accurate(
@@ -99,49 +111,42 @@ def most_accurate(
     return max(lowest, tables.best[min(fits, highest)]) if fits >= lowest else None
 
 
-def _balanced(view: View, heads: Heads, limit_ms: float, now: Load) -> tuple[int, float] | None:
-    """Return the point for a batch and the mean accuracy that follows, None if none is in time."""
+def _balanced(view: View, heads: Heads, limit_ms: float, now: Load) -> tuple[float, int]:
+    """Return the best worth of a batch within a limit that `lowest` keeps, and its point."""
     tables, rows, lowest = view.tables, heads.rows, heads.lowest
-    if most_accurate(tables, rows, limit_ms / view.factor, lowest, heads.highest) is None:
-        return None
     quickest_ms = view.factor * tables.tail_ms[rows - 1][lowest]
-    limit_ms = max(quickest_ms, min(limit_ms, burst_limit_ms(view, rows)))
-    best, score, last = lowest, -math.inf, -1
+    best, last = (-math.inf, lowest), -1
     for share in SHARES:
         budget_ms = max(quickest_ms, share * limit_ms) / view.factor
         point = most_accurate(tables, rows, budget_ms, lowest, heads.highest)
-        if point is None or point == last:
-            continue
-        accuracy, last = worth(view, (heads.count, rows), point, now), point
-        if accuracy > score:
-            best, score = point, accuracy
-    return best, score
+        point = lowest if point is None else point
+        if point != last:
+            best = max(best, (worth(view, heads.count, rows, point, now), point))
+        last = point
+    return best
+
+
+def _saved(view: View, heads: Heads) -> float:
+    """Return the rows of a batch less what full batches would get through in its time."""
+    took_ms = view.tables.p50_ms[heads.rows - 1][heads.lowest]
+    return heads.rows - took_ms / view.tables.unit_ms[0]
 
 
 def most_on_time(view: View) -> Choice:
-    """Return the batch when not all can be on time: the one that wastes the least.
+    """Return the batch when not all can be on time: the one that wastes the least time.
 
-    Time is what is short now, and a full batch at the lowest point the best use of it. So a
-    batch is worth its rows less what full batches would get through in its time, and heads that
-    only allow a small one are passed over where more can be served without them.
+    Heads that only allow a small batch are passed over where more can be served without them.
     """
-    tables = view.tables
-    unit_ms = view.level * tables.unit_ms[0]
-    best_worth, chosen = -math.inf, Choice(1, view.waiting.entries[0].lowest)
+    best = (-math.inf, Choice(1, view.waiting.entries[0].lowest))
     start, step = 0, 1
     while start < len(view.waiting):
-        fitting = None
-        for heads in prefixes(view, start):
-            took_ms = view.level * tables.p50_ms[heads.rows - 1][heads.lowest]
+        for heads in sharing(view, start):
+            took_ms = view.level * view.tables.p50_ms[heads.rows - 1][heads.lowest]
             if took_ms > MS * (heads.expiry_s - view.now):
                 break
-            fitting = heads
-        if fitting is not None:
-            took_ms = view.level * tables.p50_ms[fitting.rows - 1][fitting.lowest]
-            worth = fitting.rows - took_ms / unit_ms
-            if worth > best_worth + 1e-9:
-                best_worth, chosen = worth, Choice(fitting.count, fitting.lowest, start)
-            if fitting.rows >= tables.full_batch[0]:
-                break
+            saved = _saved(view, heads) - 1e-9 * start
+            best = max(best, (saved, Choice(heads.count, heads.lowest, start)), key=_score)
+            if heads.rows >= view.tables.full_batch[0]:
+                return best[1]
         start, step = start + step, step + 1
-    return chosen
+    return best[1]

@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+
 from server.latencies import Latencies
 
 MS = 1e3
@@ -18,12 +20,15 @@ class Tables:
     """
 
     __slots__ = (
+        "batch_ms",
+        "batch_tail_ms",
         "best",
         "drains_ms",
         "full_batch",
         "latencies",
         "p50_ms",
         "prices",
+        "share_ms",
         "tail_ms",
         "unit_ms",
     )
@@ -40,6 +45,11 @@ class Tables:
         units = [min((row[rows - 1] / rows, -rows) for rows in sizes) for row in latencies.p50_ms]
         self.unit_ms = [unit_ms for unit_ms, _ in units]
         self.full_batch = [-rows for _, rows in units]
+        column = np.array([latencies.p50_ms[0], latencies.tail_ms[0]])[:, :, None]
+        uniform = [1 << k for k in range(self.full_batch[0].bit_length())]
+        chosen = np.array(sorted({*uniform, self.full_batch[0]})) - 1
+        self.batch_ms, self.batch_tail_ms = column[:, chosen]
+        self.share_ms = self.batch_ms / (chosen[:, None] + 1)
         self.prices = _prices(latencies.accuracy, self.unit_ms)
         self.drains_ms = [self._work_off_ms(rows) for rows in range(TABULATED + 1)]
 
