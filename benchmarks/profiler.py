@@ -62,8 +62,8 @@ class Effort:
     precision: Precision
 
 
-# What surrounds the trials takes the rest of 15 s and of 120 s.
-QUICK = Effort("quick", 12.0, Precision(min_runs=20))
+# What surrounds the trials (baking, above all) takes the rest of 15 s and of 120 s.
+QUICK = Effort("quick", 10.0, Precision(min_runs=20))
 FULL = Effort("full", 110.0, Precision())
 
 
