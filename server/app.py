@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect
 from server import oip_routes, routes
 from server.errors import PROBLEM_TYPE, InvalidError, ServiceError
 from server.http import Arrival
+from server.page import page
 from server.schemas import Problem
 from server.service import Service
 from server.settings import Settings
@@ -42,6 +43,7 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
     )
     for router in (routes.inference, routes.calibration, routes.health, oip_routes.protocol_v2):
         app.include_router(router(served))
+    app.include_router(page(served.artifact.manifest))
     _add_errors(app, served)
     app.add_middleware(Arrival)
     return app

@@ -17,7 +17,11 @@ Measure = Callable[[Effort, Callable[[Progress], object], Callable[[], bool]], P
 
 
 class AlreadyRunningError(Exception):
-    """A calibration is under way; the message names its job."""
+    """A calibration is under way; the message names its job, and so does `job_id`."""
+
+    def __init__(self, job: "Job") -> None:
+        super().__init__(f"calibration {job.id} is running; {job.done} of {job.total} measured")
+        self.job_id = job.id
 
 
 class UnknownJobError(KeyError):
@@ -66,9 +70,7 @@ class Calibrator:
         with self._lock:
             for job in self._jobs.values():
                 if job.state == "running":
-                    raise AlreadyRunningError(
-                        f"calibration {job.id} is running; {job.done} of {job.total} measured"
-                    )
+                    raise AlreadyRunningError(job)
             job = Job(secrets.token_hex(4), "running", seconds_left=effort.budget_s)
             self._jobs[job.id] = job
             while len(self._jobs) > _KEPT_JOBS:

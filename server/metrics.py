@@ -4,6 +4,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _RATIO = (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)
+_TARGET = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)
 _BATCH = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -27,6 +28,12 @@ class Metrics:
             buckets=_RATIO,
             registry=self.registry,
         )
+        self._target = Histogram(
+            "maestro_target_ratio",
+            "Latency over target, of answers to requests that have one; late above 1.",
+            buckets=_TARGET,
+            registry=self.registry,
+        )
         self._batch = Histogram(
             "maestro_batch_size", "Samples per batch.", buckets=_BATCH, registry=self.registry
         )
@@ -47,8 +54,11 @@ class Metrics:
             registry=self.registry,
         )
 
-    def answered(self, point: int, queue_s: float, total_s: float, late: bool) -> None:
+    def answered(self, point: int, queue_s: float, total_s: float, target_s: float | None) -> None:
         """Count an answer."""
+        late = target_s is not None and total_s > target_s
+        if target_s is not None:
+            self._target.observe(total_s / target_s)
         self._requests.labels("late" if late else "ok", str(point)).inc()
         self._queue.observe(queue_s)
         self._latency.observe(total_s)

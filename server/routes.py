@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.responses import RedirectResponse
 from numpy.typing import NDArray
 
 from benchmarks.profiler import FULL, QUICK
@@ -128,10 +127,6 @@ def health(service: Service) -> APIRouter:
     @router.get("/metrics", summary="Prometheus")
     async def metrics() -> Response:
         return Response(service.metrics_text(), media_type="text/plain; version=0.0.4")
-
-    @router.get("/", include_in_schema=False)
-    async def root() -> Response:
-        return RedirectResponse("/docs")
 
     return router
 

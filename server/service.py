@@ -184,9 +184,9 @@ class Service:
 
     def count(self, inference: Inference, content: dict[str, Any]) -> None:
         """Count an answer."""
-        late = content["target_met"] is False
-        total_s = content["total_ms"] / 1e3
-        self.metrics.answered(inference.point, inference.queue_ms / 1e3, total_s, late)
+        total_s, target_ms = content["total_ms"] / 1e3, content["max_latency_ms"]
+        target_s = None if target_ms is None else target_ms / 1e3
+        self.metrics.answered(inference.point, inference.queue_ms / 1e3, total_s, target_s)
         self.statistics.answered(inference, content["total_ms"])
 
     def refused(self, code: str) -> None:
@@ -240,7 +240,7 @@ class Service:
         try:
             return asdict(self._calibrator.start(effort))
         except AlreadyRunningError as error:
-            raise ConflictError(str(error)) from error
+            raise ConflictError(str(error), job=error.job_id) from error
 
     def job(self, job_id: str) -> dict[str, Any]:
         """Return how far a calibration is.

@@ -1,0 +1,57 @@
+// Calls to the server, and its errors in its own words.
+
+export class Problem extends Error {
+  constructor(status, body) {
+    super(body.detail ?? body.error ?? `The server answered ${status}`);
+    this.status = status;
+    this.body = body;
+  }
+}
+
+async function answerOf(path, options) {
+  try {
+    return await fetch(path, { cache: "no-store", ...options });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Problem(0, { detail: "The server does not answer" });
+  }
+}
+
+/** Return the JSON of an answer. Throws a Problem where it is an error. */
+export async function call(path, options = {}) {
+  const response = await answerOf(path, options);
+  const body = await response.json().catch(() => ({}));
+  if (!response.ok) throw new Problem(response.status, body);
+  return body;
+}
+
+/** Return the text of an answer. Throws a Problem where it is an error. */
+export async function text(path) {
+  const response = await answerOf(path);
+  if (!response.ok) throw new Problem(response.status, {});
+  return response.text();
+}
+
+/** Return what the server says of its readiness; 503 is an answer here. */
+export async function readiness() {
+  const response = await answerOf("/v2/health/ready");
+  return response.json().catch(() => ({ ready: false }));
+}
+
+/** Return `work` so wrapped that one call runs at a time, and of those that come meanwhile the last. */
+export function latest(work) {
+  let running = false;
+  let again = false;
+  return async function run() {
+    if (running) {
+      again = true;
+      return;
+    }
+    running = true;
+    do {
+      again = false;
+      await work();
+    } while (again);
+    running = false;
+  };
+}

@@ -1,0 +1,230 @@
+// The frontier of this host, the target's slider under it, and the point that would be chosen.
+
+import { Problem, call, latest } from "./api.js";
+import { axis, colour, plot } from "./plots.js";
+import { byId, element, figure, ms, percent, write } from "./text.js";
+
+const THUMB_PX = 24;
+const slider = byId("target");
+const holder = byId("frontier-plot");
+
+let points = [];
+let verdicts = [];
+let chosen = null;
+let range = { x: [0.1, 10], y: [0, 1] };
+let drawn = null;
+let tell = () => {};
+
+/** Return the target that the slider stands at. */
+export function targetMs() {
+  const [low, high] = range.x;
+  const value = low * (high / low) ** (slider.value / slider.max);
+  return Number(value.toPrecision(3));
+}
+
+/** Start; `onChoice` is called when the target or the point it chooses is another. */
+export function start(onChoice) {
+  tell = onChoice;
+  slider.addEventListener("input", () => {
+    showTarget();
+    drawn?.redraw(false);
+    explain();
+  });
+}
+
+/** Ask for the points as they are measured now, and show them. */
+export async function load() {
+  const [frontier, relaxed] = await Promise.all([
+    call("/frontier"),
+    call("/explain", { method: "POST" }),
+  ]);
+  const before = points.length ? targetMs() : null;
+  points = frontier.points;
+  verdicts = relaxed.points;
+  setRange();
+  moveTo(before ?? Math.sqrt(range.x[0] * range.x[1]));
+  drawn ??= make();
+  drawn.setData([points.map((p) => p.p95_ms).sort((a, b) => a - b), points.map((p) => p.accuracy)]);
+  place();
+  describe();
+  await explain();
+}
+
+/** Ask what the target would choose now, and light it up. */
+export const explain = latest(async () => {
+  const target = targetMs();
+  try {
+    const answer = await call(`/explain?max_latency_ms=${target}`, { method: "POST" });
+    verdicts = answer.points;
+    chosen = answer.point;
+    showChoice(answer, target);
+  } catch (error) {
+    if (!(error instanceof Problem)) throw error;
+    chosen = null;
+    write(byId("choice"), "");
+    write(byId("choice-why"), error.message);
+  }
+  fillTable();
+  drawn?.redraw(false);
+  tell(target);
+});
+
+function setRange() {
+  const low = Math.min(...points.map((p) => p.p50_ms));
+  const high = Math.max(...points.map((p) => p.p95_ms), ...verdicts.map((v) => v.total_ms));
+  const accuracies = points.map((p) => p.accuracy);
+  const [least, most] = [Math.min(...accuracies), Math.max(...accuracies)];
+  const room = 0.15 * (most - least) || 0.01;
+  range = { x: [low / 1.6, high * 1.6], y: [least - room, most + room] };
+}
+
+function moveTo(target) {
+  const [low, high] = range.x;
+  slider.value = slider.max * (Math.log(target / low) / Math.log(high / low));
+  showTarget();
+}
+
+function showTarget() {
+  const target = ms(targetMs());
+  write(byId("target-value"), target);
+  slider.setAttribute("aria-valuetext", target.replace("ms", "milliseconds"));
+}
+
+function showChoice(answer, target) {
+  const verdict = answer.points.find((v) => v.point === answer.point);
+  if (!verdict) {
+    write(byId("choice"), "No point");
+    write(byId("choice-why"), answer.refusal?.detail ?? answer.why);
+    return;
+  }
+  write(byId("choice"), `Point ${verdict.point}, ${percent(verdict.accuracy, 2)} accurate`);
+  const counted = `It counts on ${ms(verdict.total_ms)}`;
+  const fits = `${counted} of the ${ms(target)}; the most accurate that does.`;
+  const misses = `${counted}, more than the target: ${answer.why}.`;
+  write(byId("choice-why"), verdict.feasible ? fits : misses);
+}
+
+function describe() {
+  const [first, last] = [points[0], points[points.length - 1]];
+  holder.setAttribute(
+    "aria-label",
+    `Accuracy against p95 latency of ${points.length} points on this host, ` +
+      `from ${percent(first.accuracy)} at ${ms(first.p95_ms)} ` +
+      `to ${percent(last.accuracy)} at ${ms(last.p95_ms)}; a table below has the figures`,
+  );
+}
+
+function fillTable() {
+  const rows = points.map((p) => {
+    const verdict = verdicts.find((v) => v.point === p.point);
+    const row = element("tr", "", p.point === chosen ? { "aria-current": "true" } : {});
+    const interval = `${percent(p.accuracy_low)} to ${percent(p.accuracy_high)}`;
+    const times = [p.p50_ms, p.p95_ms, p.p99_ms, verdict?.total_ms].map(ms);
+    const state = p.point === chosen ? "chosen" : (verdict?.why ?? "–");
+    row.append(element("th", p.point, { scope: "row" }));
+    for (const cell of [percent(p.accuracy, 2), interval, ...times, state]) {
+      row.append(element("td", cell));
+    }
+    return row;
+  });
+  byId("points").tBodies[0].replaceChildren(...rows);
+}
+
+// -- the plot ------------------------------------------------------------------------------------
+
+/** Return the ticks 1, 2 and 5 of each decade within the range. */
+function logTicks() {
+  const [low, high] = range.x;
+  const ticks = [];
+  for (let decade = Math.floor(Math.log10(low)); decade <= Math.log10(high); decade += 1) {
+    ticks.push(...[1, 2, 5].map((step) => Number(`${step}e${decade}`)));
+  }
+  return ticks.filter((tick) => tick >= low && tick <= high);
+}
+
+function accuracyTicks() {
+  const [low, high] = range.y;
+  const rough = (high - low) / 5;
+  const unit = 10 ** Math.floor(Math.log10(rough));
+  const step = unit * ([1, 2, 5].find((s) => s * unit >= rough) ?? 10);
+  const first = Math.ceil(low / step);
+  const count = Math.floor(high / step) - first + 1;
+  return Array.from({ length: count }, (_, i) => Number(((first + i) * step).toPrecision(12)));
+}
+
+function make() {
+  const digits = () => (range.y[1] - range.y[0] < 0.05 ? 1 : 0);
+  const options = {
+    padding: [8, THUMB_PX / 2 + 2, 0, 0],
+    scales: {
+      x: { time: false, distr: 3, range: () => range.x },
+      y: { range: () => range.y },
+    },
+    axes: [
+      axis(2, logTicks, (tick) => `${figure(tick).replace(/(\.\d*?)0+$/, "$1").replace(/\.$/, "")} ms`, 26),
+      axis(3, accuracyTicks, (tick) => percent(tick, digits()), 54),
+    ],
+    series: [{}, { show: true, paths: () => null, points: { show: false } }],
+    hooks: { draw: [draw], setSize: [place] },
+  };
+  return plot(holder, options, [[], []]);
+}
+
+/** Put the slider's track under the plot's area: its thumb is then under the target's line. */
+function place() {
+  if (!drawn) return;
+  const { left, width } = drawn.bbox;
+  const ratio = window.uPlot.pxRatio;
+  slider.style.marginLeft = `${left / ratio - THUMB_PX / 2}px`;
+  slider.style.width = `${width / ratio + THUMB_PX}px`;
+}
+
+function draw(u) {
+  const at = (x, y) => [u.valToPos(x, "x", true), u.valToPos(y, "y", true)];
+  const pen = { context: u.ctx, unit: window.uPlot.pxRatio, at };
+  u.ctx.save();
+  drawTarget(pen, u.bbox);
+  drawLine(pen);
+  for (const point of points) if (point.point !== chosen) drawPoint(pen, point, false);
+  for (const point of points) if (point.point === chosen) drawPoint(pen, point, true);
+  u.ctx.restore();
+}
+
+function drawTarget({ context, unit, at }, { top, height, left }) {
+  const [x] = at(targetMs(), 0);
+  context.fillStyle = colour("lit-soft");
+  context.fillRect(left, top, x - left, height);
+  context.fillStyle = colour("lit");
+  context.fillRect(x - unit, top, 2 * unit, height);
+}
+
+function drawLine({ context, unit, at }) {
+  context.strokeStyle = colour("line");
+  context.lineWidth = 2 * unit;
+  context.beginPath();
+  for (const p of points.filter((p) => p.on_frontier)) context.lineTo(...at(p.p95_ms, p.accuracy));
+  context.stroke();
+}
+
+function drawPoint({ context, unit, at }, point, isChosen) {
+  const verdict = verdicts.find((v) => v.point === point.point);
+  const [x, y] = at(point.p95_ms, point.accuracy);
+  context.globalAlpha = isChosen || verdict?.feasible ? 1 : 0.45;
+  context.strokeStyle = context.fillStyle = colour(isChosen ? "lit" : "dot");
+  context.lineWidth = 1.5 * unit;
+  if (verdict) {
+    const [end] = at(verdict.total_ms, 0);
+    context.beginPath();
+    context.moveTo(x, y);
+    context.lineTo(end, y);
+    context.moveTo(end, y - 4 * unit);
+    context.lineTo(end, y + 4 * unit);
+    context.stroke();
+  }
+  context.beginPath();
+  context.arc(x, y, (isChosen ? 7 : 4.5) * unit, 0, 2 * Math.PI);
+  if (!point.on_frontier && !isChosen) context.fillStyle = colour("card");
+  context.fill();
+  context.stroke();
+  context.globalAlpha = 1;
+}

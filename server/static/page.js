@@ -1,0 +1,95 @@
+// The page's life: wait until the server is ready, load, then look once a second.
+
+import * as ask from "./ask.js";
+import { Problem, call, readiness, text } from "./api.js";
+import * as calibration from "./calibration.js";
+import * as frontier from "./frontier.js";
+import { byId, show, write } from "./text.js";
+import * as traffic from "./traffic.js";
+
+const LOOK_MS = 1000;
+const LEAVING = "The server takes no new requests now: it is shutting down, or is not up yet.";
+
+let isEntered = false;
+let wasReady = false;
+let asked = null;
+
+async function measured() {
+  await Promise.all([frontier.load(), calibration.showProfile()]);
+}
+
+async function enter() {
+  const model = await call("/page.json");
+  write(byId("model"), model.name);
+  document.title = `Maestro: ${model.name}`;
+  frontier.start(askWhereNew);
+  ask.start(model, frontier.targetMs);
+  calibration.start(measured);
+  isEntered = true;
+}
+
+function askWhereNew(target) {
+  if (target !== asked) ask.askAgain();
+  asked = target;
+}
+
+async function look() {
+  const isReady = traffic.take(await text("/metrics"), performance.now() / 1000);
+  if (!isReady) {
+    showWaiting(await readiness());
+    wasReady = false;
+    return;
+  }
+  if (!isEntered) await enter();
+  showStatus("ready", "Ready");
+  byId("waiting").hidden = true;
+  byId("main").hidden = false;
+  if (!wasReady) await measured();
+  else await frontier.explain();
+  wasReady = true;
+  traffic.render();
+}
+
+function showStatus(state, words) {
+  byId("status").dataset.state = state;
+  write(byId("status"), words);
+}
+
+function showWaiting({ calibration: job }) {
+  const bar = byId("waiting-progress");
+  byId("waiting").hidden = false;
+  bar.hidden = !job;
+  showStatus("waiting", job ? "Calibrating" : "Not ready");
+  if (!job) {
+    write(byId("waiting-text"), LEAVING);
+    return;
+  }
+  bar.max = job.total || 1;
+  bar.value = job.done;
+  const words = job.error
+    ? `The calibration failed: ${job.error}`
+    : "The server measures this host before it serves. This page goes on by itself.";
+  write(byId("waiting-text"), words);
+}
+
+function showLost(message) {
+  showStatus("lost", "Not connected");
+  wasReady = false;
+  byId("waiting").hidden = false;
+  byId("waiting-progress").hidden = true;
+  show(byId("waiting-text"), `${message}. Trying again each second.`);
+}
+
+async function run() {
+  if (!document.hidden) {
+    try {
+      await look();
+    } catch (error) {
+      if (!(error instanceof Problem)) throw error;
+      showLost(error.message);
+    }
+  }
+  setTimeout(run, LOOK_MS);
+}
+
+run();
