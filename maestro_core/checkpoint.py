@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ class CheckpointError(ValueError):
 class State:
     """Where training stands: finished epochs, and the rank of every factorised layer.
 
-    `run` says what is being trained (recipe, hyper-parameters, data): plain JSON.
+    `run` says what is being trained (recipe, hyper-parameters, data): plain JSON. `chain` holds the
+    points that consolidation trains, once it has begun.
     """
 
     epoch: int
     ranks: dict[str, int]
     run: dict[str, Any]
+    chain: list[tuple[int, ...]]
 
 
 def save(root: Path, model: nn.Module, optimizer: Optimizer, state: State) -> Path:
@@ -42,11 +44,10 @@ def save(root: Path, model: nn.Module, optimizer: Optimizer, state: State) -> Pa
     """
     path = root / f"epoch-{state.epoch:04}"
     aside = root / f".{path.name}"
-    content = {"epoch": state.epoch, "ranks": state.ranks, "run": state.run}
     files = {
         MODEL: safetensors.torch.save(_owned(model.state_dict())),
         OPTIMIZER: safetensors.torch.save(_owned(_optimizer_tensors(model, optimizer))),
-        STATE: json.dumps(content, indent=1).encode(),
+        STATE: json.dumps(asdict(state)).encode(),
     }
     try:
         shutil.rmtree(aside, ignore_errors=True)
@@ -81,7 +82,8 @@ def read_state(path: Path) -> State:
     """
     try:
         content: Any = json.loads((path / STATE).read_text())
-        state = State(content["epoch"], content["ranks"], content["run"])
+        chain = [tuple(ranks) for ranks in content["chain"]]
+        state = State(content["epoch"], content["ranks"], content["run"], chain)
         if not (
             isinstance(state.epoch, int)
             and isinstance(state.run, dict)

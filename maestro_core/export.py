@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from maestro_core.artifact import Tensor as TensorSpec
 from maestro_core.data import Pictures
 from maestro_core.evaluation import evaluate
 from maestro_core.factorize import forward_at
+from maestro_core.search import by_name
 
 INPUT, OUTPUT = "image", "logits"
 TOLERANCE = 1e-4
@@ -55,8 +57,11 @@ def export(
     description: Description,
     path: Path,
     on_point: Callable[[], None],
+    extras: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Artifact:
     """Score every point of `chain`, one rank per layer of `cost`, and write the artifact at `path`.
+
+    `extras` are further files, path -> bytes (`held_out`).
 
     Raises:
         ExportError: a point's ONNX output differs from torch's by more than 1e-4.
@@ -65,7 +70,11 @@ def export(
     model.eval()
     x, _ = test.batch(slice(0, CHECKED))
     template, weights = graph.pack(make_template(model, x), cost.layers)
-    contents = {artifact.WEIGHTS: weights, artifact.TEMPLATE: template.SerializeToString()}
+    contents = {
+        **extras,
+        artifact.WEIGHTS: weights,
+        artifact.TEMPLATE: template.SerializeToString(),
+    }
     points = []
     for i, ranks in enumerate(chain):
         name = f"points/{i:02}.onnx"
@@ -124,11 +133,6 @@ def make_template(model: nn.Module, x: Tensor) -> ModelProto:
     if program is None:
         raise ExportError("torch made no ONNX program of the network")
     return program.model_proto
-
-
-def by_name(cost: Cost, ranks: Sequence[int]) -> dict[str, int]:
-    """Return the ranks, in the order of `cost.layers`, by layer name."""
-    return {layer.name: rank for layer, rank in zip(cost.layers, ranks, strict=True)}
 
 
 def wilson(correct: int, n: int) -> Score:

@@ -8,6 +8,8 @@ import numpy as np
 
 from maestro_core.artifact import Layer
 
+Chain = list[tuple[int, ...]]
+
 
 @dataclass(frozen=True, slots=True)
 class RankTable:
@@ -49,7 +51,7 @@ def monotone(errors: Sequence[float]) -> tuple[float, ...]:
     return tuple(running.tolist())
 
 
-def nested_chain(tables: Sequence[RankTable]) -> list[tuple[int, ...]]:
+def nested_chain(tables: Sequence[RankTable]) -> Chain:
     """Return rank choices (one per layer) from the cheapest to the whole, each rank never falling.
 
     Along the lower convex hull of a layer's (cost, error) rank grows with cost, so taking the
@@ -70,6 +72,22 @@ def nested_chain(tables: Sequence[RankTable]) -> list[tuple[int, ...]]:
         current[layer] = smooth[layer].ranks[k]
         chain.append(tuple(current))
     return chain
+
+
+def refine(chain: Chain, grids: Sequence[Sequence[int]]) -> Chain:
+    """Return `chain` with every allowed rank (`grids`, by layer) that its steps pass over.
+
+    The chain stays nested. Points off the hull are worth having where training will visit them.
+    """
+    finer = [chain[0]]
+    for point in chain[1:]:
+        current = list(finer[-1])
+        for layer, (less, more) in enumerate(zip(finer[-1], point, strict=True)):
+            for rank in grids[layer]:
+                if less < rank <= more:
+                    current[layer] = rank
+                    finer.append(tuple(current))
+    return finer
 
 
 def pareto(costs: Sequence[float], scores: Sequence[float]) -> list[int]:

@@ -8,28 +8,27 @@ from torch import nn
 from maestro_core.accounting import Cost
 from maestro_core.data import Pictures
 from maestro_core.evaluation import evaluate
-from maestro_core.frontier import RankTable, allowed_ranks, nested_chain, pareto, spread
+from maestro_core.frontier import (
+    Chain,
+    RankTable,
+    allowed_ranks,
+    nested_chain,
+    pareto,
+    refine,
+    spread,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class SearchParameters:
-    """How many `points` to end with, how accurate the cheapest must be, how finely to look.
+    """How many `points` to look for, from which share of the dense MACs on, and how finely.
 
-    `min_accuracy` is on validation data, 0..1. `probes` is the most ranks tried for each layer.
+    `probes` is the most ranks tried for each layer.
     """
 
     points: int
-    min_accuracy: float
+    least_macs: float
     probes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One rank for each layer, in order, and its whole-network accuracy on validation data."""
-
-    ranks: tuple[int, ...]
-    macs: int
-    accuracy: float
 
 
 def find_chain(
@@ -38,55 +37,39 @@ def find_chain(
     validation: Pictures,
     parameters: SearchParameters,
     on_evaluation: Callable[[int, int], None],
-) -> list[Candidate]:
-    """Return the nested chain of points, cheapest first.
+) -> Chain:
+    """Return a nested chain, cheapest first: one rank for each layer of `cost`.
 
-    The loss with one layer cut alone, for each layer and rank, gives the chain; each of its points
-    is then evaluated as a whole, and those that a cheaper one equals are dropped.
-    `on_evaluation` is told how many evaluations are done and how many there will be, at most.
-
-    Raises:
-        ValueError: the whole network is less accurate than `min_accuracy`.
+    Its points are spread evenly by the ratio of their MACs, from `least_macs` of the dense network
+    to the whole one. The loss with one layer cut alone, for each layer and rank, chooses them.
+    `on_evaluation` is told how many evaluations are done, and of how many.
     """
-    names = [layer.name for layer in cost.layers]
     grids = [allowed_ranks(layer, parameters.probes) for layer in cost.layers]
-    total = sum(len(grid) for grid in grids) * 2
+    total = sum(len(grid) for grid in grids)
     done = 0
-
-    def loss_and_accuracy(ranks: dict[str, int]) -> tuple[float, float]:
-        nonlocal done
-        result = evaluate(model, validation, ranks)
-        done += 1
-        on_evaluation(done, total)
-        return result.loss, result.accuracy
-
     tables = []
     for layer, grid in zip(cost.layers, grids, strict=True):
-        losses = tuple(loss_and_accuracy({layer.name: rank})[0] for rank in grid)
-        tables.append(RankTable(grid, tuple(float(layer.macs(rank)) for rank in grid), losses))
-    candidates = []
-    for ranks in nested_chain(tables):
-        accuracy = loss_and_accuracy(dict(zip(names, ranks, strict=True)))[1]
-        candidates.append(Candidate(ranks, cost.macs_at(ranks), accuracy))
-    on_evaluation(total, total)
-    return select(candidates, parameters)
+        losses = []
+        for rank in grid:
+            losses.append(evaluate(model, validation, {layer.name: rank}).loss)
+            done += 1
+            on_evaluation(done, total)
+        tables.append(RankTable(grid, tuple(float(layer.macs(r)) for r in grid), tuple(losses)))
+    chain = refine(nested_chain(tables), grids)
+    # Off the hull a rank just below the whole one may cost as much as it.
+    rising = pareto([cost.macs_at(ranks) for ranks in chain], list(range(len(chain))))
+    least = parameters.least_macs * cost.dense_macs
+    chain = [chain[i] for i in rising if cost.macs_at(chain[i]) >= least] or chain[-1:]
+    return [chain[i] for i in spread([cost.macs_at(r) for r in chain], parameters.points)]
 
 
-def select(candidates: Sequence[Candidate], parameters: SearchParameters) -> list[Candidate]:
-    """Return at most `parameters.points` of a chain, evenly spread by the ratio of their MACs.
+def verify(model: nn.Module, cost: Cost, chain: Chain, validation: Pictures) -> Chain:
+    """Return the points of `chain` that are more accurate, as a whole, than all cheaper ones."""
+    results = [evaluate(model, validation, by_name(cost, ranks)) for ranks in chain]
+    kept = pareto([cost.macs_at(ranks) for ranks in chain], [r.accuracy for r in results])
+    return [chain[i] for i in kept]
 
-    Each is more accurate than all cheaper candidates. The last is the whole network, unless a
-    cheaper one is as accurate.
 
-    Raises:
-        ValueError: the whole network is less accurate than `min_accuracy`.
-    """
-    whole = candidates[-1]
-    if whole.accuracy < parameters.min_accuracy:
-        raise ValueError(
-            f"the network's accuracy on validation data is {whole.accuracy:.4f}, "
-            f"below the least that is wanted, {parameters.min_accuracy}"
-        )
-    kept = pareto([c.macs for c in candidates], [c.accuracy for c in candidates])
-    good = [candidates[i] for i in kept if candidates[i].accuracy >= parameters.min_accuracy]
-    return [good[i] for i in spread([c.macs for c in good], parameters.points)]
+def by_name(cost: Cost, ranks: Sequence[int]) -> dict[str, int]:
+    """Return the ranks, in the order of `cost.layers`, by layer name."""
+    return {layer.name: rank for layer, rank in zip(cost.layers, ranks, strict=True)}

@@ -1,4 +1,4 @@
-"""The training loop: one sampled pass per step, shrinking and a checkpoint after each epoch."""
+"""The training loop: first with one layer cut at random, then on the chain that came of it."""
 
 import math
 from collections.abc import Callable
@@ -10,29 +10,33 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.progress import Progress
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from maestro_core import checkpoint
+from maestro_core.consolidation import consolidation_loss
 from maestro_core.data import Data, Pictures
 from maestro_core.evaluation import evaluate
 from maestro_core.factorize import forward_at, low_rank_layers
+from maestro_core.frontier import Chain
 from maestro_core.lod import group_lasso, sample, shrink_
 
 
-class Diverged(RuntimeError):  # noqa: N818 - it says what happened
+class Diverged(RuntimeError):  # noqa: N818  it says what happened
     """The loss is no longer a finite number; the message names the step."""
 
 
 @dataclass(frozen=True, slots=True)
 class HyperParameters:
-    """How a network is trained: SGD, its rate falling from `learning_rate` to 0 along a cosine.
+    """How a network is trained: SGD in two phases, in each the rate falls to 0 along a cosine.
 
-    `lasso` weighs the group lasso; `threshold` is the importance at or below which a rank is
-    removed (λ_gl and ε_ps of Maestro, ICML 2024).
+    `epochs` are low-rank ordered (Maestro, ICML 2024): `lasso` weighs the group lasso, `threshold`
+    is the importance at or below which a rank is removed (there λ_gl and ε_ps). Then
+    `consolidation_epochs` train the points of the chain (consolidation.py).
     """
 
     epochs: int
+    consolidation_epochs: int
     batch_size: int
     learning_rate: float
     momentum: float
@@ -46,12 +50,14 @@ def train_(
     model: nn.Module,
     data: Data,
     hyper: HyperParameters,
+    find: Callable[[], Chain],
     root: Path,
     run: dict[str, Any],
     progress: Progress,
-) -> Path:
-    """Train the factorised `model`, resuming from what `root` holds; return the last checkpoint.
+) -> Chain:
+    """Train the factorised `model`, going on from what `root` holds; return the chain.
 
+    `find` chooses the chain, nested ranks in module order, when ordered training is done.
     All that is random in an epoch follows from (seed, epoch), so a run that was stopped and resumed
     ends with the same bits, on one machine with one number of threads.
 
@@ -59,32 +65,36 @@ def train_(
         Diverged: the loss is not finite; the last checkpoint stays.
         CheckpointError: `root` holds another run, or can't be written.
     """
-    optimizer = SGD(
-        model.parameters(),
-        lr=hyper.learning_rate,
-        momentum=hyper.momentum,
-        weight_decay=hyper.weight_decay,
-    )
+    optimizer = _optimizer(model, hyper)
     last = checkpoint.latest(root)
-    done = checkpoint.restore_(last, model, optimizer, run).epoch if last else 0
+    done, chain = 0, Chain()
+    if last:
+        state = checkpoint.restore_(last, model, optimizer, run)
+        done, chain = state.epoch, state.chain
     steps = math.ceil(len(data.train) / hyper.batch_size)
-    task = progress.add_task("training", total=hyper.epochs * steps, completed=done * steps)
-    for epoch in range(done, hyper.epochs):
+    epochs = hyper.epochs + hyper.consolidation_epochs
+    task = progress.add_task("training", total=epochs * steps, completed=done * steps)
+    for epoch in range(done, epochs):
+        if epoch == hyper.epochs:
+            chain, optimizer = find(), _optimizer(model, hyper)
         try:
-            train_epoch_(model, optimizer, data.train, hyper, epoch, lambda: progress.advance(task))
+            train_epoch_(
+                model, optimizer, data.train, hyper, epoch, chain, lambda: progress.advance(task)
+            )
         except Diverged as error:
             raise Diverged(f"{error}; last good checkpoint: {last or 'none'}") from None
-        ranks = shrink_(model, optimizer, hyper.threshold)
-        last = checkpoint.save(root, model, optimizer, checkpoint.State(epoch + 1, ranks, run))
+        if epoch < hyper.epochs:
+            shrink_(model, optimizer, hyper.threshold)
+        ranks = {name: layer.rank for name, layer in low_rank_layers(model).items()}
+        state = checkpoint.State(epoch + 1, ranks, run, chain)
+        last = checkpoint.save(root, model, optimizer, state)
         accuracy = evaluate(model, data.validation).accuracy
         progress.update(
             task,
-            description=f"epoch {epoch + 1}/{hyper.epochs}, validation {accuracy:.2%}, "
+            description=f"epoch {epoch + 1}/{epochs}, validation {accuracy:.2%}, "
             f"ranks {'-'.join(map(str, ranks.values()))}",
         )
-    if last is None:
-        raise ValueError(f"epochs must be at least 1, not {hyper.epochs}")
-    return last
+    return chain or find()
 
 
 def train_epoch_(
@@ -93,9 +103,10 @@ def train_epoch_(
     pictures: Pictures,
     hyper: HyperParameters,
     epoch: int,
+    chain: Chain,
     on_step: Callable[[], None],
 ) -> None:
-    """Go once through `pictures` in random order, each step with one layer cut at random.
+    """Go once through `pictures` in random order: ordered training, or that of `chain` if given.
 
     Raises:
         Diverged: the loss is not finite.
@@ -103,18 +114,16 @@ def train_epoch_(
     rng = Random(f"{hyper.seed}/{epoch}")
     torch.manual_seed(rng.getrandbits(63))
     model.train()
-    layers = low_rank_layers(model)
-    names, ranks = list(layers), [layer.rank for layer in layers.values()]
+    phase = (epoch - hyper.epochs, hyper.consolidation_epochs) if chain else (epoch, hyper.epochs)
     batches = torch.split(torch.randperm(len(pictures)), hyper.batch_size)
     for step, indices in enumerate(batches):
-        rate = learning_rate(hyper, epoch * len(batches) + step, hyper.epochs * len(batches))
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        layer, rank = sample(ranks, rng)
+            group["lr"] = learning_rate(hyper, phase[0] + step / len(batches), phase[1])
         x, labels = pictures.batch(indices)
-        loss = F.cross_entropy(forward_at(model, {names[layer]: rank}, x), labels)
-        if hyper.lasso:
-            loss = loss + hyper.lasso * group_lasso(layers.values())
+        if chain:
+            loss = consolidation_loss(model, chain, x, labels, rng)
+        else:
+            loss = ordered_loss(model, x, labels, hyper.lasso, rng)
         if not loss.isfinite():
             raise Diverged(
                 f"the loss is {loss.item()} at epoch {epoch + 1}, step {step + 1} of {len(batches)}"
@@ -125,6 +134,23 @@ def train_epoch_(
         on_step()
 
 
-def learning_rate(hyper: HyperParameters, step: int, steps: int) -> float:
-    """Return the rate of step 0..steps-1: half a cosine (Loshchilov and Hutter, SGDR, 2017)."""
-    return hyper.learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+def ordered_loss(model: nn.Module, x: Tensor, labels: Tensor, lasso: float, rng: Random) -> Tensor:
+    """Return the loss with one layer cut at random, and the lasso (Maestro, Algorithm 1)."""
+    layers = low_rank_layers(model)
+    index, rank = sample([layer.rank for layer in layers.values()], rng)
+    loss = F.cross_entropy(forward_at(model, {list(layers)[index]: rank}, x), labels)
+    return loss + lasso * group_lasso(layers.values()) if lasso else loss
+
+
+def learning_rate(hyper: HyperParameters, epoch: float, epochs: int) -> float:
+    """Return the rate at `epoch`, 0..epochs: half a cosine (Loshchilov and Hutter, SGDR 2017)."""
+    return hyper.learning_rate * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+def _optimizer(model: nn.Module, hyper: HyperParameters) -> Optimizer:
+    return SGD(
+        model.parameters(),
+        lr=hyper.learning_rate,
+        momentum=hyper.momentum,
+        weight_decay=hyper.weight_decay,
+    )

@@ -14,9 +14,10 @@ from maestro_core.accounting import measure
 from maestro_core.artifact import Artifact, Image
 from maestro_core.data import Pictures
 from maestro_core.evaluation import evaluate
-from maestro_core.export import Description, ExportError, by_name, export, wilson
+from maestro_core.export import Description, ExportError, export, wilson
 from maestro_core.factorize import factorize_, forward_at, low_rank_layers
 from maestro_core.lod import truncate_
+from maestro_core.search import by_name
 
 CHAIN = [(1, 0, 1, 0), (1, 2, 1, 2), (2, 9, 3, 4), (2, 12, 10, 6), (4, 20, 18, 8)]
 

@@ -13,6 +13,7 @@ from maestro_core.frontier import (
     monotone,
     nested_chain,
     pareto,
+    refine,
     spread,
 )
 
@@ -50,6 +51,20 @@ def test_the_chain_is_nested_and_ends_at_the_whole_network(nets: list[RankTable]
     for less, more in pairwise(chain):
         assert all(a <= b for a, b in zip(less, more, strict=True))
         assert total(less, nets)[0] < total(more, nets)[0]
+
+
+@given(st.lists(tables(), min_size=1, max_size=4))
+def test_a_refined_chain_is_nested_and_goes_through_every_rank(nets: list[RankTable]) -> None:
+    chain = nested_chain(nets)
+    grids = [table.ranks for table in nets]
+
+    finer = refine(chain, grids)
+
+    assert set(chain) <= set(finer)
+    for less, more in pairwise(finer):
+        rises = [(grid, a, b) for grid, a, b in zip(grids, less, more, strict=True) if a != b]
+        ((grid, a, b),) = rises
+        assert grid.index(b) == grid.index(a) + 1
 
 
 def test_the_chain_takes_the_error_that_costs_least_first() -> None:

@@ -17,8 +17,8 @@ from maestro_core.recipes.mnist_lenet import RECIPE
 SMALL = replace(
     RECIPE,
     validation=200,
-    training=replace(RECIPE.training, epochs=6, batch_size=16),
-    search=replace(RECIPE.search, min_accuracy=0.3, probes=6),
+    training=replace(RECIPE.training, epochs=6, consolidation_epochs=2, batch_size=16),
+    search=replace(RECIPE.search, probes=6, least_macs=0.0),
 )
 
 

@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maestro_core.accounting import measure
+from maestro_core.accounting import Cost, measure
 from maestro_core.artifact import Image
 from maestro_core.data import Pictures
 from maestro_core.evaluation import evaluate
 from maestro_core.factorize import factorize_, forward_at, low_rank_layers
-from maestro_core.search import Candidate, SearchParameters, find_chain, select
+from maestro_core.frontier import Chain
+from maestro_core.search import SearchParameters, by_name, find_chain, verify
 
-PARAMETERS = SearchParameters(points=5, min_accuracy=0.3, probes=8)
+PARAMETERS = SearchParameters(points=5, least_macs=0.3, probes=8)
 
 
 class Net(nn.Module):
@@ -55,8 +56,12 @@ def pictures(model: Net) -> Pictures:
     return Pictures(pixels, logits.argmax(1), image)
 
 
-def chain_of(model: Net, pictures: Pictures) -> list[Candidate]:
-    cost = measure(model, torch.zeros(1, 1, 6, 6))
+@pytest.fixture(scope="module")
+def cost(model: Net) -> Cost:
+    return measure(model, torch.zeros(1, 1, 6, 6))
+
+
+def chain_of(model: Net, cost: Cost, pictures: Pictures) -> Chain:
     return find_chain(model, cost, pictures, PARAMETERS, lambda *_: None)
 
 
@@ -73,56 +78,49 @@ def test_evaluation_is_that_of_one_pass_over_everything(model: Net, pictures: Pi
     assert (result.correct, result.n) == (int((logits.argmax(1) == labels).sum()), 700)
 
 
-def test_the_chain_is_nested_and_each_point_earns_its_cost(model: Net, pictures: Pictures) -> None:
-    chain = chain_of(model, pictures)
+def test_the_chain_is_nested_from_the_least_macs_to_the_whole_network(
+    model: Net, cost: Cost, pictures: Pictures
+) -> None:
+    chain = chain_of(model, cost, pictures)
 
-    assert 3 <= len(chain) <= PARAMETERS.points
+    macs = [cost.macs_at(ranks) for ranks in chain]
+    assert len(chain) == PARAMETERS.points
+    assert chain[-1] == (4, 12, 3)
+    assert macs[0] >= PARAMETERS.least_macs * cost.dense_macs
     for less, more in pairwise(chain):
-        assert all(a <= b for a, b in zip(less.ranks, more.ranks, strict=True))
-        assert less.macs < more.macs
-        assert less.accuracy < more.accuracy
-    assert chain[0].accuracy >= PARAMETERS.min_accuracy
+        assert all(a <= b for a, b in zip(less, more, strict=True))
+    assert all(a < b for a, b in pairwise(macs))
 
 
-def test_a_point_is_as_accurate_as_the_whole_cut_network_is(model: Net, pictures: Pictures) -> None:
-    for candidate in chain_of(model, pictures):
-        ranks = dict(zip(("conv", "fc", "head"), candidate.ranks, strict=True))
+def test_verified_points_are_each_more_accurate_than_all_cheaper_ones(
+    model: Net, cost: Cost, pictures: Pictures
+) -> None:
+    every = find_chain(model, cost, pictures, SearchParameters(99, 0.0, 99), lambda *_: None)
 
-        assert evaluate(model, pictures, ranks).accuracy == candidate.accuracy
+    kept = verify(model, cost, every, pictures)
+
+    accuracy = {r: evaluate(model, pictures, by_name(cost, r)).accuracy for r in every}
+    assert 2 <= len(kept) < len(every)
+    assert all(accuracy[a] < accuracy[b] for a, b in pairwise(kept))
+    for ranks in set(every) - set(kept):
+        cheaper = [r for r in kept if cost.macs_at(r) < cost.macs_at(ranks)]
+        assert max(accuracy[r] for r in cheaper) >= accuracy[ranks]
 
 
-def test_the_search_changes_nothing_in_the_network(model: Net, pictures: Pictures) -> None:
+def test_the_search_changes_nothing_in_the_network(
+    model: Net, cost: Cost, pictures: Pictures
+) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
-    chain_of(model, pictures)
+    chain_of(model, cost, pictures)
 
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_progress_never_passes_its_total(model: Net, pictures: Pictures) -> None:
+def test_progress_counts_to_its_total(model: Net, cost: Cost, pictures: Pictures) -> None:
     told: list[tuple[int, int]] = []
-    cost = measure(model, torch.zeros(1, 1, 6, 6))
 
-    find_chain(model, cost, pictures, PARAMETERS, lambda done, total: told.append((done, total)))
+    find_chain(model, cost, pictures, PARAMETERS, lambda *counts: told.append(counts))
 
-    assert len({total for _, total in told}) == 1
-    assert [done for done, _ in told] == sorted(done for done, _ in told)
-    assert told[-1][0] == told[-1][1]
-
-
-CANDIDATES = [
-    Candidate((1, 1), 10, 0.2),
-    Candidate((1, 2), 20, 0.6),
-    Candidate((2, 2), 30, 0.5),
-    Candidate((2, 3), 40, 0.8),
-    Candidate((3, 3), 50, 0.8),
-]
-
-
-def test_inaccurate_and_beaten_candidates_are_dropped() -> None:
-    assert select(CANDIDATES, SearchParameters(9, 0.3, 8)) == [CANDIDATES[1], CANDIDATES[3]]
-
-
-def test_a_network_that_never_learnt_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"is 0\.8000, below the least that is wanted, 0\.9"):
-        select(CANDIDATES, SearchParameters(9, 0.9, 8))
+    assert [done for done, _ in told] == list(range(1, len(told) + 1))
+    assert {total for _, total in told} == {len(told)}

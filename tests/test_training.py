@@ -17,10 +17,12 @@ from maestro_core.checkpoint import CheckpointError
 from maestro_core.data import Data, Pictures
 from maestro_core.evaluation import evaluate
 from maestro_core.factorize import factorize_, low_rank_layers
+from maestro_core.frontier import Chain
 from maestro_core.training import Diverged, HyperParameters, learning_rate, train_
 
 HYPER = HyperParameters(
     epochs=4,
+    consolidation_epochs=0,
     batch_size=32,
     learning_rate=0.05,
     momentum=0.9,
@@ -71,8 +73,23 @@ def data() -> Data:
     return Data(pictures(300, 0), pictures(100, 1), pictures(100, 2), "blobs", "0")
 
 
-def train(model: nn.Module, data: Data, root: Path, hyper: HyperParameters = HYPER) -> Path:
-    return train_(model, data, hyper, root, RUN, Progress(disable=True))
+CHAIN: Chain = [(1, 2), (2, 6), (4, 12)]
+
+
+def train(
+    model: nn.Module,
+    data: Data,
+    root: Path,
+    hyper: HyperParameters = HYPER,
+    progress: Progress | None = None,
+    run: dict[str, Any] = RUN,
+) -> Path:
+    """Train and return the last checkpoint."""
+    off = Progress(disable=True)
+    assert train_(model, data, hyper, lambda: CHAIN, root, run, progress or off) == CHAIN
+    last = checkpoint.latest(root)
+    assert last is not None
+    return last
 
 
 def test_training_learns_at_full_rank_and_below(data: Data, tmp_path: Path) -> None:
@@ -123,7 +140,7 @@ def test_a_resumed_run_ends_with_the_bits_and_ranks_of_one_that_never_stopped(
 
     steps = [0]
     with pytest.raises(KeyboardInterrupt):
-        train_(stopped, data, SHRINKING, tmp_path / "cut", RUN, StopsInEpoch5(disable=True))
+        train(stopped, data, tmp_path / "cut", SHRINKING, StopsInEpoch5(disable=True))
     left = checkpoint.latest(tmp_path / "cut")
     assert left is not None
     ranks = checkpoint.read_state(left).ranks
@@ -131,6 +148,44 @@ def test_a_resumed_run_ends_with_the_bits_and_ranks_of_one_that_never_stopped(
 
     assert left.name == "epoch-0004"
     assert ranks["fc"] < 12, "nothing shrank before the interruption, so ranks were not tried"
+    assert same(whole, resumed)
+
+
+CONSOLIDATING = replace(HYPER, epochs=2, consolidation_epochs=2)
+
+
+def test_consolidation_raises_the_points_and_keeps_the_whole(data: Data, tmp_path: Path) -> None:
+    ordered, consolidated = network(), network()
+    train(ordered, data, tmp_path / "a", replace(HYPER, epochs=2))
+    train(consolidated, data, tmp_path / "b", replace(CONSOLIDATING, consolidation_epochs=8))
+
+    cheap = {"conv": 1, "fc": 2}
+    before = evaluate(ordered, data.validation, cheap)
+    after = evaluate(consolidated, data.validation, cheap)
+    assert after.loss < before.loss / 2
+    assert after.accuracy > 0.9
+    whole = evaluate(consolidated, data.validation).accuracy
+    assert whole >= evaluate(ordered, data.validation).accuracy - 0.01
+
+
+@pytest.mark.parametrize("stop", [15, 20, 21, 35])
+def test_a_run_stopped_in_either_phase_ends_with_the_same_bits(
+    data: Data, tmp_path: Path, stop: int
+) -> None:
+    class Stops(Progress):
+        def advance(self, *_: Any, **__: Any) -> None:
+            steps.append(0)
+            if len(steps) == stop:
+                raise KeyboardInterrupt
+
+    steps: list[int] = []
+    whole, stopped, resumed = network(), network(), network()
+    train(whole, data, tmp_path / "whole", CONSOLIDATING)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, data, tmp_path / "cut", CONSOLIDATING, Stops(disable=True))
+    train(resumed, data, tmp_path / "cut", CONSOLIDATING)
+
     assert same(whole, resumed)
 
 
@@ -184,7 +239,7 @@ def test_a_checkpoint_of_another_run_is_refused(
     train(network(), data, tmp_path)
 
     with pytest.raises(CheckpointError, match=r"run\.(recipe|seed) is .* but this run has"):
-        train_(network(), data, HYPER, tmp_path, run, Progress(disable=True))
+        train(network(), data, tmp_path, run=run)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
@@ -221,7 +276,7 @@ def test_a_disk_that_fails_leaves_the_earlier_checkpoint(data: Data, tmp_path: P
     blocked = tmp_path / "root" / ".epoch-0002"
     blocked.write_text("a file where the new directory must go")
 
-    state = checkpoint.State(2, {}, RUN)
+    state = checkpoint.State(2, {}, RUN, [])
     with pytest.raises(CheckpointError, match="epoch-0002: cannot be written: File exists"):
         checkpoint.save(tmp_path / "root", model, torch.optim.SGD(model.parameters()), state)
     assert checkpoint.latest(tmp_path / "root") == path
@@ -229,9 +284,9 @@ def test_a_disk_that_fails_leaves_the_earlier_checkpoint(data: Data, tmp_path: P
 
 
 def test_the_rate_falls_from_the_first_to_nearly_nothing() -> None:
-    rates = [learning_rate(HYPER, step, 100) for step in range(100)]
+    rates = [learning_rate(HYPER, epoch / 10, 4) for epoch in range(40)]
 
     assert rates[0] == HYPER.learning_rate
-    assert rates[50] == pytest.approx(HYPER.learning_rate / 2)
-    assert 0 < rates[-1] < HYPER.learning_rate * 1e-3
+    assert rates[20] == pytest.approx(HYPER.learning_rate / 2)
+    assert 0 < rates[-1] < HYPER.learning_rate * 3e-3
     assert rates == sorted(rates, reverse=True)

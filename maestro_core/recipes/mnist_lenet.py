@@ -15,14 +15,15 @@ RECIPE = Recipe(
     validation=5_000,
     keep=(),
     training=HyperParameters(
-        epochs=20,
+        epochs=8,
+        consolidation_epochs=16,
         batch_size=64,
         learning_rate=0.02,
         momentum=0.9,
         weight_decay=1e-4,
-        lasso=1e-3,
+        lasso=0.0,
         threshold=1e-5,
         seed=0,
     ),
-    search=SearchParameters(points=10, min_accuracy=0.9, probes=24),
+    search=SearchParameters(points=10, least_macs=0.15, probes=24),
 )

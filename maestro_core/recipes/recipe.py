@@ -37,4 +37,5 @@ class Recipe:
             "validation": self.validation,
             "keep": list(self.keep),
             **asdict(self.training),
+            "search": asdict(self.search),
         }

@@ -10,15 +10,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from maestro_core import checkpoint, data
-from maestro_core.accounting import measure
+from maestro_core.accounting import Cost, measure
 from maestro_core.data import Data
 from maestro_core.export import Description
 from maestro_core.export import export as export_artifact
 from maestro_core.factorize import factorize_
+from maestro_core.frontier import Chain
 from maestro_core.recipes.mnist_lenet import RECIPE as MNIST_LENET
 from maestro_core.recipes.recipe import Recipe
-from maestro_core.search import find_chain
+from maestro_core.search import find_chain, verify
 from maestro_core.training import train_
+
+_KEPT_SAMPLES = 1_000  # in the artifact, for hosts that look for points of their own
 
 RECIPES = {recipe.name: recipe for recipe in (MNIST_LENET,)}
 
@@ -51,8 +54,9 @@ def export(path: Path, data_path: Path, out: Path) -> Path:
     with _progress() as progress:
         loaded = _load(recipe, data_path)
         model = _network(recipe)
-        checkpoint.restore_(path, model, None, recipe.identity(loaded.sha256))
-        return _search_and_export(recipe, model, loaded, out, progress)
+        state = checkpoint.restore_(path, model, None, recipe.identity(loaded.sha256))
+        chain = state.chain or _find_chain(recipe, model, loaded, progress)
+        return _export(recipe, model, loaded, chain, out, progress)
 
 
 def run_recipe(recipe: Recipe, data_path: Path, out: Path, progress: Progress) -> Path:
@@ -63,26 +67,35 @@ def run_recipe(recipe: Recipe, data_path: Path, out: Path, progress: Progress) -
     with progress:
         loaded = _load(recipe, data_path)
         model = _network(recipe)
-        identity = recipe.identity(loaded.sha256)
-        root = out / f"{recipe.name}-checkpoints"
-        train_(model, loaded, recipe.training, root, identity, progress)
-        return _search_and_export(recipe, model, loaded, out / f"{recipe.name}.maestro", progress)
+        chain = train_(
+            model,
+            loaded,
+            recipe.training,
+            lambda: _find_chain(recipe, model, loaded, progress),
+            out / f"{recipe.name}-checkpoints",
+            recipe.identity(loaded.sha256),
+            progress,
+        )
+        return _export(recipe, model, loaded, chain, out / f"{recipe.name}.maestro", progress)
 
 
-def _search_and_export(
-    recipe: Recipe, model: nn.Module, loaded: Data, path: Path, progress: Progress
-) -> Path:
-    x, _ = loaded.validation.batch(slice(0, 1))
-    cost = measure(model, x)
-    searching = progress.add_task("search", total=None)
-    chain = find_chain(
+def _find_chain(recipe: Recipe, model: nn.Module, loaded: Data, progress: Progress) -> Chain:
+    task = progress.add_task("search", total=None)
+    return find_chain(
         model,
-        cost,
+        _cost(model, loaded),
         loaded.validation,
         recipe.search,
-        lambda done, total: progress.update(searching, completed=done, total=total),
+        lambda done, total: progress.update(task, completed=done, total=total),
     )
-    exporting = progress.add_task("export", total=len(chain))
+
+
+def _export(
+    recipe: Recipe, model: nn.Module, loaded: Data, chain: Chain, path: Path, progress: Progress
+) -> Path:
+    cost = _cost(model, loaded)
+    points = verify(model, cost, chain, loaded.validation)
+    task = progress.add_task("export", total=len(points))
     description = Description(
         name=recipe.name,
         task="image-classification",
@@ -95,11 +108,15 @@ def _search_and_export(
             "python": platform.python_version(),
         },
     )
-    ranks = [candidate.ranks for candidate in chain]
     export_artifact(
-        model, cost, ranks, loaded.test, description, path, lambda: progress.advance(exporting)
+        model, cost, points, loaded.test, description, path, lambda: progress.advance(task)
     )
     return path
+
+
+def _cost(model: nn.Module, loaded: Data) -> Cost:
+    x, _ = loaded.validation.batch(slice(0, 1))
+    return measure(model, x)
 
 
 def _recipe(name: str) -> Recipe:

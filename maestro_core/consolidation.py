@@ -1,0 +1,34 @@
+"""Train the points of a chain together, after low-rank ordered training found their order.
+
+Not in the Maestro paper, where a network is cut one layer at a time. A point cuts all of them; it
+learns here to answer as the whole network does (the sandwich rule and in-place distillation of Yu
+and Huang, "Universally Slimmable Networks", ICCV 2019, on ranks that are nested).
+"""
+
+from collections.abc import Sequence
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maestro_core.factorize import forward_at, low_rank_layers
+
+
+def consolidation_loss(
+    model: nn.Module, chain: Sequence[Sequence[int]], x: Tensor, labels: Tensor, rng: Random
+) -> Tensor:
+    """Return the mean of the whole network's loss on `labels` and two points' on its answers.
+
+    The points are the cheapest and one drawn from between; a chain of one or two has fewer.
+    """
+    names = list(low_rank_layers(model))
+    whole: Tensor = model(x)
+    answers = whole.detach().softmax(1)
+    between = [rng.choice(chain[1:-1])] if len(chain) > 2 else []
+    points = [
+        forward_at(model, dict(zip(names, ranks, strict=True)), x)
+        for ranks in (*chain[:-1][:1], *between)
+    ]
+    losses = [F.cross_entropy(whole, labels), *(F.cross_entropy(y, answers) for y in points)]
+    return torch.stack(losses).mean()
