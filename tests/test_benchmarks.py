@@ -1,0 +1,70 @@
+"""The programs that measure, on the tiny artifact: what they count, not how fast it is."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import layers, prediction, report
+from benchmarks.memory import grown_mib
+from benchmarks.profiler import Effort, Precision, profile
+from maestro_core.artifact import Artifact
+from maestro_core.profile import Latency, Profile
+from server.engine import Engine
+from tests.conftest import TINY_LAYERS
+from tests.test_profile import KEY
+
+
+def constant_profile(ms: float) -> Profile:
+    """Return a profile that says the same of everything."""
+    cells = ((point, batch) for point in range(5) for batch in (1, 16))
+    latencies = tuple(Latency(p, b, ms, ms, ms, ms, 1, ms, ms) for p, b in cells)
+    return Profile(KEY, "2026-01-01", "quick", "time", 0.0, latencies)
+
+
+def test_predictions_far_off_do_not_hold(tiny_artifact: Artifact) -> None:
+    found = prediction.checked(Engine(tiny_artifact), constant_profile(1e6), runs=2, seed=0)
+
+    assert found["pairs"] == len(found["predictions"]) == 30
+    assert found["p50_within_10_percent"] == found["p95_within_10_percent"] == 0
+    assert all(row["p50_error"] > 100 for row in found["predictions"])
+
+
+def test_a_profile_of_an_engine_can_be_checked(tiny_artifact: Artifact) -> None:
+    engine = Engine(tiny_artifact)
+    made = profile(engine, Effort("quick", 0.3, Precision(min_runs=5)), batch_sizes=(1, 16))
+
+    found = prediction.checked(engine, made, runs=2, seed=0)
+
+    assert 0 <= found["p50_within_10_percent"] <= 30
+    assert {row["n"] for row in found["predictions"]} == {2}
+
+
+def test_the_fastest_form_is_the_one_of_least_time() -> None:
+    rows = layers.compared(TINY_LAYERS, budget_s=0.2)
+
+    assert {row["layer"] for row in rows} == {"conv", "fc"}
+    for row in rows:
+        times = {form: row[f"{form}_ms"] for form in layers.FORMS}
+        assert times[row["fastest"]] == min(times.values())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_that_of_another_process(tiny_artifact: Artifact, tmp_path: Path) -> None:
+    grown = grown_mib(tiny_artifact.path, "engine", 5, 1, tmp_path)
+
+    assert set(grown) == {"private", "private_dirty", "pss"}
+    assert grown["private_dirty"] <= grown["private"]
+
+
+def test_a_result_is_written_with_its_conditions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "new" / "result.json"
+
+    report.write({**report.conditions(), "value": 1}, path)
+
+    result = json.loads(path.read_text())
+    assert result == json.loads(capsys.readouterr().out)
+    assert {"date", "host", "versions", "commit", "value"} == set(result)
