@@ -1,6 +1,7 @@
 """What went wrong in other code for this method and is not held by a test elsewhere."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -10,15 +11,19 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from maestro_core.accounting import measure
 from maestro_core.artifact import Image
 from maestro_core.data import Data, Pictures
 from maestro_core.factorize import factorize_, forward_at, low_rank_layers
+from maestro_core.frontier import Chain
 from maestro_core.layers import LowRankLayer
 from maestro_core.lod import sample, truncate_
+from maestro_core.search import SearchParameters, find_chain
 from maestro_core.training import HyperParameters, train_
 
 HYPER = HyperParameters(
     epochs=2,
+    consolidation_epochs=0,
     batch_size=20,
     learning_rate=0.05,
     momentum=0.9,
@@ -55,11 +60,16 @@ def network() -> nn.Sequential:
     return model
 
 
-def train(model: nn.Module, data: Data, root: Path) -> None:
-    train_(model, data, HYPER, root, {"recipe": "noise"}, Progress(disable=True))
+def train(model: nn.Module, data: Data, root: Path, hyper: HyperParameters = HYPER) -> Chain:
+    def find() -> Chain:
+        cost = measure(model, torch.zeros(1, 1, 5, 5))
+        parameters = SearchParameters(points=4, least_macs=0.1, probes=4)
+        return find_chain(model, cost, data.validation, parameters, lambda *_: None)
+
+    return train_(model, data, hyper, find, root, {"recipe": "noise"}, Progress(disable=True))
 
 
-def test_every_step_of_training_is_one_pass_with_at_most_one_layer_cut(
+def test_every_step_of_ordered_training_is_one_pass_with_at_most_one_layer_cut(
     data: Data, tmp_path: Path
 ) -> None:
     """A misspelt option once switched the sampling off, and nothing said so."""
@@ -85,19 +95,22 @@ def test_every_step_of_training_is_one_pass_with_at_most_one_layer_cut(
     assert cut.count(1) > STEPS // 2
 
 
-def test_training_never_reads_the_test_pictures(data: Data, tmp_path: Path) -> None:
-    train(network(), data, tmp_path)
+def test_training_and_search_never_read_the_test_pictures(data: Data, tmp_path: Path) -> None:
+    chain = train(network(), data, tmp_path, replace(HYPER, consolidation_epochs=1))
+
+    assert len(chain) > 2, "too short a chain to have been trained on"
 
 
 def test_training_needs_no_global_random_state(data: Data, tmp_path: Path) -> None:
     """Ranks came from an unseeded generator, so that no run could be repeated."""
     first, again = network(), network()
+    hyper = replace(HYPER, consolidation_epochs=1)
 
-    train(first, data, tmp_path / "a")
+    train(first, data, tmp_path / "a", hyper)
     random.seed(5)
     np.random.seed(5)
     torch.manual_seed(5)
-    train(again, data, tmp_path / "b")
+    train(again, data, tmp_path / "b", hyper)
 
     for a, b in zip(first.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
