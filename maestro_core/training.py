@@ -22,7 +22,7 @@ from maestro_core.frontier import Chain
 from maestro_core.lod import group_lasso, sample, shrink_
 
 
-class Diverged(RuntimeError):  # noqa: N818  it says what happened
+class Diverged(ValueError):  # noqa: N818  it says what happened
     """The loss is no longer a finite number; the message names the step."""
 
 
@@ -81,6 +81,9 @@ def train_(
             train_epoch_(
                 model, optimizer, data.train, hyper, epoch, chain, lambda: progress.advance(task)
             )
+            result = evaluate(model, data.validation)
+            if not math.isfinite(result.loss):  # the last step's harm shows in no training loss
+                raise Diverged(f"the validation loss is {result.loss} after epoch {epoch + 1}")
         except Diverged as error:
             raise Diverged(f"{error}; last good checkpoint: {last or 'none'}") from None
         if epoch < hyper.epochs:
@@ -88,10 +91,9 @@ def train_(
         ranks = {name: layer.rank for name, layer in low_rank_layers(model).items()}
         state = checkpoint.State(epoch + 1, ranks, run, chain)
         last = checkpoint.save(root, model, optimizer, state)
-        accuracy = evaluate(model, data.validation).accuracy
         progress.update(
             task,
-            description=f"epoch {epoch + 1}/{epochs}, validation {accuracy:.2%}, "
+            description=f"epoch {epoch + 1}/{epochs}, validation {result.accuracy:.2%}, "
             f"ranks {'-'.join(map(str, ranks.values()))}",
         )
     return chain or find()

@@ -232,6 +232,17 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(
     assert checkpoint.latest(tmp_path) == path
 
 
+def test_a_network_spoilt_by_the_last_step_of_an_epoch_is_not_saved(
+    data: Data, tmp_path: Path
+) -> None:
+    wild = replace(HYPER, batch_size=len(data.train), learning_rate=1e30)
+
+    with pytest.raises(Diverged, match=r"validation loss is nan after epoch 1; last .*: none"):
+        train(network(), data, tmp_path, wild)
+    assert checkpoint.latest(tmp_path) is None
+    assert issubclass(Diverged, ValueError), "the program shows these in one line"
+
+
 @pytest.mark.parametrize("run", [{"recipe": "other", "seed": 3}, {"recipe": "blobs", "seed": 4}])
 def test_a_checkpoint_of_another_run_is_refused(
     data: Data, tmp_path: Path, run: dict[str, Any]
