@@ -35,7 +35,8 @@ def engine_of(artifact: Artifact, settings: Settings) -> Engine:
     Raises:
         EngineError: ONNX Runtime refuses the artifact.
     """
-    return Engine(artifact, intra_op_threads=settings.threads or usable_cores())
+    threads = settings.threads or usable_cores()
+    return Engine(artifact, intra_op_threads=threads, state_dir=settings.state_dir)
 
 
 def stored_profile(engine: Engine, settings: Settings) -> Profile | None:

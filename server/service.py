@@ -75,7 +75,13 @@ class Service:
         self.artifact = artifact.load(settings.artifact)
         self.metrics = Metrics()
         self.statistics = Statistics()
-        self._engine = Engine(self.artifact, intra_op_threads=settings.threads or usable_cores())
+        self._engine = Engine(
+            self.artifact,
+            intra_op_threads=settings.threads or usable_cores(),
+            state_dir=settings.state_dir,
+        )
+        if self._engine.note:
+            log.warning("%s", self._engine.note)
         self._store = ProfileStore(settings.state_dir)
         self._turns = Turns()
         self._calibrator = Calibrator(self._measure, self._on_profile, self._store)
