@@ -19,6 +19,7 @@ from benchmarks import networks, report
 from benchmarks.memory import grown_mib, inline
 from benchmarks.profiler import Precision, measure
 from maestro_core.artifact import Artifact
+from maestro_core.host import Elsewhere
 from maestro_core.profile import Latency
 from server.engine import Engine, session_options
 
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget-s", type=float, default=60.0, help="for speed, per network")
     parser.add_argument("--out", type=Path, default=report.RESULTS / "engine.json")
     chosen = parser.parse_args(argv)
-    elsewhere = report.Elsewhere()
+    elsewhere = Elsewhere()
     result: dict[str, Any] = {**report.conditions(), "intra_op_threads": 1, "points": POINTS}
     with tempfile.TemporaryDirectory() as folder:
         for make in (networks.resnet18, networks.encoder):

@@ -22,6 +22,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from benchmarks import networks, report
 from benchmarks.profiler import Precision, measure
 from maestro_core.artifact import Layer
+from maestro_core.host import Elsewhere
 from server.engine import session_options
 
 FORMS = ("factors", "dense", "gauge")
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for network in (networks.resnet18(), networks.encoder()):
         unique = {_signature(layer): layer for layer in network.layers[::-1]}  # the first of each
         chosen_layers = [layer for layer in unique.values() if layer.out_features > 10]
-        elsewhere = report.Elsewhere()
+        elsewhere = Elsewhere()
         rows = compared(chosen_layers, chosen.budget_s)
         result[network.name] = {
             "cores_used_by_others": elsewhere.share(),

@@ -16,6 +16,7 @@ import numpy as np
 
 from benchmarks import networks, profiler, report
 from maestro_core import artifact
+from maestro_core.host import Elsewhere
 from maestro_core.profile import Profile
 from server.engine import Engine
 
@@ -44,16 +45,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         engine = Engine(model, state_dir=Path(folder))
         effort = profiler.Effort("full", chosen.budget_s, profiler.FULL.precision)
         sizes = profiler.batch_sizes_to(MAX_BATCH)
-        elsewhere = report.Elsewhere()
         profile = profiler.profile(engine, effort, batch_sizes=sizes)
-        during_profile = elsewhere.share()
-        elsewhere = report.Elsewhere()
+        elsewhere = Elsewhere()
         found = checked(engine, profile, chosen.runs, seed=1)
         result = {
             **report.conditions(),
             "artifact": model.manifest.name,
             "profile": {"stopped_on": profile.stopped_on, "batch_sizes": profile.batch_sizes},
-            "cores_used_by_others": {"profile": during_profile, "check": elsewhere.share()},
+            "cores_used_by_others": {
+                "profile": profile.cores_used_by_others,
+                "check": elsewhere.share(),
+            },
             **found,
         }
     report.write(result, chosen.out)

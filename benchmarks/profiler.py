@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from benchmarks.smoothing import smooth
 from benchmarks.tails import steadied
+from maestro_core.host import Elsewhere
 from maestro_core.profile import Kind, Latency, Profile, Stop
 from server.engine import Engine
 
@@ -129,6 +130,7 @@ def profile(
     """
     shape = (max(batch_sizes), *engine.artifact.manifest.input.shape[1:])
     samples = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    elsewhere = Elsewhere()
     measured = measure(
         lambda point, batch: engine.run(samples[:batch], point),
         range(len(engine.artifact.points)),
@@ -150,6 +152,7 @@ def profile(
         overhead_ms=overhead_ms,
         latencies=latencies,
         dominated=dominated,
+        cores_used_by_others=elsewhere.share(),
     )
 
 

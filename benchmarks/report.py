@@ -1,9 +1,7 @@
 """What every result says of where it comes from, and how it is written."""
 
 import json
-import os
 import subprocess
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -34,27 +32,6 @@ def write(result: Mapping[str, Any], path: Path | None) -> None:
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n", encoding="utf-8")
-
-
-class Elsewhere:
-    """The share of the host's cores that others use, from its making until asked (Linux)."""
-
-    def __init__(self) -> None:
-        self._began = self._seconds()
-
-    def share(self) -> float:
-        """Return 0 on a quiet host, 1 on one that others fill."""
-        total_s, foreign_s = (
-            now - then for now, then in zip(self._seconds(), self._began, strict=True)
-        )
-        return round(max(0.0, foreign_s) / total_s, 3)
-
-    def _seconds(self) -> tuple[float, float]:
-        """Return core-seconds since boot, and those that other processes computed."""
-        fields = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:9]
-        total, idle = sum(map(int, fields)), int(fields[3]) + int(fields[4])
-        tick_s = 1 / os.sysconf("SC_CLK_TCK")
-        return total * tick_s, (total - idle) * tick_s - time.process_time()
 
 
 def _commit() -> str:

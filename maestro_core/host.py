@@ -2,6 +2,7 @@
 
 import os
 import platform
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,29 @@ class Host:
             memory_gib=int(data["memory_gib"]),
             accelerator=None if accelerator is None else str(accelerator),
         )
+
+
+class Elsewhere:
+    """What share of the host's cores others use, from its making until asked."""
+
+    def __init__(self) -> None:
+        self._began = self._seconds()
+
+    def share(self) -> float:
+        """Return 0 on a quiet host, 1 on one that others fill; 0 where there is no /proc/stat."""
+        total_s, others_s = (
+            now - then for now, then in zip(self._seconds(), self._began, strict=True)
+        )
+        return round(min(1.0, max(0.0, others_s / total_s)), 3) if total_s > 0 else 0.0
+
+    def _seconds(self) -> tuple[float, float]:
+        """Return core-seconds since boot, and those that this process did not compute."""
+        fields = _text("/proc/stat").partition("\n")[0].split()[1:9]
+        if not fields:
+            return 0.0, 0.0
+        total, idle = sum(map(int, fields)), int(fields[3]) + int(fields[4])
+        tick_s = 1 / os.sysconf("SC_CLK_TCK")
+        return total * tick_s, (total - idle) * tick_s - time.process_time()
 
 
 def usable_cores() -> int:

@@ -81,6 +81,8 @@ class Profile:
     overhead_ms: float  # p50 of what a request costs outside the engine
     latencies: tuple[Latency, ...]  # by point, then by batch; complete
     dominated: tuple[int, ...] = ()  # a dearer point is no slower here at any batch size
+    # Share of the host that others used meanwhile: at 0.5 of two cores tails were twice as long.
+    cores_used_by_others: float = 0.0
 
     def __post_init__(self) -> None:
         cells = [(latency.point, latency.batch) for latency in self.latencies]
@@ -91,6 +93,10 @@ class Profile:
             )
         if not (math.isfinite(self.overhead_ms) and self.overhead_ms >= 0):
             raise ProfileError(f"overhead_ms: {self.overhead_ms} is not a time >= 0")
+        if not 0 <= self.cores_used_by_others <= 1:
+            raise ProfileError(
+                f"cores_used_by_others: {self.cores_used_by_others} is not a share 0..1"
+            )
         if self.points[-1] in self.dominated or not set(self.dominated) <= set(self.points):
             raise ProfileError(f"dominated: {self.dominated} is not some of {self.points[:-1]}")
         if list(self.dominated) != sorted(self.dominated):
@@ -193,6 +199,7 @@ def _profile(data: Mapping[str, Any]) -> Profile:
         overhead_ms=_number(data, "overhead_ms"),
         latencies=tuple(_latency(entry) for entry in data["latencies"]),
         dominated=tuple(int(point) for point in data["dominated"]),
+        cores_used_by_others=_number({"cores_used_by_others": 0.0, **data}, "cores_used_by_others"),
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maestro_core.host import Host
+from maestro_core.host import Elsewhere, Host
 from maestro_core.profile import Latency, Profile, ProfileError, ProfileKey
 from maestro_core.profile_store import ProfileStore, StoreError
 
@@ -68,6 +68,14 @@ def test_this_host_reads_back_equal_and_has_cores() -> None:
     assert Profile.from_json(replace(PROFILE, key=key).to_json()).key.host == here
 
 
+def test_others_use_a_share_of_the_host() -> None:
+    elsewhere = Elsewhere()
+
+    sum(i * i for i in range(300_000))  # what this process computes is not others' work
+
+    assert 0 <= elsewhere.share() <= 1
+
+
 def test_quantile_between_profiled_batches_is_linear() -> None:
     assert PROFILE.quantile_ms(0, 4, 50) == 2.0
     assert PROFILE.quantile_ms(0, 6, 50) == 2.5
@@ -112,6 +120,7 @@ def test_a_point_that_is_not_there_is_refused() -> None:
         (edited(kind="best"), "kind: 'best' is not one of quick, full"),
         (edited(overhead_ms="slow"), "overhead_ms: 'slow' is not of type float"),
         (edited(overhead_ms=-1.0), "overhead_ms: -1.0"),
+        (edited(cores_used_by_others=1.5), "cores_used_by_others: 1.5 is not a share"),
         (edited(latencies=[]), "latencies"),
         (edited(latencies=7), "wrong type"),
         (edited(dominated=[9]), "dominated"),
