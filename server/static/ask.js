@@ -109,12 +109,13 @@ function showAnswer(answer, seenMs) {
   write(met, answer.target_met ? "✓ in time" : "✗ late");
   const time = answer.target_met ? "in time" : "late";
   write(byId("answer-spoken"), `Answer ${label}, from point ${answer.point}, ${time}`);
+  showSpent(answer);
   const top = answer.top?.[0] ?? [];
   bars(byId("top"), top.map((one) => [one.label, one.score, percent(one.score)]));
   const facts = [
     ["Point", answer.point, "point"],
     ["Its accuracy", percent(answer.accuracy, 2), "accuracy"],
-    ["Predicted, at most", ms(answer.predicted_ms), "predicted"],
+    ["Predicted tail", ms(answer.predicted_ms), "predicted"],
     ["Computed in", ms(answer.compute_ms), "compute"],
     ["Waited", ms(answer.queue_ms), "queue"],
     ["In all, in the server", ms(answer.total_ms), "total"],
@@ -127,5 +128,22 @@ function showAnswer(answer, seenMs) {
       group.append(element("dt", name), element("dd", value, { "data-fact": key }));
       return group;
     }),
+  );
+}
+
+/** Show what the time went into, against the target. */
+function showSpent({ queue_ms, compute_ms, total_ms, max_latency_ms }) {
+  const spent = byId("spent");
+  const whole = Math.max(total_ms, max_latency_ms);
+  const share = (value) => `${(100 * value) / whole}%`;
+  const [queue, compute, rest, target] = spent.children;
+  queue.style.width = share(queue_ms);
+  compute.style.width = share(compute_ms);
+  rest.style.width = share(Math.max(0, total_ms - queue_ms - compute_ms));
+  target.style.left = share(max_latency_ms);
+  spent.setAttribute(
+    "aria-label",
+    `${ms(queue_ms)} waiting, ${ms(compute_ms)} computing, ${ms(total_ms)} in all, ` +
+      `of a target of ${ms(max_latency_ms)}`,
   );
 }

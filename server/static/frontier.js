@@ -2,9 +2,10 @@
 
 import { Problem, call, latest } from "./api.js";
 import { axis, colour, plot } from "./plots.js";
-import { byId, element, figure, ms, percent, write } from "./text.js";
+import { byId, element, ms, percent, tickFigure, write } from "./text.js";
 
 const THUMB_PX = 24;
+const LABEL_PX = 56;
 const slider = byId("target");
 const holder = byId("frontier-plot");
 
@@ -42,7 +43,7 @@ export async function load() {
   points = frontier.points;
   verdicts = relaxed.points;
   setRange();
-  moveTo(before ?? Math.sqrt(range.x[0] * range.x[1]));
+  moveTo(before ?? 1.05 * middle(verdicts.map((v) => v.total_ms)));
   drawn ??= make();
   drawn.setData([points.map((p) => p.p95_ms).sort((a, b) => a - b), points.map((p) => p.accuracy)]);
   place();
@@ -78,6 +79,11 @@ function setRange() {
   range = { x: [low / 1.6, high * 1.6], y: [least - room, most + room] };
 }
 
+/** Return the geometric mean of the least and the largest. */
+function middle(values) {
+  return Math.sqrt(Math.min(...values) * Math.max(...values));
+}
+
 function moveTo(target) {
   const [low, high] = range.x;
   slider.value = slider.max * (Math.log(target / low) / Math.log(high / low));
@@ -91,6 +97,7 @@ function showTarget() {
 }
 
 function showChoice(answer, target) {
+  byId("choice").dataset.target = target;
   const verdict = answer.points.find((v) => v.point === answer.point);
   if (!verdict) {
     write(byId("choice"), "No point");
@@ -98,10 +105,13 @@ function showChoice(answer, target) {
     return;
   }
   write(byId("choice"), `Point ${verdict.point}, ${percent(verdict.accuracy, 2)} accurate`);
-  const counted = `It counts on ${ms(verdict.total_ms)}`;
-  const fits = `${counted} of the ${ms(target)}; the most accurate that does.`;
-  const misses = `${counted}, more than the target: ${answer.why}.`;
-  write(byId("choice-why"), verdict.feasible ? fits : misses);
+  const fits = `In all ${ms(verdict.total_ms)} are counted on for it; no point in time is more accurate.`;
+  const misses = `No point makes ${ms(target)}; the fastest takes ${ms(verdict.total_ms)} in all.`;
+  write(byId("choice-why"), isInTime(verdict) ? fits : misses);
+}
+
+function isInTime(verdict) {
+  return verdict !== undefined && verdict.total_ms <= targetMs();
 }
 
 function describe() {
@@ -120,7 +130,7 @@ function fillTable() {
     const row = element("tr", "", p.point === chosen ? { "aria-current": "true" } : {});
     const interval = `${percent(p.accuracy_low)} to ${percent(p.accuracy_high)}`;
     const times = [p.p50_ms, p.p95_ms, p.p99_ms, verdict?.total_ms].map(ms);
-    const state = p.point === chosen ? "chosen" : (verdict?.why ?? "–");
+    const state = p.point === chosen ? "chosen" : isInTime(verdict) ? "in time" : "too slow";
     row.append(element("th", p.point, { scope: "row" }));
     for (const cell of [percent(p.accuracy, 2), interval, ...times, state]) {
       row.append(element("td", cell));
@@ -132,19 +142,25 @@ function fillTable() {
 
 // -- the plot ------------------------------------------------------------------------------------
 
-/** Return the ticks 1, 2 and 5 of each decade within the range. */
-function logTicks() {
+/** Return round ticks within the range: as many per decade as there is room for. */
+function logTicks(u) {
   const [low, high] = range.x;
+  const decade_px = u.bbox.width / window.uPlot.pxRatio / Math.log10(high / low);
+  const [steps] = [
+    [[1, 2, 5], 0.3],
+    [[1, 3], 0.47],
+    [[1], 0],
+  ].find(([, share]) => !share || share * decade_px >= LABEL_PX);
   const ticks = [];
   for (let decade = Math.floor(Math.log10(low)); decade <= Math.log10(high); decade += 1) {
-    ticks.push(...[1, 2, 5].map((step) => Number(`${step}e${decade}`)));
+    ticks.push(...steps.map((step) => Number(`${step}e${decade}`)));
   }
   return ticks.filter((tick) => tick >= low && tick <= high);
 }
 
 function accuracyTicks() {
   const [low, high] = range.y;
-  const rough = (high - low) / 5;
+  const rough = (high - low) / 6;
   const unit = 10 ** Math.floor(Math.log10(rough));
   const step = unit * ([1, 2, 5].find((s) => s * unit >= rough) ?? 10);
   const first = Math.ceil(low / step);
@@ -155,13 +171,13 @@ function accuracyTicks() {
 function make() {
   const digits = () => (range.y[1] - range.y[0] < 0.05 ? 1 : 0);
   const options = {
-    padding: [8, THUMB_PX / 2 + 2, 0, 0],
+    padding: [8, THUMB_PX, 0, 0],
     scales: {
       x: { time: false, distr: 3, range: () => range.x },
       y: { range: () => range.y },
     },
     axes: [
-      axis(2, logTicks, (tick) => `${figure(tick).replace(/(\.\d*?)0+$/, "$1").replace(/\.$/, "")} ms`, 26),
+      axis(2, logTicks, (tick) => `${tickFigure(tick)} ms`, 26),
       axis(3, accuracyTicks, (tick) => percent(tick, digits()), 54),
     ],
     series: [{}, { show: true, paths: () => null, points: { show: false } }],
@@ -199,17 +215,19 @@ function drawTarget({ context, unit, at }, { top, height, left }) {
 }
 
 function drawLine({ context, unit, at }) {
-  context.strokeStyle = colour("line");
-  context.lineWidth = 2 * unit;
+  context.globalAlpha = 0.4;
+  context.strokeStyle = colour("dot");
+  context.lineWidth = 1.5 * unit;
   context.beginPath();
   for (const p of points.filter((p) => p.on_frontier)) context.lineTo(...at(p.p95_ms, p.accuracy));
   context.stroke();
+  context.globalAlpha = 1;
 }
 
 function drawPoint({ context, unit, at }, point, isChosen) {
   const verdict = verdicts.find((v) => v.point === point.point);
   const [x, y] = at(point.p95_ms, point.accuracy);
-  context.globalAlpha = isChosen || verdict?.feasible ? 1 : 0.45;
+  context.globalAlpha = isChosen || isInTime(verdict) ? 1 : 0.45;
   context.strokeStyle = context.fillStyle = colour(isChosen ? "lit" : "dot");
   context.lineWidth = 1.5 * unit;
   if (verdict) {

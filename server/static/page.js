@@ -21,6 +21,7 @@ async function measured() {
 async function enter() {
   const model = await call("/page.json");
   write(byId("model"), model.name);
+  write(byId("metric"), `Accuracy: ${model.metric}, ${model.data}.`);
   document.title = `Maestro: ${model.name}`;
   frontier.start(askWhereNew);
   ask.start(model, frontier.targetMs);

@@ -13,6 +13,7 @@ export function axis(side, splits, label, size) {
     side,
     size,
     splits,
+    filter: (_plot, ticks) => ticks,
     values: (_plot, ticks) => ticks.map(label),
     stroke: () => colour("soft"),
     grid: { stroke: () => colour("line"), width: 1 },

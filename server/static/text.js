@@ -20,6 +20,9 @@ export function figure(value) {
   return value.toFixed(Math.min(digits, 4));
 }
 
+/** Return three significant digits at most, without zeros at the end. */
+export const tickFigure = (value) => String(Number(figure(value)));
+
 export const ms = (value) => (value == null ? "–" : `${figure(value)} ms`);
 
 export const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;

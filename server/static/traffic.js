@@ -2,7 +2,7 @@
 
 import { between, isAnew, quantile, snapshot } from "./metrics.js";
 import { axis, colour, plot } from "./plots.js";
-import { bars, byId, element, figure, percent, write } from "./text.js";
+import { bars, byId, element, figure, percent, tickFigure, write } from "./text.js";
 
 const SPAN_S = 120;
 const FIGURES_S = 10;
@@ -43,7 +43,7 @@ function showFigures({ perSecond, metShare, ratio }) {
   write(byId("rate"), perSecond ? figure(perSecond) : "0");
   write(byId("met-share"), metShare == null ? "–" : percent(metShare));
   const p95 = quantile(ratio, 0.95);
-  write(byId("ratio"), p95 == null ? "–" : `${p95 >= 4 ? "over " : ""}${percent(p95, 0)}`);
+  write(byId("ratio"), p95 == null ? "–" : `${p95 >= 4 ? "> " : ""}${percent(p95, 0)}`);
 }
 
 function showUsed(used) {
@@ -67,10 +67,10 @@ function showPlots(now) {
     spans.map(([, span]) => span.missedPerSecond),
   ]);
   ratios.setData([
-    times,
-    smooth.map((ratio) => quantile(ratio, 0.95)),
-    smooth.map((ratio) => quantile(ratio, 0.5)),
-    times.map(() => 1),
+    [-SPAN_S, ...times],
+    [null, ...smooth.map((ratio) => quantile(ratio, 0.95))],
+    [null, ...smooth.map((ratio) => quantile(ratio, 0.5))],
+    [1, ...times.map(() => 1)],
   ]);
 }
 
@@ -89,7 +89,7 @@ function options(top, label, series) {
     },
     axes: [
       axis(2, () => [-60, 0], ago, 24),
-      axis(3, (plotted) => [0, plotted.scales.y.max / 2, plotted.scales.y.max], label, 46),
+      axis(3, (_plot, _axis, low, high) => [low, (low + high) / 2, high], label, 46),
     ],
     series: [{}, ...series],
   };
@@ -108,7 +108,7 @@ function round(value) {
 function ratePlot() {
   const series = [line("lit"), line("late", [5, 4])];
   const top = (high) => round(Math.max(high, 2));
-  return plot(byId("rate-plot"), options(top, figure, series), [[], [], []]);
+  return plot(byId("rate-plot"), options(top, tickFigure, series), [[], [], []]);
 }
 
 function ratioPlot() {

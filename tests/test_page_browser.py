@@ -1,0 +1,336 @@
+"""The page as a reader sees and works it, in headless Chromium."""
+
+import shutil
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+import uvicorn
+
+from maestro_core import artifact
+from maestro_core.profile import Latency, Profile
+from maestro_core.profile_store import ProfileStore
+from server.app import create_app
+from server.engine import Engine
+from server.service import Service
+from server.settings import Settings
+from tests.conftest import TINY_RANKS, tiny_contents, tiny_manifest
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+By = pytest.importorskip("selenium.webdriver.common.by").By
+Keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
+Wait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+POINT_MS = (1.0, 2.0, 4.0, 8.0, 16.0)
+OVERHEAD_MS = 0.25
+WAIT_S = 30.0
+PHONE_PX = 360
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A server, and the gate at which its calibrations stop while it is closed."""
+
+    address: str
+    gate: threading.Event
+
+
+@contextmanager
+def serving(settings: Settings) -> Iterator[Site]:
+    """Serve from a thread; calibrations go on once the gate is set."""
+    gate = threading.Event()
+    service = Service(settings, on_progress=lambda _: gate.wait(WAIT_S))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = uvicorn.Server(uvicorn.Config(create_app(settings, service), log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            yield Site(f"http://127.0.0.1:{listening.getsockname()[1]}", gate)
+        finally:
+            gate.set()
+            server.should_exit = True
+            thread.join(WAIT_S)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    artifact.save(tmp_path / "tiny.maestro", tiny_manifest(), tiny_contents())
+    return Settings(
+        artifact=tmp_path / "tiny.maestro", state_dir=tmp_path / "state", threads=1, max_batch=2
+    )
+
+
+@pytest.fixture
+def profiled(settings: Settings) -> Settings:
+    """Return the settings of a host whose latencies are POINT_MS, whatever it is."""
+    key = Engine(artifact.load(settings.artifact), intra_op_threads=1).profile_key(1)
+    latencies = tuple(
+        Latency(point, batch, *[batch * ms] * 4, n=100, p50_low_ms=ms, p50_high_ms=ms)
+        for point, ms in enumerate(POINT_MS)
+        for batch in (1, 2)
+    )
+    profile = Profile(
+        key, "2026-01-02T03:04:05+00:00", "quick", "precision", OVERHEAD_MS, latencies
+    )
+    ProfileStore(settings.state_dir).save(profile)
+    return settings
+
+
+@pytest.fixture
+def site(profiled: Settings) -> Iterator[Site]:
+    with serving(profiled) as site:
+        yield site
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("no browser: install chromium and chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    started = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield started
+    started.quit()
+
+
+class Reader:
+    """Reads and works the page as a person would."""
+
+    def __init__(self, browser: Any, site: Site, width_px: int = 1280) -> None:
+        self.browser, self.site = browser, site
+        browser.get_log("browser")
+        size = {"width": width_px, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        browser.get(site.address)
+
+    def find(self, css: str) -> Any:
+        return self.browser.find_element(By.CSS_SELECTOR, css)
+
+    def text(self, css: str) -> str:
+        return str(self.find(css).text)
+
+    def until(self, holds: Callable[[], Any]) -> None:
+        Wait(self.browser, WAIT_S, 0.05).until(lambda _: holds())
+
+    def until_ready(self) -> "Reader":
+        self.until(lambda: self.text("#status") == "Ready" and self.text("#choice"))
+        return self
+
+    def move(self, key: str) -> tuple[float, str]:
+        """Press a key on the slider; return the target that it then shows, and the choice."""
+        self.find("#target").send_keys(key)
+        shown = self.text("#target-value").removesuffix(" ms")
+        self.until(lambda: float(self.find("#choice").get_attribute("data-target")) == float(shown))
+        return float(shown), self.text("#choice")
+
+    def choose(self, file: Path) -> None:
+        self.find("#file").send_keys(str(file))
+
+    def scrolls_sideways(self) -> bool:
+        script = "return document.documentElement.scrollWidth > window.innerWidth"
+        return bool(self.browser.execute_script(script))
+
+
+@pytest.fixture
+def reader(browser: Any, site: Site) -> Reader:
+    return Reader(browser, site).until_ready()
+
+
+def test_moving_the_slider_changes_the_point(reader: Reader) -> None:
+    for key in (Keys.END, Keys.PAGE_DOWN, Keys.PAGE_DOWN, Keys.PAGE_DOWN, Keys.PAGE_DOWN):
+        target_ms, choice = reader.move(key)
+        in_time = [i for i, ms in enumerate(POINT_MS) if ms + OVERHEAD_MS <= target_ms]
+        assert choice.startswith(f"Point {in_time[-1]},"), target_ms
+
+    target_ms, choice = reader.move(Keys.HOME)
+    assert target_ms < POINT_MS[0]
+    assert choice.startswith("Point 0,")
+    assert "No point makes" in reader.text("#choice-why")
+
+
+def test_the_table_shows_what_was_measured(reader: Reader) -> None:
+    reader.find("summary").click()
+    rows = reader.browser.find_elements(By.CSS_SELECTOR, "#points tbody tr")
+
+    p95_ms = [row.find_elements(By.TAG_NAME, "td")[3].text for row in rows]
+    assert p95_ms == ["1.00 ms", "2.00 ms", "4.00 ms", "8.00 ms", "16.0 ms"]
+    assert len(rows) == len(TINY_RANKS)
+
+
+def check_answer(reader: Reader, picture: Path) -> None:
+    """Hold what the page says against the server's own answer at the point that it names."""
+    reader.until(lambda: reader.find("#answer").is_displayed())
+    query = f"/infer?point={reader.text('[data-fact=point]')}"
+    headers = {"content-type": "image/png"}
+    answer = httpx.post(
+        reader.site.address + query, content=picture.read_bytes(), headers=headers
+    ).json()
+
+    assert reader.text("#answer-label") == answer["labels"][0]
+    assert reader.text("[data-fact=accuracy]") == f"{100 * answer['accuracy']:.2f} %"
+    assert reader.text("[data-fact=total]").endswith(" ms")
+    assert reader.text("#met") in ("✓ in time", "✗ late")
+
+
+def test_a_chosen_picture_is_answered_and_counted(reader: Reader) -> None:
+    reader.choose(EXAMPLES / "digit-7.png")
+
+    check_answer(reader, EXAMPLES / "digit-7.png")
+    reader.until(lambda: "100.0 %" in reader.text("#used"))
+
+
+def test_a_dropped_picture_is_answered(reader: Reader) -> None:
+    picture = EXAMPLES / "digit-3.png"
+    script = """
+        const data = new DataTransfer();
+        data.items.add(new File([new Uint8Array(arguments[0])], "a.png", {type: "image/png"}));
+        const options = {dataTransfer: data, bubbles: true, cancelable: true};
+        document.body.dispatchEvent(new DragEvent("drop", options));
+    """
+    reader.browser.execute_script(script, list(picture.read_bytes()))
+
+    check_answer(reader, picture)
+
+
+def test_moving_the_slider_asks_again(reader: Reader) -> None:
+    reader.choose(EXAMPLES / "digit-7.png")
+    reader.until(lambda: reader.find("#answer").is_displayed())
+
+    for key in (Keys.END, Keys.HOME):
+        target_ms, _ = reader.move(key)
+        reader.until(lambda ms=target_ms: float(reader.text("[data-fact=asked]").split()[0]) == ms)
+
+
+def test_a_file_that_is_no_picture_is_refused_in_plain_words(
+    reader: Reader, tmp_path: Path
+) -> None:
+    (tmp_path / "broken.png").write_bytes(b"junk")
+    (tmp_path / "notes.txt").write_text("hello")
+
+    reader.choose(tmp_path / "broken.png")
+    reader.until(lambda: "neither a PNG nor a JPEG" in reader.text("#try-error"))
+    reader.choose(tmp_path / "notes.txt")
+    reader.until(lambda: reader.text("#try-error") == "notes.txt is not a PNG or JPEG picture")
+
+    reader.choose(EXAMPLES / "digit-0.png")
+    reader.until(lambda: reader.find("#answer").is_displayed())
+    assert not reader.find("#try-error").is_displayed()
+
+
+def test_a_calibration_is_watched_and_cancelled(reader: Reader) -> None:
+    reader.find("#start").send_keys(Keys.ENTER)
+    reader.until(lambda: reader.find("#job-progress").is_displayed())
+    reader.until(lambda: "known well enough" in reader.text("#job-figures"))
+    assert not reader.find("#start").is_enabled()
+
+    reader.find("#cancel").send_keys(Keys.ENTER)
+    reader.until(lambda: reader.text("#job-state") == "Cancelling")
+    reader.site.gate.set()
+    reader.until(lambda: reader.text("#job-state").startswith("Cancelled"))
+    assert reader.find("#start").is_enabled()
+    assert not reader.find("#job").is_displayed()
+
+
+def test_a_calibration_that_runs_already_is_joined(reader: Reader) -> None:
+    job = httpx.post(f"{reader.site.address}/profile", json={"kind": "quick"}).json()
+
+    reader.find("#start").click()
+    reader.until(lambda: "under way already" in reader.text("#job-state"))
+    httpx.delete(f"{reader.site.address}/profile/jobs/{job['id']}")
+    reader.site.gate.set()
+
+    reader.until(lambda: reader.text("#job-state").startswith("Cancelled"))
+
+
+def test_the_admin_token_is_asked_for_where_one_is_set(browser: Any, profiled: Settings) -> None:
+    guarded = profiled.model_copy(update={"admin_token": Settings(admin_token="s3").admin_token})
+    with serving(guarded) as site:
+        reader = Reader(browser, site).until_ready()
+        assert not reader.find("#token").is_displayed()
+
+        reader.find("#start").click()
+        reader.until(lambda: reader.find("#token").is_displayed())
+        reader.find("#token").send_keys("s3" + Keys.ENTER)
+
+        reader.until(lambda: reader.find("#cancel").is_displayed())
+        assert not reader.find("#job-error").is_displayed()
+
+
+def test_the_page_waits_for_the_first_calibration_and_goes_on(
+    browser: Any, settings: Settings
+) -> None:
+    with serving(settings) as site:
+        reader = Reader(browser, site)
+        reader.until(lambda: reader.text("#status") == "Calibrating")
+        assert reader.find("#waiting-progress").is_displayed()
+        assert not reader.find("#main").is_displayed()
+
+        site.gate.set()
+
+        reader.until_ready()
+        assert not reader.find("#waiting").is_displayed()
+
+
+def test_a_server_that_is_gone_is_said_and_found_again(reader: Reader) -> None:
+    reader.browser.execute_cdp_cmd("Network.enable", {})
+    reader.browser.execute_cdp_cmd("Network.setBlockedURLs", {"urls": ["*/metrics"]})
+    reader.until(lambda: reader.text("#status") == "Not connected")
+    assert "does not answer" in reader.text("#waiting-text")
+
+    reader.browser.execute_cdp_cmd("Network.setBlockedURLs", {"urls": []})
+    reader.until_ready()
+
+
+def test_a_phone_does_not_scroll_sideways(browser: Any, site: Site) -> None:
+    reader = Reader(browser, site, PHONE_PX).until_ready()
+    assert not reader.scrolls_sideways()
+
+    reader.choose(EXAMPLES / "digit-7.png")
+    reader.find("summary").click()
+    reader.until(lambda: reader.find("#answer").is_displayed())
+    assert not reader.scrolls_sideways()
+
+
+def test_everything_to_work_with_has_a_name(reader: Reader) -> None:
+    controls = reader.browser.find_elements(
+        By.CSS_SELECTOR, "input, button, a, summary, progress, img, [role]"
+    )
+
+    nameless = [
+        control.get_attribute("outerHTML")
+        for control in controls
+        if control.is_displayed() and control.aria_role not in ("status", "alert")
+        if not control.accessible_name
+    ]
+    assert nameless == []
+
+
+def test_tab_reaches_every_control_in_the_order_of_the_page(reader: Reader) -> None:
+    wanted = ["target", "", "file", "", "", "", "", "start"]  # between: summary, examples, radios
+    reader.browser.execute_script("document.getElementById('main').focus()")
+    reached = []
+    for _ in wanted:
+        reader.browser.switch_to.active_element.send_keys(Keys.TAB)
+        reached.append(reader.browser.switch_to.active_element.get_attribute("id"))
+
+    assert reached == wanted
+
+
+def test_the_console_stays_empty(reader: Reader) -> None:
+    reader.find("#examples button").click()
+    reader.until(lambda: reader.find("#answer").is_displayed())
+    reader.move(Keys.END)
+
+    assert reader.browser.get_log("browser") == []
