@@ -1,7 +1,7 @@
 """`maestro bench calibration`: serving while calibrating, and calibrating while serving.
 
 Requests arrive at random (open loop, from the intended time) at one worker that shares turns with
-a calibration, as in the server; each is compared with the same without the other.
+a calibration, as in the server. It is held back every other second; that is compared.
 """
 
 import argparse
@@ -9,7 +9,8 @@ import random
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,20 +18,21 @@ from typing import Any
 import numpy as np
 
 from benchmarks import networks, profiler, report
-from benchmarks.profiler import CancelledError, Effort
+from benchmarks.profiler import Effort
 from maestro_core.profile import Profile
 from server.engine import Engine
 from server.worker import Turns
 
 POINT = 3
-BATCH_SIZES = (1, 2, 4)
+BATCH_SIZES = (1, 2)
+_WINDOW_S = 1.0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the result, and write it where `--out` says."""
     parser = argparse.ArgumentParser(prog="maestro bench calibration", description=__doc__)
     parser.add_argument("--load", type=float, default=0.2, help="share of time spent serving")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of each part")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of serving")
     parser.add_argument("--out", type=Path, default=report.RESULTS / "calibration.json")
     chosen = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
@@ -49,25 +51,26 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def compared(engine: Engine, load: float, seconds: float) -> dict[str, Any]:
     """Return response times with and without a calibration, and profiles with and without load."""
-    effort = Effort("full", seconds, profiler.FULL.precision)
-    quiet = _calibrated(engine, effort, Turns(), lambda: False)
-    run_s = quiet.row(POINT)[0].p50_ms / 1e3
-    rate = load / run_s
-    alone_ms = _served(engine, Turns(), rate, seconds)
-    turns, ended = Turns(), threading.Event()
+    effort = Effort("full", seconds / 4, profiler.FULL.precision)
+    quiet = _calibrated(engine, effort, Turns().trial)
+    rate = load / (quiet.row(POINT)[0].p50_ms / 1e3)
+    turns, gate, ended = Turns(), threading.Event(), threading.Event()
     busy: list[Profile] = []
 
+    def gated(expected_s: float) -> AbstractContextManager[object]:
+        gate.wait()
+        return turns.trial(expected_s)
+
     def calibrate() -> None:
+        effort = Effort("full", seconds, profiler.FULL.precision)
         while not ended.is_set():
-            try:
-                busy.append(_calibrated(engine, effort, turns, ended.is_set))
-            except CancelledError:
-                return
+            busy.append(_calibrated(engine, effort, gated))
 
     thread = threading.Thread(target=calibrate)
     thread.start()
-    beside_ms = _served(engine, turns, rate, seconds + 2)
+    alone_ms, beside_ms = _served(engine, turns, gate, rate, seconds + _WINDOW_S)
     ended.set()
+    gate.set()
     thread.join()
     quiet_ms = {(x.point, x.batch): x.p50_ms for x in quiet.latencies}
     ratios = [x.p50_ms / quiet_ms[x.point, x.batch] for x in busy[0].latencies]
@@ -87,29 +90,33 @@ def compared(engine: Engine, load: float, seconds: float) -> dict[str, Any]:
     }
 
 
-def _calibrated(
-    engine: Engine, effort: Effort, turns: Turns, cancelled: Callable[[], bool]
-) -> Profile:
-    return profiler.profile(
-        engine, effort, batch_sizes=BATCH_SIZES, turn=turns.trial, cancelled=cancelled
-    )
+def _calibrated(engine: Engine, effort: Effort, turn: profiler.Turn) -> Profile:
+    return profiler.profile(engine, effort, batch_sizes=BATCH_SIZES, turn=turn)
 
 
-def _served(engine: Engine, turns: Turns, rate: float, seconds: float) -> list[float]:
-    """Return response times, ms, of requests that arrive `rate` times a second at random."""
+def _served(
+    engine: Engine, turns: Turns, gate: threading.Event, rate: float, seconds: float
+) -> tuple[list[float], list[float]]:
+    """Return response times, ms, of requests that arrive `rate` times a second at random.
+
+    Windows without (first) and with a calibration alternate, so that other work on the host
+    falls on both.
+    """
     rng = random.Random(0)
     x = np.ones((1, *engine.artifact.manifest.input.shape[1:]), np.float32)
-    times_ms = []
+    times_ms: tuple[list[float], list[float]] = ([], [])
     began_s = time.perf_counter()
     due_s = began_s
     while (due_s := due_s + rng.expovariate(rate)) < began_s + seconds:
+        window = int((due_s - began_s) / _WINDOW_S) % 2
         if (wait_s := due_s - time.perf_counter()) > 0:
             turns.set_idle(True)
             time.sleep(wait_s)
+        (gate.set if window else gate.clear)()
         turns.set_idle(False)
         with turns.computing:
             engine.run(x, POINT)
-        times_ms.append(1e3 * (time.perf_counter() - due_s))
+        times_ms[window].append(1e3 * (time.perf_counter() - due_s))
     turns.set_idle(True)
     return times_ms
 
