@@ -123,6 +123,16 @@ def from_image(body: bytes, tensor: Tensor) -> Floats:
     return np.ascontiguousarray(scaled.transpose(2, 0, 1)[None], np.float32)
 
 
+def warm_up(tensor: Tensor) -> None:
+    """Load what the first picture would wait for: decoders are loaded when they are first used."""
+    if tensor.image is None:
+        return
+    for kind in ("PNG", "JPEG"):
+        file = io.BytesIO()
+        Image.new(tensor.image.mode, (tensor.image.width, tensor.image.height)).save(file, kind)
+        from_image(file.getvalue(), tensor)
+
+
 def shaped(array: NDArray[Any], tensor: Tensor) -> Floats:
     """Return `array` as the input (n, …); one sample may come without its batch axis.
 

@@ -21,6 +21,7 @@ from maestro_core.artifact import Artifact
 from maestro_core.host import usable_cores
 from maestro_core.profile import Profile, ProfileError
 from maestro_core.profile_store import ProfileStore
+from server import inputs
 from server.answers import Inference, frontier_rows, infer_answer
 from server.calibration import AlreadyRunningError, Calibrator, Job, UnknownJobError
 from server.dispatcher import Dispatcher
@@ -98,6 +99,7 @@ class Service:
     async def start(self) -> None:
         """Use the stored profile of this host, or start to measure one."""
         self._loop = asyncio.get_running_loop()
+        inputs.warm_up(self.artifact.manifest.input)
         self._overhead_ms = await overhead_ms(self.artifact)
         found = self._store.find(self._engine.profile_key(SLOTS))
         if found.reason:

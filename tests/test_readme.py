@@ -1,0 +1,100 @@
+"""The README's commands, run as they stand."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from server.settings import Settings
+from tests.server_process import running_server
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
+]
+CURLS = [command for command in COMMANDS if command.startswith("curl")]
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with running_server(tmp_path_factory.mktemp("state")) as address:
+        yield address
+
+
+def run(words: list[str], cwd: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        words, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_there_is_something_to_run() -> None:
+    assert COMMANDS[:2] == ["make serve", "make test"]
+    assert len(CURLS) >= 4
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@pytest.mark.parametrize("command", CURLS)
+def test_a_curl_line_gets_an_answer(address: str, command: str) -> None:
+    words = [word.replace("localhost:8000", address) for word in shlex.split(command)]
+
+    finished = run([*words, "--silent", "--show-error", "--fail-with-body"], ROOT)
+
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    answer = json.loads(finished.stdout)
+    if "digit-7" in command:
+        assert answer["labels"] == ["7"]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make")])
+def test_a_make_line_has_its_target(command: str) -> None:
+    finished = run([*shlex.split(command), "--dry-run"], ROOT)
+
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_train_and_show_as_written(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (5400, 28, 28), np.uint8)
+    labels = np.arange(5400, dtype=np.uint8) % 10
+    np.savez(tmp_path / "mnist.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    train, show = (shlex.split(c) for c in COMMANDS if re.search(r"maestro (train|show) ", c))
+    program = [sys.executable, "-c", "from maestro_core.cli import main; main()"]
+
+    trained = run([*program, *train[1:]], tmp_path, MAESTRO_STATE_DIR=str(tmp_path))
+    assert trained.returncode == 0, trained.stderr
+    shown = run([*program, *show[1:]], tmp_path, MAESTRO_STATE_DIR=str(tmp_path))
+
+    assert shown.returncode == 0, shown.stderr
+    assert "mnist-lenet" in shown.stdout
+
+
+def test_every_setting_has_a_line_and_every_line_a_setting() -> None:
+    named = set(re.findall(r"`MAESTRO_([A-Z_]+)`", README))
+
+    assert named - {"ADMIN_TOKEN"} >= {field.upper() for field in Settings.model_fields} - {
+        "ADMIN_TOKEN"
+    }
+    assert named <= {field.upper() for field in Settings.model_fields}
+
+
+def test_it_stays_readable() -> None:
+    assert len(README.splitlines()) <= 200
+
+
+def test_the_files_that_it_links_to_exist() -> None:
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
