@@ -192,15 +192,16 @@ def load(path: Path) -> Artifact:
     return Artifact(path, manifest, hashlib.sha256(text).hexdigest())
 
 
-def save(path: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> Artifact:
+def save(path: Path, manifest: Manifest, contents: Mapping[str, bytes | Path]) -> Artifact:
     """Write the artifact as a whole, or leave `path` as it was; return it as read back.
 
-    `manifest.files` is replaced by the sizes and digests of `contents` (path -> bytes).
+    `manifest.files` is replaced by the sizes and digests of `contents`: path -> bytes, or another
+    artifact's file, which both then share where the file system can link.
 
     Raises:
         ArtifactError: the manifest is wrong, or the disk does not take it.
     """
-    files = {name: File(len(data), _sha256(data)) for name, data in sorted(contents.items())}
+    files = {name: _file(value) for name, value in sorted(contents.items())}
     manifest = replace(manifest, files=files)
     text = _MANIFEST.dump_json(manifest, indent=1, by_alias=True) + b"\n"
     _check_points(path / MANIFEST, _parse(path / MANIFEST, text))
@@ -287,10 +288,21 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _write(path: Path, data: bytes) -> None:
+def _file(value: bytes | Path) -> File:
+    data = value.read_bytes() if isinstance(value, Path) else value
+    return File(len(data), _sha256(data))
+
+
+def _write(path: Path, value: bytes | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(value, Path):
+        try:
+            os.link(value, path)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(value, path)
+        return
     with path.open("wb") as file:
-        file.write(data)
+        file.write(value)
         file.flush()
         os.fsync(file.fileno())
 

@@ -44,7 +44,27 @@ def find_chain(
     to the whole one. The loss with one layer cut alone, for each layer and rank, chooses them.
     `on_evaluation` is told how many evaluations are done, and of how many.
     """
-    grids = [allowed_ranks(layer, parameters.probes) for layer in cost.layers]
+    tables = error_tables(model, cost, validation, parameters.probes, on_evaluation)
+    chain = refine(nested_chain(tables), [table.ranks for table in tables])
+    # Off the hull a rank just below the whole one may cost as much as it.
+    rising = pareto([cost.macs_at(ranks) for ranks in chain], list(range(len(chain))))
+    least = parameters.least_macs * cost.dense_macs
+    chain = [chain[i] for i in rising if cost.macs_at(chain[i]) >= least] or chain[-1:]
+    return [chain[i] for i in spread([cost.macs_at(r) for r in chain], parameters.points)]
+
+
+def error_tables(
+    model: nn.Module,
+    cost: Cost,
+    validation: Pictures,
+    probes: int,
+    on_evaluation: Callable[[int, int], None],
+) -> list[RankTable]:
+    """Return for each layer, at `probes` ranks at most, its MACs and the loss with it cut alone.
+
+    `on_evaluation` is told how many evaluations are done, and of how many.
+    """
+    grids = [allowed_ranks(layer, probes) for layer in cost.layers]
     total = sum(len(grid) for grid in grids)
     done = 0
     tables = []
@@ -55,12 +75,7 @@ def find_chain(
             done += 1
             on_evaluation(done, total)
         tables.append(RankTable(grid, tuple(float(layer.macs(r)) for r in grid), tuple(losses)))
-    chain = refine(nested_chain(tables), grids)
-    # Off the hull a rank just below the whole one may cost as much as it.
-    rising = pareto([cost.macs_at(ranks) for ranks in chain], list(range(len(chain))))
-    least = parameters.least_macs * cost.dense_macs
-    chain = [chain[i] for i in rising if cost.macs_at(chain[i]) >= least] or chain[-1:]
-    return [chain[i] for i in spread([cost.macs_at(r) for r in chain], parameters.points)]
+    return tables
 
 
 def verify(model: nn.Module, cost: Cost, chain: Chain, validation: Pictures) -> Chain:

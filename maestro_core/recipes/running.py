@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from maestro_core import checkpoint, data
+from maestro_core import checkpoint, data, held_out
 from maestro_core.accounting import Cost, measure
 from maestro_core.data import Data
 from maestro_core.export import Description
@@ -18,7 +18,7 @@ from maestro_core.factorize import factorize_
 from maestro_core.frontier import Chain
 from maestro_core.recipes.mnist_lenet import RECIPE as MNIST_LENET
 from maestro_core.recipes.recipe import Recipe
-from maestro_core.search import find_chain, verify
+from maestro_core.search import error_tables, find_chain, verify
 from maestro_core.training import train_
 
 _KEPT_SAMPLES = 1_000  # in the artifact, for hosts that look for points of their own
@@ -95,6 +95,7 @@ def _export(
 ) -> Path:
     cost = _cost(model, loaded)
     points = verify(model, cost, chain, loaded.validation)
+    extras = _for_hosts(recipe, model, cost, loaded, progress)
     task = progress.add_task("export", total=len(points))
     description = Description(
         name=recipe.name,
@@ -109,9 +110,33 @@ def _export(
         },
     )
     export_artifact(
-        model, cost, points, loaded.test, description, path, lambda: progress.advance(task)
+        model,
+        cost,
+        points,
+        loaded.test,
+        description,
+        path,
+        lambda: progress.advance(task),
+        extras,
     )
     return path
+
+
+def _for_hosts(
+    recipe: Recipe, model: nn.Module, cost: Cost, loaded: Data, progress: Progress
+) -> dict[str, bytes]:
+    """Return what a host needs to look for points of its own, of the network as it is served."""
+    task = progress.add_task("errors", total=None)
+    tables = error_tables(
+        model,
+        cost,
+        loaded.validation,
+        recipe.search.probes,
+        lambda done, total: progress.update(task, completed=done, total=total),
+    )
+    x, labels = loaded.validation.batch(slice(0, _KEPT_SAMPLES))
+    names = [layer.name for layer in cost.layers]
+    return held_out.contents(x.numpy(), labels.numpy(), names, tables)
 
 
 def _cost(model: nn.Module, loaded: Data) -> Cost:
