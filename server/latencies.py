@@ -83,7 +83,7 @@ class Latencies:
             tuple(float(a) for a in accuracy),
             _raised([_every_batch(sizes, row) for row in p50_ms]),
             _raised([_every_batch(sizes, row) for row in tail_ms]),
-            overhead_ms,
+            float(overhead_ms),
         )
 
 
@@ -113,7 +113,7 @@ def _every_batch(sizes: list[int], row: Sequence[float]) -> list[float]:
         left = max(0, right - 1) if sizes[right] != batch else right
         span = sizes[right] - sizes[left]
         share = (batch - sizes[left]) / span if span and batch > sizes[left] else 0.0
-        filled.append(row[left] + share * (row[right] - row[left]))
+        filled.append(float(row[left] + share * (row[right] - row[left])))
     return filled
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from server.forecast import Envelope
-from server.tables import MS, TABULATED, Tables
+from server.tables import MS, Tables
 from server.waiting import WaitingList
 
 
@@ -70,45 +70,29 @@ class View:
         return max(1.0, waiting.work_ms / (waiting.rows * self.tables.unit_ms[0]))
 
 
-def limits_behind_ms(
-    view: View, counts: Sequence[int], extra_rows: int = 0, *, tail: bool = True
-) -> list[float]:
-    """Return for each count how long the engine may be taken for all from that place on to be
-    on time yet, when they are then run at their lowest points.
+@dataclass(frozen=True, slots=True)
+class Due:
+    """When the queue is due, in blocks of places, inf as one more: first place, last place, ms."""
 
-    Batches all of one size are tried, for each of a few sizes: the entry of place j behind
-    count c is done within (j - c) / size + 1 batches. Places far back go in blocks an eighth of
-    their distance long, each as if all of it were due with its first: O(log n), on the safe side.
-    `extra_rows` more come before them. With `tail`, the batch that counts takes its tail.
+    lows: NDArray[np.int64]
+    ends: NDArray[np.float64]
+    ms: NDArray[np.float64]
+
+
+def due_by_place(view: View) -> Due:
+    """Return when what waits must be done. A block is due with its first.
+
+    Places of the next batch and one more are blocks of their own; those far back go in blocks an
+    eighth of their distance long, so that there are O(log n).
     """
-    waiting, tables = view.waiting, view.tables
-    n = len(waiting)
-    lows, _ = _blocks(tables.latencies.max_batch, n)
-    due_ms, ends = _due_ms(view)
-    scale = view.level * view.dearer
-    share_ms = scale * tables.share_ms / view.slots  # (sizes, 1) of a row
-    batch_ms = scale * tables.batch_ms
-    if tail:
-        batch_ms = batch_ms + view.factor * tables.batch_tail_ms - view.level * tables.batch_ms
-    mean_rows = waiting.rows / n if n else 1.0
-    spare_ms = due_ms - share_ms * (mean_rows * ends + extra_rows)  # (sizes, blocks + 1)
-    spare_ms = np.minimum.accumulate(spare_ms[:, ::-1], axis=1)[:, ::-1]
-    at = np.searchsorted(lows, counts, side="right") - 1
-    served = mean_rows * np.asarray(counts)
-    limits: list[float] = (spare_ms[:, at] + share_ms * served - batch_ms).max(axis=0).tolist()
-    return limits
-
-
-def _due_ms(view: View) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return when each block of places is due, inf as one more, and the last place of each."""
     entries = view.waiting.entries
     lows, ends = _blocks(view.tables.latencies.max_batch, len(entries))
-    expiries_s = [entries[low].expiry_s for low in lows[:-1]]
-    return MS * (np.array([*expiries_s, math.inf]) - view.now), ends
+    expiries_s = [entries[low].expiry_s for low in lows.tolist()[:-1]]
+    return Due(lows, ends, MS * (np.array([*expiries_s, math.inf]) - view.now))
 
 
 @lru_cache(maxsize=4096)
-def _blocks(single: int, n: int) -> tuple[list[int], NDArray[np.float64]]:
+def _blocks(single: int, n: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return the first places of blocks of places, and the last of each, and n as one more.
 
     The first `single` + 1 places are blocks of their own.
@@ -119,30 +103,64 @@ def _blocks(single: int, n: int) -> tuple[list[int], NDArray[np.float64]]:
         lows.append(low)
         ends.append(high - 1)
         low = high
-    return [*lows, n], np.array([*ends, n], dtype=np.float64)
+    return np.array([*lows, n]), np.array([*ends, n], dtype=np.float64)
 
 
-def burst_limit_ms(view: View, rows: int) -> float:
-    """Return how long a batch may take for a burst that comes meanwhile to be on time.
+def limits_behind_ms(
+    view: View, due: Due, counts: Sequence[int], extra_rows: int = 0, *, tail: bool = True
+) -> list[float]:
+    """Return for each count how long the engine may be taken for all from that place on to be
+    on time yet, when they are then run at their lowest points.
+
+    Batches all of one size are tried, for each of a few sizes: the entry of place j behind count
+    c is done within (j - c) / size + 1 batches. `extra_rows` more come before them. With `tail`,
+    the batch that counts takes its tail.
+    """
+    waiting, tables = view.waiting, view.tables
+    n = len(waiting)
+    if counts[0] >= n:
+        return [math.inf] * len(counts)
+    scale = view.level * view.dearer
+    share_ms = scale * tables.share_ms / view.slots  # (sizes, 1) of a row
+    batch_ms = scale * tables.batch_ms
+    if tail:
+        batch_ms = batch_ms + view.factor * tables.batch_tail_ms - view.level * tables.batch_ms
+    mean_rows = waiting.rows / n if n else 1.0
+    spare_ms = due.ms - share_ms * (mean_rows * due.ends + extra_rows)  # (sizes, blocks + 1)
+    spare_ms = np.minimum.accumulate(spare_ms[:, ::-1], axis=1)[:, ::-1]
+    at = np.searchsorted(due.lows, counts, side="right") - 1
+    served = mean_rows * np.asarray(counts)
+    limits: list[float] = (spare_ms[:, at] + share_ms * served - batch_ms).max(axis=0).tolist()
+    return limits
+
+
+def burst_limits_ms(view: View, rows: Sequence[int]) -> list[float]:
+    """Return for batches of so many rows how long they may take for a burst that comes meanwhile.
 
     A burst that begins just after the start of a batch that takes x has its request of y later
     done at x + drain(left behind + burst(y)), and that must be within y + target for every y:
     the delay bound of network calculus, for each class of targets with those tighter than it.
     """
-    expected, tables, waiting = view.expected, view.tables, view.waiting
-    scale, drains, slots = view.level * view.dearer, tables.drains_ms, view.slots
-    alone = rows if len(waiting) == 1 and not view.running else 0
-    limit_ms = math.inf
+    expected, waiting, drains = view.expected, view.waiting, view.tables.drains_ms
+    limits = [math.inf] * len(rows)
+    alone = rows[0] if len(waiting) == 1 and not view.running else 0
+    scale, overhead_ms = view.level * view.dearer, view.tables.latencies.overhead_ms
+    mean_rows, last = waiting.rows / len(waiting), len(drains) - 1
     for envelope in expected.envelopes:
-        target_ms = envelope.target_ms - tables.latencies.overhead_ms
-        before = waiting.place((view.now + target_ms / MS, 0, 0)) * waiting.rows / len(waiting)
-        left = max(0.0, before - rows)
+        target_ms = envelope.target_ms - overhead_ms
+        before = mean_rows * waiting.place((view.now + target_ms / MS, 0, 0)) + 0.999
+        lefts = [max(0.999, before - taken) for taken in rows]
         for window_ms, burst in zip(expected.windows_ms, envelope.bursts, strict=True):
             coming = burst * expected.fading - alone
-            if coming >= 0.5:
-                ahead = min(TABULATED, math.ceil((left + coming) / slots))
-                limit_ms = min(limit_ms, target_ms + window_ms - scale * drains[ahead])
-    return limit_ms
+            if coming < 0.5:
+                continue
+            latest_ms = target_ms + window_ms
+            for k, left in enumerate(lefts):
+                ahead = int((left + coming) / view.slots)
+                limit_ms = latest_ms - scale * drains[ahead if ahead < last else last]
+                if limit_ms < limits[k]:
+                    limits[k] = limit_ms
+    return limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +172,7 @@ class Load:
     price: float
 
 
-def load(view: View) -> Load:
+def load(view: View, due: Due) -> Load:
     """Return the load of what waits and of what comes at the mean rate.
 
     The most crowded of the prefixes of the queue counts, rows by time to its deadline (the
@@ -163,14 +181,14 @@ def load(view: View) -> Load:
     """
     tables, waiting, expected = view.tables, view.waiting, view.expected
     horizon_ms = expected.target_ms
-    due_ms, ends = _due_ms(view)
     mean_rows = waiting.rows / len(waiting)
-    if due_ms[-2] < math.inf:
-        horizon_ms = max(horizon_ms, due_ms[-2])
+    last_ms = MS * (waiting.entries[-1].expiry_s - view.now)
+    if last_ms < math.inf:
+        horizon_ms = max(horizon_ms, last_ms)
     others = waiting.rows - waiting.entries[0].request.rows
     per_ms = others / horizon_ms + expected.rate / MS
     if others:
-        crowded = mean_rows * ends[1:-1] / np.maximum(due_ms[1:-1], tables.unit_ms[0])
+        crowded = mean_rows * due.ends[1:-1] / np.maximum(due.ms[1:-1], tables.unit_ms[0])
         per_ms = max(per_ms, float(crowded.max()))
     per_ms *= view.level / view.slots
     top = len(tables.unit_ms) - 1

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from server.forecast import Forecast
 from server.latencies import Latencies
-from server.outlook import Expected, Finished, View, limits_behind_ms
+from server.outlook import Expected, Finished, View, due_by_place, limits_behind_ms
 from server.requests import (
     Admitted,
     Batch,
@@ -204,7 +204,9 @@ class Scheduler:
         place = self._waiting.place(entry.order)
         if place == len(self._waiting):
             return False
-        (limit_ms,) = limits_behind_ms(view, [place], entry.request.rows, tail=False)
+        (limit_ms,) = limits_behind_ms(
+            view, due_by_place(view), [place], entry.request.rows, tail=False
+        )
         wait_ms = self._residual_ms(view.now) + view.drain_ms(place)
         return limit_ms < wait_ms
 

@@ -8,13 +8,13 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from server.outlook import Load, View, burst_limit_ms, limits_behind_ms, load, worth
-from server.tables import MS, Tables
+from server.outlook import Load, View, burst_limits_ms, due_by_place, limits_behind_ms, load, worth
+from server.tables import MS
 
 # Batch sizes that are weighed against each other, besides the largest possible one.
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 # Parts of the time limit that a batch is tried with.
-SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25)
+SHARES = (1.0, 0.8, 0.6, 0.4)
 _WEIGHED = frozenset(COUNTS)
 
 
@@ -56,15 +56,16 @@ def choose(view: View) -> Choice:
     those that wait, `most_on_time`.
     """
     options = sharing(view, 0)
-    behind_ms = limits_behind_ms(view, [heads.count for heads in options])
-    now = load(view)
+    due = due_by_place(view)
+    behind_ms = limits_behind_ms(view, due, [heads.count for heads in options])
+    burst_limits = burst_limits_ms(view, [heads.rows for heads in options])
+    now = load(view, due)
     best, best_pressed = (-math.inf, Choice(0)), (-math.inf, Choice(0))
-    for heads, behind in zip(options, behind_ms, strict=True):
+    for heads, behind, burst_ms in zip(options, behind_ms, burst_limits, strict=True):
         limit_ms = min(MS * (heads.expiry_s - view.now), behind)
         quickest_ms = view.factor * view.tables.tail_ms[heads.rows - 1][heads.lowest]
         if quickest_ms > limit_ms:
             continue
-        burst_ms = burst_limit_ms(view, heads.rows)
         if burst_ms >= quickest_ms:
             score, point = _balanced(view, heads, min(limit_ms, burst_ms), now)
             best = max(best, (score + 1e-9 * heads.count, Choice(heads.count, point)), key=_score)
@@ -103,27 +104,20 @@ def sharing(view: View, start: int) -> list[Heads]:
     return options
 
 
-def most_accurate(
-    tables: Tables, rows: int, budget_ms: float, lowest: int, highest: int
-) -> int | None:
-    """Return the most accurate of the points lowest..highest whose tail fits, or None."""
-    fits = bisect_right(tables.tail_ms[rows - 1], budget_ms) - 1
-    return max(lowest, tables.best[min(fits, highest)]) if fits >= lowest else None
-
-
 def _balanced(view: View, heads: Heads, limit_ms: float, now: Load) -> tuple[float, int]:
     """Return the best worth of a batch within a limit that `lowest` keeps, and its point."""
-    tables, rows, lowest = view.tables, heads.rows, heads.lowest
-    quickest_ms = view.factor * tables.tail_ms[rows - 1][lowest]
-    best, last = (-math.inf, lowest), -1
+    tables, lowest = view.tables, heads.lowest
+    column = tables.tail_ms[heads.rows - 1]
+    best, last, best_worth = lowest, -1, -math.inf
     for share in SHARES:
-        budget_ms = max(quickest_ms, share * limit_ms) / view.factor
-        point = most_accurate(tables, rows, budget_ms, lowest, heads.highest)
-        point = lowest if point is None else point
-        if point != last:
-            best = max(best, (worth(view, heads.count, rows, point, now), point))
-        last = point
-    return best
+        fits = min(bisect_right(column, share * limit_ms / view.factor) - 1, heads.highest)
+        point = max(lowest, tables.best[fits]) if fits >= lowest else lowest
+        if point == last:
+            continue
+        last, value = point, worth(view, heads.count, heads.rows, point, now)
+        if value > best_worth:
+            best, best_worth = point, value
+    return best_worth, best
 
 
 def _saved(view: View, heads: Heads) -> float:

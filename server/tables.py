@@ -55,8 +55,7 @@ class Tables:
 
     def drain_ms(self, rows: float) -> float:
         """Return how long one slot usually takes for so many rows at the cheapest point."""
-        whole = math.ceil(rows)
-        return self.drains_ms[whole] if whole <= TABULATED else self._work_off_ms(whole)
+        return self._work_off_ms(math.ceil(rows))
 
     def _work_off_ms(self, rows: int) -> float:
         full = self.full_batch[0]
