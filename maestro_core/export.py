@@ -132,7 +132,18 @@ def make_template(model: nn.Module, x: Tensor) -> ModelProto:
         )
     if program is None:
         raise ExportError("torch made no ONNX program of the network")
-    return program.model_proto
+    template = program.model_proto
+    _strip_(template)
+    return template
+
+
+def _strip_(model: ModelProto) -> None:
+    """Remove the exporter's notes: they hold this machine's paths and are most of a small graph."""
+    graph = model.graph
+    noted = (model, graph, *graph.node, *graph.initializer)
+    for part in (*noted, *graph.input, *graph.output, *graph.value_info):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
 
 
 def wilson(correct: int, n: int) -> Score:

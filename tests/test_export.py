@@ -106,6 +106,14 @@ def test_every_point_is_plain_onnx(exported: Artifact) -> None:
         assert {entry.domain for entry in graph.opset_import} <= {"", "ai.onnx"}
 
 
+def test_no_graph_holds_a_path_of_the_machine_that_made_it(exported: Artifact) -> None:
+    for path in exported.path.glob("points/*.onnx"):
+        text = path.read_bytes()
+
+        assert b".py" not in text, path.name
+        assert str(Path(__file__).parents[1]).encode() not in text, path.name
+
+
 def test_points_are_scored_and_costed_as_a_whole(exported: Artifact) -> None:
     model = network()
     cost = measure(model, torch.zeros(1, 3, 8, 8))
