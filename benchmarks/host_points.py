@@ -1,0 +1,268 @@
+"""Finds points for one host, without torch and without training: a chain by milliseconds, not MACs.
+
+Layer by layer the host says what a rank costs and the artifact what it saves in error; a sweep over
+convex hulls joins both to a nested chain, whose points are then verified as wholes: accuracy on the
+artifact's own samples, latency on the host. What comes out is an artifact over the same weights.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnxruntime as ort
+from onnx import ModelProto
+
+from benchmarks.correction import Correction, fit
+from benchmarks.layer_latencies import Measuring, layer_latencies, runner, session_of
+from benchmarks.normalisation import recalibrated
+from maestro_core import artifact, graph, held_out
+from maestro_core.artifact import Artifact, Layer, OperatingPoint, Score
+from maestro_core.frontier import RankTable, nested_chain, pareto, spread
+from maestro_core.held_out import ErrorTable, Samples
+from maestro_core.host import Host
+
+Ranks = tuple[int, ...]
+
+_STEP = 16  # ranks between these cost as much as the next one where vectors have 16 lanes
+_WHOLE_POINTS = 20  # for the correction
+_BATCH = 100
+_Z_95 = 1.959963984540054
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A whole point, verified: its graph, and what it does on this host."""
+
+    ranks: Ranks
+    model: ModelProto
+    correct: int
+    samples: int
+    p50_ms: float
+
+    @property
+    def score(self) -> Score:
+        """Return the share of right answers with its 95 % interval (Wilson, JASA 22, 1927)."""
+        n, share, z2 = self.samples, self.correct / self.samples, _Z_95**2
+        centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+        half = _Z_95 / (1 + z2 / n) * (share * (1 - share) / n + z2 / (4 * n * n)) ** 0.5
+        return Score(share, max(0.0, centre - half), min(1.0, centre + half))
+
+
+class Found(NamedTuple):
+    """The points of a host, cheapest first, and how well layers alone predicted them."""
+
+    points: tuple[Candidate, ...]
+    correction: Correction
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """What a search reads of an artifact, once."""
+
+    artifact: Artifact
+    template: ModelProto
+    samples: Samples
+    tables: tuple[ErrorTable, ...]
+
+    @classmethod
+    def of(cls, source: Artifact) -> "Network":
+        """Return the parts of an artifact.
+
+        Raises:
+            ArtifactError: it holds no samples or no error tables.
+        """
+        template = graph.load_template(source.template_path.read_bytes())
+        tables = tuple(held_out.read_tables(source))
+        return cls(source, template, held_out.read_samples(source), tables)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        return self.artifact.manifest.layers
+
+    @property
+    def folder(self) -> Path:
+        return self.artifact.weights_path.parent
+
+    def build(self, ranks: Ranks, threads: int) -> ModelProto:
+        """Return the graph of a point, its normalisation set by its own activations."""
+        model = graph.build(self.template, self.layers, ranks)
+        return recalibrated(model, self.folder, self.samples.x, threads)
+
+    def correct(self, model: ModelProto, threads: int) -> int:
+        """Return how many samples a point gets right."""
+        session = session_of(model, self.folder, threads)
+        name = self.artifact.manifest.input.name
+        count = 0
+        for start in range(0, len(self.samples), _BATCH):
+            part = slice(start, start + _BATCH)
+            (output,) = session.run(None, {name: self.samples.x[part]})
+            count += int((output.argmax(-1) == self.samples.labels[part]).sum())
+        return count
+
+
+def search(network: Network, points: int, measuring: Measuring) -> Found:
+    """Return at most `points` points for this host, each slower and more accurate than the last.
+
+    None is less accurate than the artifact's cheapest point; the dearest is the best found.
+
+    Raises:
+        CancelledError: the measuring was cancelled.
+    """
+    share = replace(measuring, budget_s=measuring.budget_s / 3)
+    tables = rank_tables(network, share)
+    chain = nested_chain(tables)
+    correction = _correction(network, tables, share)
+    predicted = [correction.ms(_cost(tables, ranks)) for ranks in chain]
+    first = _first_as_good(network, chain, measuring.intra_op_threads)
+    picked = [first + i for i in spread(predicted[first:], 2 * points)]
+    candidates = verified(network, [chain[i] for i in picked], share)
+    return Found(tuple(_best(candidates, points)), correction)
+
+
+def rank_tables(network: Network, measuring: Measuring) -> list[RankTable]:
+    """Return, for each layer, ranks with this host's latency and the artifact's error."""
+    grids = [_grid(layer, t) for layer, t in zip(network.layers, network.tables, strict=True)]
+    costs = layer_latencies(network.template, network.layers, grids, network.folder, measuring)
+    return [
+        RankTable(grid, cost, tuple(np.interp(grid, table.ranks, table.errors).tolist()))
+        for grid, cost, table in zip(grids, costs, network.tables, strict=True)
+    ]
+
+
+def verified(network: Network, chain: Sequence[Ranks], measuring: Measuring) -> list[Candidate]:
+    """Return points with their accuracy on the artifact's samples and their latency here."""
+    threads = measuring.intra_op_threads
+    models = [network.build(ranks, threads) for ranks in chain]
+    correct = [network.correct(model, threads) for model in models]
+    runs = [runner(model, network.folder, measuring) for model in models]
+    p50_ms = measuring.p50_ms(lambda i: runs[i](), len(runs))
+    samples = len(network.samples)
+    return [
+        Candidate(ranks, model, right, samples, ms)
+        for ranks, model, right, ms in zip(chain, models, correct, p50_ms, strict=True)
+    ]
+
+
+def save(network: Network, found: Found, path: Path) -> Artifact:
+    """Write the points as an artifact over the same weights file, and return it.
+
+    Raises:
+        ArtifactError: the disk does not take it.
+    """
+    manifest, source = network.artifact.manifest, network.artifact
+    contents: dict[str, bytes | Path] = {
+        name: source.path / name for name in manifest.files if not _is_graph(manifest, name)
+    }
+    points = []
+    for i, candidate in enumerate(found.points):
+        name = f"points/{i:02}.onnx"
+        contents[name] = candidate.model.SerializeToString()
+        points.append(_point(network, candidate, name))
+    metric = replace(
+        manifest.metric,
+        data_set=f"{held_out.EVAL} of {manifest.name}",
+        samples=len(network.samples),
+    )
+    provenance = {
+        **manifest.provenance,
+        "searched": {
+            "from": source.digest,
+            "host": asdict(Host.here()),
+            "correction": asdict(found.correction),
+        },
+    }
+    searched = replace(manifest, points=tuple(points), metric=metric, provenance=provenance)
+    return artifact.save(path, searched, contents)
+
+
+def host_path(source: Artifact, state_dir: Path, intra_op_threads: int) -> Path:
+    """Return where the points of an artifact for this host and runtime are kept."""
+    key = [source.digest, asdict(Host.here()), ort.__version__, intra_op_threads]
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return state_dir / "points" / f"{name}.maestro"
+
+
+def _is_graph(manifest: artifact.Manifest, name: str) -> bool:
+    return name in {point.graph for point in manifest.points}
+
+
+def _point(network: Network, candidate: Candidate, name: str) -> OperatingPoint:
+    """Return a point; what no rank changes costs what it does in the artifact's own points."""
+    known = network.artifact.points[-1]
+    cost: dict[str, int] = {}
+    for field in ("macs", "params"):
+        of = {
+            ranks: sum(
+                getattr(layer, field)(rank)
+                for layer, rank in zip(network.layers, ranks, strict=True)
+            )
+            for ranks in (known.ranks, candidate.ranks)
+        }
+        cost[field] = getattr(known, field) - of[known.ranks] + of[candidate.ranks]
+    return OperatingPoint(
+        candidate.ranks, "fp32", candidate.score, cost["macs"], cost["params"], name
+    )
+
+
+def _grid(layer: Layer, table: ErrorTable) -> Ranks:
+    """Return the ranks whose error is known, and those between where latency may step."""
+    steps = range(_STEP, layer.max_rank, _STEP)
+    inside = (r for r in steps if table.ranks[0] < r and not layer.is_dense(r))
+    return tuple(sorted({*table.ranks, *inside}))
+
+
+def _cost(tables: Sequence[RankTable], ranks: Ranks) -> float:
+    """Return the sum of what the layers cost alone, ms."""
+    return sum(t.costs[t.ranks.index(r)] for t, r in zip(tables, ranks, strict=True))
+
+
+def _correction(network: Network, tables: Sequence[RankTable], measuring: Measuring) -> Correction:
+    """Return how whole points follow from layers alone: fitted on random ones of every size."""
+    rng = np.random.default_rng(measuring.seed)
+    chosen: list[Ranks] = []
+    for share in np.linspace(0.0, 1.0, _WHOLE_POINTS):
+        at = np.clip(share + rng.uniform(-0.25, 0.25, len(tables)), 0.0, 1.0)
+        pairs = zip(tables, at.tolist(), strict=True)
+        chosen.append(tuple(t.ranks[round(a * (len(t.ranks) - 1))] for t, a in pairs))
+    models = [graph.build(network.template, network.layers, ranks) for ranks in chosen]
+    runs = [runner(model, network.folder, measuring) for model in models]
+    whole_ms = measuring.p50_ms(lambda i: runs[i](), len(runs))
+    return fit([_cost(tables, ranks) for ranks in chosen], whole_ms)
+
+
+def _first_as_good(network: Network, chain: Sequence[Ranks], threads: int) -> int:
+    """Return where the chain gets as accurate as the artifact's cheapest point, by bisection."""
+
+    def correct(ranks: Ranks) -> int:
+        return network.correct(network.build(ranks, threads), threads)
+
+    wanted = correct(network.artifact.points[0].ranks)
+    low, high = 0, len(chain) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if correct(chain[middle]) >= wanted:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _best(candidates: Sequence[Candidate], points: int) -> list[Candidate]:
+    """Return those that no other beats, nested, spread over the latencies; the best is kept.
+
+    Noise may make a larger point seem faster than a smaller one; both can't be of one chain.
+    """
+    kept = pareto([c.p50_ms for c in candidates], [c.correct for c in candidates])
+    chain: list[Candidate] = []
+    for candidate in (candidates[i] for i in reversed(kept)):
+        if not chain or _is_within(candidate, chain[0]):
+            chain.insert(0, candidate)
+    return [chain[i] for i in spread([c.p50_ms for c in chain], points)]
+
+
+def _is_within(less: Candidate, more: Candidate) -> bool:
+    return all(a <= b for a, b in zip(less.ranks, more.ranks, strict=True))

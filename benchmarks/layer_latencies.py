@@ -1,0 +1,154 @@
+"""Measures each layer alone, by rank: what a search needs to know of a host.
+
+Layers alike in all that latency depends on are measured once.
+"""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import ModelProto, NodeProto, TensorProto, helper
+
+from benchmarks.profiler import Precision, Progress, Turn, measure
+from benchmarks.smoothing import isotonic
+from maestro_core import graph
+from maestro_core.artifact import Layer
+from server.engine import session_options
+
+_PRECISION = Precision(min_runs=30)
+
+
+@dataclass(frozen=True, slots=True)
+class Measuring:
+    """How to measure: seconds at most, threads of a run, and what the server hands in."""
+
+    budget_s: float
+    intra_op_threads: int = 1
+    batch: int = 1
+    seed: int = 0
+    turn: Turn = lambda _: nullcontext()
+    progress: Callable[[Progress], object] = lambda _: None
+    cancelled: Callable[[], bool] = lambda: False
+
+    def p50_ms(self, run: Callable[[int], object], count: int) -> list[float]:
+        """Return the median latency of each of `count` things, run in interleaved rounds.
+
+        Raises:
+            CancelledError: `cancelled` said so.
+        """
+        measured = measure(
+            lambda i, _: run(i),
+            range(count),
+            (1,),
+            budget_s=self.budget_s,
+            precision=_PRECISION,
+            rng=random.Random(self.seed),
+            clock=time.perf_counter,
+            turn=self.turn,
+            progress=self.progress,
+            cancelled=self.cancelled,
+        )
+        return [latency.p50_ms for latency in measured.latencies]
+
+
+def layer_latencies(
+    template: ModelProto,
+    layers: Sequence[Layer],
+    grids: Sequence[Sequence[int]],
+    folder: Path,
+    measuring: Measuring,
+) -> list[tuple[float, ...]]:
+    """Return ms of each layer at each rank of its grid; `folder` holds the weights file.
+
+    Two factors never get faster as rank grows: what is measured is made so. The dense layer may
+    well be faster than factors of a high rank.
+    """
+    shapes = input_shapes(template, layers, measuring.batch)
+    nodes = {node.input[1]: node for node in template.graph.node if node.domain == graph.DOMAIN}
+    alone: dict[tuple[object, ...], ModelProto] = {}
+    signatures = []
+    for layer, shape in zip(layers, shapes, strict=True):
+        signature = (*_window(layer), layer.out_features, layer.max_rank, shape)
+        node = nodes[f"{layer.name}.down"]
+        alone.setdefault(signature, _alone(template, node, layer, shape))
+        signatures.append(signature)
+    by_signature = dict(zip(signatures, layers, strict=True))
+    pairs = zip(signatures, grids, strict=True)
+    cells = sorted({(s, rank) for s, grid in pairs for rank in grid}, key=repr)
+    runs = [
+        runner(graph.build(alone[s], [by_signature[s]], [rank]), folder, measuring)
+        for s, rank in cells
+    ]
+    found = dict(zip(cells, measuring.p50_ms(lambda i: runs[i](), len(runs)), strict=True))
+    return [
+        _rising(layer, grid, [found[signature, rank] for rank in grid])
+        for layer, grid, signature in zip(layers, grids, signatures, strict=True)
+    ]
+
+
+def input_shapes(
+    template: ModelProto, layers: Sequence[Layer], batch: int
+) -> list[tuple[int, ...]]:
+    """Return the shape of what each layer reads, in the order of `layers`."""
+    whole = graph.build(template, layers, [layer.max_rank for layer in layers])
+    whole.graph.input[0].type.tensor_type.shape.dim[0].dim_value = batch
+    inferred = onnx.shape_inference.infer_shapes(whole, data_prop=True).graph
+    shapes = {
+        value.name: tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
+        for value in (*inferred.value_info, *inferred.input)
+    }
+    reads = {n.input[1]: n.input[0] for n in template.graph.node if n.domain == graph.DOMAIN}
+    return [shapes[reads[f"{layer.name}.down"]] for layer in layers]
+
+
+def runner(model: ModelProto, folder: Path, measuring: Measuring) -> Callable[[], object]:
+    """Return what runs a graph over the weights file in `folder`, on random inputs."""
+    session = session_of(model, folder, measuring.intra_op_threads)
+    (spec,) = model.graph.input
+    sizes = [dim.dim_value or measuring.batch for dim in spec.type.tensor_type.shape.dim]
+    feed = {spec.name: np.random.default_rng(0).standard_normal(sizes, np.float32)}
+    return lambda: session.run(None, feed)
+
+
+def session_of(model: ModelProto, folder: Path, intra_op_threads: int) -> ort.InferenceSession:
+    """Return a session of a graph that is not on disk; its weights file is in `folder`."""
+    options = session_options(intra_op_threads)
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(folder)
+    )
+    return ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+
+
+def _alone(
+    template: ModelProto, node: NodeProto, layer: Layer, shape: tuple[int, ...]
+) -> ModelProto:
+    """Return a template with this node only."""
+    floats = TensorProto.FLOAT
+    reads = {*node.input, f"{layer.name}.dense"}
+    reads |= {f"{layer.name}.{factor}.zeros" for factor in ("down", "up")}
+    body = helper.make_graph(
+        [node],
+        layer.name,
+        [helper.make_tensor_value_info(node.input[0], floats, shape)],
+        [helper.make_tensor_value_info(node.output[0], floats, [None] * len(shape))],
+        [tensor for tensor in template.graph.initializer if tensor.name in reads],
+    )
+    return helper.make_model(
+        body, opset_imports=template.opset_import, ir_version=template.ir_version
+    )
+
+
+def _window(layer: Layer) -> tuple[object, ...]:
+    return layer.kind, layer.kernel, layer.stride, layer.padding, layer.dilation
+
+
+def _rising(layer: Layer, grid: Sequence[int], times_ms: Sequence[float]) -> tuple[float, ...]:
+    factors = [ms for rank, ms in zip(grid, times_ms, strict=True) if not layer.is_dense(rank)]
+    rising = np.exp(isotonic(np.log(factors))).tolist() if factors else []
+    return (*rising, *times_ms[len(factors) :])

@@ -1,0 +1,110 @@
+"""Batch normalisation of a point: statistics of what the point itself computes, without torch.
+
+A cut layer changes the mean and variance of what follows it, and those in the artifact are of the
+whole network (METHOD: cumulative averages of batch statistics, as in "Slimmable Neural Networks",
+Yu et al., 2019, and "Once-for-All", Cai et al., 2020). Inputs suffice; labels are not looked at.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from benchmarks.layer_latencies import session_of
+
+Floats = NDArray[np.float32]
+
+_BATCH = 256
+
+
+def recalibrated(
+    model: ModelProto, folder: Path, x: Floats, intra_op_threads: int = 1
+) -> ModelProto:
+    """Return a point whose normalisations have the statistics of its own activations on x, (n, …).
+
+    Each layer is normalised by the statistics of its batch while they are gathered, as in training;
+    batches count alike. A graph without batch normalisation comes back as it is.
+    """
+    nodes = [node for node in model.graph.node if node.op_type == "BatchNormalization"]
+    if not nodes:
+        return model
+    session = session_of(_gathering(model), folder, intra_op_threads)
+    names = [name for node in nodes for name in _statistics(node)]
+    batches = max(1, len(x) // _BATCH)
+    input_name = model.graph.input[0].name
+    sums = [np.zeros(1)] * len(names)
+    for part in np.array_split(x, batches):
+        found = session.run(names, {input_name: part})
+        sums = [total + value for total, value in zip(sums, found, strict=True)]
+    means = {name: (total / batches) for name, total in zip(names, sums, strict=True)}
+    return _with_statistics(model, means)
+
+
+def _statistics(node: NodeProto) -> tuple[str, str]:
+    return f"{node.output[0]}.mean", f"{node.output[0]}.var"
+
+
+def _gathering(model: ModelProto) -> ModelProto:
+    """Return a graph that normalises by batch statistics, and has them among its outputs."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    del copy.graph.node[:]
+    dims = _dims(model)
+    for node in model.graph.node:
+        if node.op_type != "BatchNormalization":
+            copy.graph.node.append(node)
+            continue
+        copy.graph.node.extend(_by_batch(node, dims[node.input[0]]))
+        for name in _statistics(node):
+            copy.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    return copy
+
+
+def _dims(model: ModelProto) -> dict[str, int]:
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    values = (*inferred.value_info, *inferred.input, *inferred.output)
+    return {value.name: len(value.type.tensor_type.shape.dim) for value in values}
+
+
+def _by_batch(node: NodeProto, dims: int) -> list[NodeProto]:
+    """Return nodes that gather the mean and variance per channel, and normalise by them.
+
+    The mean of squares would lose digits, so the mean is subtracted before squaring.
+    """
+    x, scale, shift = node.input[:3]
+    mean, var = _statistics(node)
+    y = node.output[0]
+    axes = helper.make_tensor(f"{y}.axes", TensorProto.INT64, [dims - 1], [0, *range(2, dims)])
+    flat = helper.make_tensor(f"{y}.flat", TensorProto.INT64, [1], [-1])
+    normalise = helper.make_node("BatchNormalization", [x, scale, shift, mean, var], [y])
+    normalise.attribute.extend(a for a in node.attribute if a.name == "epsilon")
+    return [
+        helper.make_node("Constant", [], [f"{y}.axes"], value=axes),
+        helper.make_node("Constant", [], [f"{y}.flat"], value=flat),
+        helper.make_node("ReduceMean", [x, f"{y}.axes"], [f"{y}.centre"], keepdims=1),
+        helper.make_node("Sub", [x, f"{y}.centre"], [f"{y}.off"]),
+        helper.make_node("Mul", [f"{y}.off", f"{y}.off"], [f"{y}.squares"]),
+        helper.make_node("ReduceMean", [f"{y}.squares", f"{y}.axes"], [f"{y}.spread"], keepdims=1),
+        helper.make_node("Reshape", [f"{y}.centre", f"{y}.flat"], [mean]),
+        helper.make_node("Reshape", [f"{y}.spread", f"{y}.flat"], [var]),
+        normalise,
+    ]
+
+
+def _with_statistics(model: ModelProto, means: Mapping[str, NDArray[np.float64]]) -> ModelProto:
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    for node in copy.graph.node:
+        if node.op_type == "BatchNormalization":
+            node.input[3:5] = _statistics(node)
+    for name, value in means.items():
+        tensor = numpy_helper.from_array(value.astype(np.float32), name)
+        copy.graph.initializer.append(tensor)
+    read = {name for node in copy.graph.node for name in node.input}
+    kept = [tensor for tensor in copy.graph.initializer if tensor.name in read]
+    del copy.graph.initializer[:]
+    copy.graph.initializer.extend(kept)
+    return copy

@@ -1,0 +1,122 @@
+"""Points found on this host for the tiny network: nested, verified, served like the others."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import host_points, layer_latencies
+from benchmarks.correction import Correction
+from benchmarks.host_points import Candidate, Found, Network
+from benchmarks.layer_latencies import Measuring
+from benchmarks.profiler import CancelledError
+from maestro_core import artifact, held_out
+from maestro_core.artifact import Artifact
+from maestro_core.frontier import RankTable
+from server.engine import Engine
+from tests.conftest import TINY_LAYERS, tiny_contents, tiny_manifest
+
+TABLES = (
+    RankTable((1, 2, 6), (1.0, 2.0, 6.0), (3.0, 1.5, 0.5)),
+    RankTable((1, 5, 9, 10), (1.0, 5.0, 9.0, 10.0), (3.0, 1.6, 0.8, 0.5)),
+)
+MEASURING = Measuring(budget_s=0.6)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Return the tiny artifact; its samples are labelled by its own dearest point."""
+    path = tmp_path_factory.mktemp("host") / "tiny.maestro"
+    bare = artifact.save(path, tiny_manifest(), tiny_contents())
+    x = np.random.default_rng(0).standard_normal((150, 1, 8, 8)).astype(np.float32)
+    labels = Engine(bare).run(x, len(bare.points) - 1).argmax(-1)
+    extra = held_out.contents(x, labels, ("conv", "fc"), TABLES)
+    return artifact.save(path, tiny_manifest(), {**tiny_contents(), **extra})
+
+
+@pytest.fixture(scope="module")
+def network(source: Artifact) -> Network:
+    return Network.of(source)
+
+
+@pytest.fixture(scope="module")
+def found(network: Network) -> Found:
+    return host_points.search(network, 4, MEASURING)
+
+
+def test_the_points_are_nested_and_each_earns_its_latency(found: Found) -> None:
+    assert 1 <= len(found.points) <= 4
+    for less, more in pairwise(found.points):
+        assert all(a <= b for a, b in zip(less.ranks, more.ranks, strict=True))
+        assert less.p50_ms < more.p50_ms
+        assert less.correct < more.correct
+
+
+def test_the_best_point_is_as_accurate_as_the_whole_network(found: Found) -> None:
+    assert found.points[-1].correct == 150
+    assert found.points[-1].score.value == 1.0
+
+
+def test_saved_points_compute_what_their_graphs_do_from_the_same_file(
+    source: Artifact, network: Network, found: Found, tmp_path: Path
+) -> None:
+    saved = host_points.save(network, found, source.path.parent / "host.maestro")
+
+    x = network.samples.x[:5]
+    engine = Engine(saved, state_dir=tmp_path)
+    assert saved.weights_path.samefile(source.weights_path)
+    assert saved.digest != source.digest
+    assert saved.manifest.provenance["searched"]["from"] == source.digest
+    for i, candidate in enumerate(found.points):
+        session = layer_latencies.session_of(candidate.model, network.folder, 1)
+        assert engine.run(x, i) == pytest.approx(session.run(None, {"x": x})[0], abs=1e-4)
+        assert saved.points[i].score.value == candidate.correct / 150
+
+
+def test_a_point_known_before_costs_what_it_did(source: Artifact, network: Network) -> None:
+    ranks = [point.ranks for point in source.points]
+    candidates = [Candidate(r, network.build(r, 1), 1, 150, 1.0 + i) for i, r in enumerate(ranks)]
+    correction = Correction(0.0, 1.0, 0.0, 1.0)
+
+    saved = host_points.save(
+        network, Found(tuple(candidates), correction), source.path.parent / "same.maestro"
+    )
+
+    for old, new in zip(source.points, saved.points, strict=True):
+        assert (old.macs, old.params, old.ranks) == (new.macs, new.params, new.ranks)
+
+
+def test_what_noise_puts_out_of_order_is_left_out_and_the_best_stays(network: Network) -> None:
+    model = network.template
+    seen = [((1, 1), 5, 1.0), ((3, 9), 8, 2.0), ((2, 5), 9, 3.0), ((6, 10), 9, 4.0)]
+
+    best = host_points._best([Candidate(r, model, c, 10, ms) for r, c, ms in seen], 9)
+
+    assert [candidate.ranks for candidate in best] == [(1, 1), (2, 5)]
+
+
+def test_layers_read_the_shapes_they_have_in_the_network(network: Network) -> None:
+    shapes = layer_latencies.input_shapes(network.template, TINY_LAYERS, 3)
+
+    assert shapes == [(3, 1, 8, 8), (3, 384)]
+
+
+def test_factors_never_get_faster_as_rank_grows(network: Network) -> None:
+    for table, layer in zip(host_points.rank_tables(network, MEASURING), TINY_LAYERS, strict=True):
+        factors = [
+            c for r, c in zip(table.ranks, table.costs, strict=True) if not layer.is_dense(r)
+        ]
+        assert factors == sorted(factors)
+
+
+def test_a_search_can_be_cancelled(network: Network) -> None:
+    with pytest.raises(CancelledError):
+        host_points.search(network, 4, Measuring(budget_s=0.6, cancelled=lambda: True))
+
+
+def test_the_place_depends_on_artifact_and_threads(source: Artifact, tmp_path: Path) -> None:
+    one, two = (host_points.host_path(source, tmp_path, threads) for threads in (1, 2))
+
+    assert one != two
+    assert one == host_points.host_path(source, tmp_path, 1)
