@@ -106,15 +106,39 @@ def _blocks(single: int, n: int) -> tuple[NDArray[np.int64], NDArray[np.float64]
     return np.array([*lows, n]), np.array([*ends, n], dtype=np.float64)
 
 
+def rows_between(view: View, due: Due) -> NDArray[np.float64]:
+    """Return (blocks + 1,): the rows that may come yet and be due before each block is.
+
+    Of each class of targets, a burst of those that still come early enough: the demand bound of
+    earliest-deadline-first analysis, with measured bursts in place of periods.
+    """
+    expected, overhead_ms = view.expected, view.tables.latencies.overhead_ms
+    rows = np.zeros(len(due.ms))
+    spans_ms = due.ms[:-1] + overhead_ms
+    classes = [e for e in expected.envelopes if e.target_ms < spans_ms[-1]]
+    if classes:
+        bursts = expected.fading * np.array([[0.0, *e.bursts] for e in classes])
+        bursts[1:] = np.maximum(bursts[1:] - bursts[:-1], 0.0)  # without the tighter classes
+        windows_ms = [0.0, *expected.windows_ms]
+        for envelope, own in zip(classes, bursts, strict=True):
+            rows[:-1] += np.interp(spans_ms - envelope.target_ms, windows_ms, own)
+    return rows
+
+
 def limits_behind_ms(
-    view: View, due: Due, counts: Sequence[int], extra_rows: int = 0, *, tail: bool = True
+    view: View,
+    due: Due,
+    counts: Sequence[int],
+    extra_rows: NDArray[np.float64] | float = 0.0,
+    *,
+    tail: bool = True,
 ) -> list[float]:
     """Return for each count how long the engine may be taken for all from that place on to be
     on time yet, when they are then run at their lowest points.
 
     Batches all of one size are tried, for each of a few sizes: the entry of place j behind count
-    c is done within (j - c) / size + 1 batches. `extra_rows` more come before them. With `tail`,
-    the batch that counts takes its tail.
+    c is done within (j - c) / size + 1 batches. `extra_rows` more come before them, or before each
+    block. With `tail`, the batch that counts takes its tail.
     """
     waiting, tables = view.waiting, view.tables
     n = len(waiting)

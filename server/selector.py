@@ -5,16 +5,29 @@ A `Policy` sees a `View` and answers with a `Choice`; `choose` is ours (docs/sch
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from server.outlook import Load, View, burst_limits_ms, due_by_place, limits_behind_ms, load, worth
+from server.outlook import (
+    Due,
+    Load,
+    View,
+    burst_limits_ms,
+    due_by_place,
+    limits_behind_ms,
+    load,
+    rows_between,
+    worth,
+)
 from server.tables import MS
 
 # Batch sizes that are weighed against each other, besides the largest possible one.
-COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+COUNTS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 # Parts of the time limit that a batch is tried with.
 SHARES = (1.0, 0.8, 0.6, 0.4)
+# Somebody may be late by the time of so many rows before heads are passed over for the others:
+# estimates are no better, and requests that hang up or finish early make room.
+LATE = 3.0
 _WEIGHED = frozenset(COUNTS)
 
 
@@ -53,11 +66,12 @@ def choose(view: View) -> Choice:
     those left behind and by a burst that may come meanwhile; within the limit the point is the
     one with the best mean accuracy of the batch and of what will wait when it ends. Where no
     batch is short enough for the burst, the one that gets most through; where none is for
-    those that wait, `most_on_time`.
+    those that wait, `_tight` or `most_on_time`.
     """
     options = sharing(view, 0)
     due = due_by_place(view)
-    behind_ms = limits_behind_ms(view, due, [heads.count for heads in options])
+    counts = [heads.count for heads in options]
+    behind_ms = limits_behind_ms(view, due, counts, rows_between(view, due))
     burst_limits = burst_limits_ms(view, [heads.rows for heads in options])
     now = load(view, due)
     best, best_pressed = (-math.inf, Choice(0)), (-math.inf, Choice(0))
@@ -73,7 +87,21 @@ def choose(view: View) -> Choice:
             pressed = (_saved(view, heads), Choice(heads.count, heads.lowest))
             best_pressed = max(best_pressed, pressed, key=_score)
     chosen = best[1] if best[1].count else best_pressed[1]
-    return chosen if chosen.count else most_on_time(view)
+    return chosen if chosen.count else _tight(view, due, options) or most_on_time(view)
+
+
+def _tight(view: View, due: Due, options: Sequence[Heads]) -> Choice | None:
+    """Return the batch that leaves those behind the most time where times are as usual, not as
+    the tail has them; None if even so somebody would be late by more than LATE rows' time."""
+    counts = [heads.count for heads in options]
+    best_ms, chosen = -LATE * view.level * view.tables.unit_ms[0], None
+    for heads, behind_ms in zip(
+        options, limits_behind_ms(view, due, counts, tail=False), strict=True
+    ):
+        took_ms = view.level * view.tables.p50_ms[heads.rows - 1][heads.lowest]
+        if took_ms <= MS * (heads.expiry_s - view.now) and behind_ms - took_ms >= best_ms:
+            best_ms, chosen = behind_ms - took_ms, Choice(heads.count, heads.lowest)
+    return chosen
 
 
 def _score(option: tuple[float, Choice]) -> float:
