@@ -1,0 +1,177 @@
+import math
+from functools import cache
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.latencies import TAIL_REACH, Latencies
+from server.outlook import View
+from server.requests import Request
+from server.selector import choose
+from server.slowdown import LARGEST_STEP, Slowdown
+from server.tables import MS, Tables
+from server.waiting import Entry, WaitingList
+
+ACCURACY = (0.6, 0.7, 0.75, 0.78)
+MAX_BATCH = 4
+# No spread: tails are medians, so that a brute force is exact.
+P50_MS = tuple(tuple(ms * (1 + b) / 2 for b in range(1, MAX_BATCH + 1)) for ms in (1, 2, 4, 8))
+TABLES = Tables(Latencies(ACCURACY, P50_MS, P50_MS))
+
+DUES_MS = st.lists(st.floats(1.0, 30.0), min_size=1, max_size=6).map(sorted)
+
+
+def make_view(dues_ms: list[float], lowest: int = 0) -> View:
+    waiting = WaitingList()
+    for i, due_ms in enumerate(dues_ms):
+        request = Request(str(i), 0.0, due_ms / MS)
+        order = (due_ms / MS, 2, i)
+        work_ms = TABLES.unit_ms[lowest]
+        waiting.add(Entry(request, order, due_ms / MS, lowest, 3, ACCURACY[lowest], work_ms))
+    return View(0.0, waiting, TABLES)
+
+
+def is_schedulable(dues_ms: tuple[float, ...], start_ms: float) -> bool:
+    """Return whether some split into batches at the cheapest point has all on time."""
+
+    @cache
+    def fits(first: int, at_ms: float) -> bool:
+        if first == len(dues_ms):
+            return True
+        for rows in range(1, min(MAX_BATCH, len(dues_ms) - first) + 1):
+            end_ms = at_ms + P50_MS[0][rows - 1]
+            if end_ms <= dues_ms[first] + 1e-9 and fits(first + rows, end_ms):
+                return True
+        return False
+
+    return fits(0, start_ms)
+
+
+def has_room(dues_ms: list[float], count: int, point: int) -> bool:
+    """Return whether a batch is on time and batches of one size then serve all others so."""
+    took_ms = P50_MS[point][count - 1]
+    behind = dues_ms[count:]
+    return took_ms <= dues_ms[0] and (
+        not behind
+        or any(
+            all(
+                took_ms + (j / size + 1) * P50_MS[0][size - 1] <= due_ms
+                for j, due_ms in enumerate(behind)
+            )
+            for size in (1, 2, 4)
+        )
+    )
+
+
+@given(DUES_MS)
+def test_all_stay_on_time_when_brute_force_finds_room(dues_ms: list[float]) -> None:
+    options = [
+        (count, point)
+        for count in (1, 2, 4, min(len(dues_ms), MAX_BATCH))
+        for point in range(4)
+        if count <= len(dues_ms) and has_room(dues_ms, count, point)
+    ]
+    choice = choose(make_view(dues_ms))
+
+    if options:
+        assert choice.start == 0
+        took_ms = P50_MS[choice.point][choice.count - 1]
+        assert took_ms <= dues_ms[0]
+        assert is_schedulable(tuple(dues_ms[choice.count :]), took_ms)
+
+
+@given(st.floats(1.0, 30.0), st.integers(0, 3))
+def test_alone_the_choice_is_the_best_of_every_point(due_ms: float, lowest: int) -> None:
+    in_time = [p for p in range(lowest, 4) if P50_MS[p][0] <= due_ms]
+
+    choice = choose(make_view([due_ms], lowest))
+
+    assert choice.count == 1
+    assert choice.point == (in_time[-1] if in_time else lowest)
+
+
+@given(DUES_MS, st.integers(0, 3))
+def test_no_floor_is_broken(dues_ms: list[float], lowest: int) -> None:
+    assert choose(make_view(dues_ms, lowest)).point >= lowest
+
+
+def test_the_tightest_request_sets_the_point() -> None:
+    choice = choose(make_view([4.5, 1e4, 1e4, 1e4]))
+
+    assert P50_MS[choice.point][choice.count - 1] <= 4.5
+
+
+def test_accuracy_is_given_up_before_requests_are() -> None:
+    relaxed, crowded = choose(make_view([11.0])), choose(make_view([11.0] * 12))
+
+    assert relaxed.point == 3
+    assert crowded.point < relaxed.point
+
+
+def test_heads_that_only_allow_small_batches_are_passed_over_when_all_cannot_be_on_time() -> None:
+    choice = choose(make_view([1.0] + [3.0] * 30))
+
+    assert choice.start >= 1
+    assert choice.count == MAX_BATCH
+
+
+def test_noisy_tables_are_raised_until_they_never_fall() -> None:
+    latencies = Latencies.from_quantiles(
+        (0.6, 0.7), (1, 4), [[2.0, 3.0], [1.9, 6.0]], [[2.2, 3.0], [2.0, 6.6]], 0.1
+    )
+
+    assert latencies.p50_ms[1][0] == 2.0
+    assert latencies.p50_ms[1][2] == pytest.approx(1.9 + 2 / 3 * 4.1)
+    assert latencies.tail_ms[0][0] == pytest.approx(2.0 + TAIL_REACH * 0.2)
+    for table in (latencies.p50_ms, latencies.tail_ms):
+        assert all(a <= b for row in table for a, b in pairwise(row))
+        assert all(a <= b for low, high in pairwise(table) for a, b in zip(low, high, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "p50_ms", "tail_ms", "message"),
+    [
+        ((), (), (), "at least one point"),
+        ((1.2,), ((1.0,),), ((1.0,),), "accuracy of point 0 is 1.2"),
+        ((0.5,), ((2.0, 1.0),), ((2.0, 2.0),), "falls as the batch grows"),
+        ((0.5, 0.6), ((2.0,), (1.0,)), ((2.0,), (2.0,)), "below that of point 0"),
+        ((0.5,), ((2.0,),), ((1.0,),), "tail_ms of point 0 is below"),
+        ((0.5,), ((math.nan,),), ((1.0,),), "must be times above 0"),
+        ((0.5,), ((1.0,), (2.0,)), ((1.0,),), "has 2 points"),
+    ],
+)
+def test_tables_that_cannot_be_used_are_named(
+    accuracy: tuple[float, ...],
+    p50_ms: tuple[tuple[float, ...], ...],
+    tail_ms: tuple[tuple[float, ...], ...],
+    message: str,
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Latencies(accuracy, p50_ms, tail_ms)
+
+
+def test_a_calm_host_is_not_slowed_down() -> None:
+    slowdown = Slowdown()
+    for i in range(200):
+        slowdown.observe((1.0, 1.02, 0.98)[i % 3], 1.0, 1.3, float(i))
+
+    assert slowdown.factor(199.0) == pytest.approx(1.0, abs=0.03)
+
+
+def test_spread_that_the_profile_has_not_seen_is_covered() -> None:
+    slowdown = Slowdown()
+    for i in range(400):
+        slowdown.observe((1.0, 2.0)[i % 2], 1.0, 1.1, float(i))
+
+    assert slowdown.factor(399.0) * 1.1 >= 2.0
+
+
+def test_one_stall_moves_the_estimate_by_one_step_only() -> None:
+    slowdown = Slowdown()
+    for i in range(100):
+        slowdown.observe(1.0, 1.0, 1.1, float(i))
+    slowdown.observe(1e6, 1.0, 1.1, 100.0)
+
+    assert slowdown.typical(100.0) <= 1 + 0.1 * LARGEST_STEP
