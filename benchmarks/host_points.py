@@ -20,16 +20,18 @@ from benchmarks.correction import Correction, fit
 from benchmarks.layer_latencies import Measuring, layer_latencies, runner, session_of
 from benchmarks.normalisation import recalibrated
 from maestro_core import artifact, graph, held_out
-from maestro_core.artifact import Artifact, Layer, OperatingPoint, Score
+from maestro_core.artifact import Artifact, ArtifactError, Layer, OperatingPoint, Score
 from maestro_core.frontier import RankTable, nested_chain, pareto, spread
 from maestro_core.held_out import ErrorTable, Samples
 from maestro_core.host import Host
 
 Ranks = tuple[int, ...]
 
+POINTS = 16
+
 _STEP = 16  # ranks between these cost as much as the next one where vectors have 16 lanes
 _WHOLE_POINTS = 20  # for the correction
-_BATCH = 100
+_BATCH = 16  # as large as what requests wait for anyway
 _Z_95 = 1.959963984540054
 
 
@@ -57,6 +59,13 @@ class Found(NamedTuple):
 
     points: tuple[Candidate, ...]
     correction: Correction
+
+
+class Kept(NamedTuple):
+    """The artifact to serve, and why it is not that of this host, where there is a reason."""
+
+    artifact: Artifact
+    note: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,19 +96,20 @@ class Network:
     def folder(self) -> Path:
         return self.artifact.weights_path.parent
 
-    def build(self, ranks: Ranks, threads: int) -> ModelProto:
+    def build(self, ranks: Ranks, measuring: Measuring) -> ModelProto:
         """Return the graph of a point, its normalisation set by its own activations."""
         model = graph.build(self.template, self.layers, ranks)
-        return recalibrated(model, self.folder, self.samples.x, threads)
+        return recalibrated(model, self.folder, self.samples.x, measuring)
 
-    def correct(self, model: ModelProto, threads: int) -> int:
+    def correct(self, model: ModelProto, measuring: Measuring) -> int:
         """Return how many samples a point gets right."""
-        session = session_of(model, self.folder, threads)
+        session = session_of(model, self.folder, measuring.intra_op_threads)
         name = self.artifact.manifest.input.name
         count = 0
         for start in range(0, len(self.samples), _BATCH):
             part = slice(start, start + _BATCH)
-            (output,) = session.run(None, {name: self.samples.x[part]})
+            with measuring.trial():
+                (output,) = session.run(None, {name: self.samples.x[part]})
             count += int((output.argmax(-1) == self.samples.labels[part]).sum())
         return count
 
@@ -117,7 +127,7 @@ def search(network: Network, points: int, measuring: Measuring) -> Found:
     chain = nested_chain(tables)
     correction = _correction(network, tables, share)
     predicted = [correction.ms(_cost(tables, ranks)) for ranks in chain]
-    first = _first_as_good(network, chain, measuring.intra_op_threads)
+    first = _first_as_good(network, chain, measuring)
     picked = [first + i for i in spread(predicted[first:], 2 * points)]
     candidates = verified(network, [chain[i] for i in picked], share)
     return Found(tuple(_best(candidates, points)), correction)
@@ -135,9 +145,8 @@ def rank_tables(network: Network, measuring: Measuring) -> list[RankTable]:
 
 def verified(network: Network, chain: Sequence[Ranks], measuring: Measuring) -> list[Candidate]:
     """Return points with their accuracy on the artifact's samples and their latency here."""
-    threads = measuring.intra_op_threads
-    models = [network.build(ranks, threads) for ranks in chain]
-    correct = [network.correct(model, threads) for model in models]
+    models = [network.build(ranks, measuring) for ranks in chain]
+    correct = [network.correct(model, measuring) for model in models]
     runs = [runner(model, network.folder, measuring) for model in models]
     p50_ms = measuring.p50_ms(lambda i: runs[i](), len(runs))
     samples = len(network.samples)
@@ -175,8 +184,31 @@ def save(network: Network, found: Found, path: Path) -> Artifact:
             "correction": asdict(found.correction),
         },
     }
-    searched = replace(manifest, points=tuple(points), metric=metric, provenance=provenance)
-    return artifact.save(path, searched, contents)
+    of_host = replace(manifest, points=tuple(points), metric=metric, provenance=provenance)
+    return artifact.save(path, of_host, contents)
+
+
+def searched(source: Artifact, state_dir: Path, measuring: Measuring) -> Artifact:
+    """Find the points of this host and keep them; return them as an artifact.
+
+    Raises:
+        ArtifactError: the artifact can't be searched, or the state directory not be written.
+        CancelledError: the measuring was cancelled.
+    """
+    network = Network.of(source)
+    found = search(network, POINTS, measuring)
+    return save(network, found, host_path(source, state_dir, measuring.intra_op_threads))
+
+
+def of_host(source: Artifact, state_dir: Path, intra_op_threads: int) -> Kept:
+    """Return the points found earlier for this host, or else those of the artifact itself."""
+    path = host_path(source, state_dir, intra_op_threads)
+    if not path.exists():
+        return Kept(source, None)
+    try:
+        return Kept(artifact.load(path), None)
+    except ArtifactError as error:
+        return Kept(source, f"points of this host not used: {error}; search again")
 
 
 def host_path(source: Artifact, state_dir: Path, intra_op_threads: int) -> Path:
@@ -234,11 +266,11 @@ def _correction(network: Network, tables: Sequence[RankTable], measuring: Measur
     return fit([_cost(tables, ranks) for ranks in chosen], whole_ms)
 
 
-def _first_as_good(network: Network, chain: Sequence[Ranks], threads: int) -> int:
+def _first_as_good(network: Network, chain: Sequence[Ranks], measuring: Measuring) -> int:
     """Return where the chain gets as accurate as the artifact's cheapest point, by bisection."""
 
     def correct(ranks: Ranks) -> int:
-        return network.correct(network.build(ranks, threads), threads)
+        return network.correct(network.build(ranks, measuring), measuring)
 
     wanted = correct(network.artifact.points[0].ranks)
     low, high = 0, len(chain) - 1

@@ -5,8 +5,8 @@ Layers alike in all that latency depends on are measured once.
 
 import random
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import onnx
 import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from benchmarks.profiler import Precision, Progress, Turn, measure
+from benchmarks.profiler import CancelledError, Precision, Progress, Turn, measure
 from benchmarks.smoothing import isotonic
 from maestro_core import graph
 from maestro_core.artifact import Layer
@@ -35,6 +35,18 @@ class Measuring:
     turn: Turn = lambda _: nullcontext()
     progress: Callable[[Progress], object] = lambda _: None
     cancelled: Callable[[], bool] = lambda: False
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """Compute inside, once serving lets it.
+
+        Raises:
+            CancelledError: `cancelled` said so.
+        """
+        if self.cancelled():
+            raise CancelledError
+        with self.turn(0.0):
+            yield
 
     def p50_ms(self, run: Callable[[int], object], count: int) -> list[float]:
         """Return the median latency of each of `count` things, run in interleaved rounds.

@@ -13,16 +13,14 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from benchmarks.layer_latencies import session_of
+from benchmarks.layer_latencies import Measuring, session_of
 
 Floats = NDArray[np.float32]
 
-_BATCH = 256
+_BATCH = 64
 
 
-def recalibrated(
-    model: ModelProto, folder: Path, x: Floats, intra_op_threads: int = 1
-) -> ModelProto:
+def recalibrated(model: ModelProto, folder: Path, x: Floats, measuring: Measuring) -> ModelProto:
     """Return a point whose normalisations have the statistics of its own activations on x, (n, …).
 
     Each layer is normalised by the statistics of its batch while they are gathered, as in training;
@@ -31,13 +29,14 @@ def recalibrated(
     nodes = [node for node in model.graph.node if node.op_type == "BatchNormalization"]
     if not nodes:
         return model
-    session = session_of(_gathering(model), folder, intra_op_threads)
+    session = session_of(_gathering(model), folder, measuring.intra_op_threads)
     names = [name for node in nodes for name in _statistics(node)]
     batches = max(1, len(x) // _BATCH)
     input_name = model.graph.input[0].name
     sums = [np.zeros(1)] * len(names)
     for part in np.array_split(x, batches):
-        found = session.run(names, {input_name: part})
+        with measuring.trial():
+            found = session.run(names, {input_name: part})
         sums = [total + value for total, value in zip(sums, found, strict=True)]
     means = {name: (total / batches) for name, total in zip(names, sums, strict=True)}
     return _with_statistics(model, means)

@@ -56,11 +56,12 @@ class Precision:
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How much a calibration may cost."""
+    """How much a calibration may cost; with `search`, points for the host are looked for first."""
 
     kind: Kind
     budget_s: float
     precision: Precision
+    search: bool = False
 
 
 # What surrounds the trials (baking, above all) takes the rest of 15 s and of 120 s.

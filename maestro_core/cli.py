@@ -98,8 +98,8 @@ def show(
     from server.answers import frontier_rows
     from server.settings import read_settings
 
-    loaded = artifact.load(path)
     settings = read_settings()
+    loaded = local.of_host(artifact.load(path), settings)
     profile = local.stored_profile(local.engine_of(loaded, settings), settings)
     rows = frontier_rows(loaded, profile)
     _print_points(loaded, rows, as_json)
@@ -112,6 +112,9 @@ def show(
 def profile(
     path: ArtifactPath,
     quick: Annotated[bool, typer.Option("--quick", help="15 s at most, not 2 minutes.")] = False,
+    search: Annotated[bool, typer.Option("--search", help="First find points for this host.")] = (
+        False
+    ),
     as_json: AsJson = False,
 ) -> None:
     """Measure every point on this host, store the profile, print the points."""
@@ -122,10 +125,15 @@ def profile(
 
     loaded = artifact.load(path)
     settings = read_settings()
+    effort = QUICK if quick else FULL
+    if search:
+        with _progress("searching") as progress:
+            loaded = local.search(loaded, settings, effort, progress)
+    else:
+        loaded = local.of_host(loaded, settings)
     with _progress("calibrating") as progress:
-        measured = local.calibrate(
-            local.engine_of(loaded, settings), settings, QUICK if quick else FULL, progress
-        )
+        engine = local.engine_of(loaded, settings)
+        measured = local.calibrate(engine, settings, effort, progress)
     _print_points(loaded, frontier_rows(loaded, measured), as_json)
     errors.print(f"measured until {'precise' if measured.stopped_on == 'precision' else 'time up'}")
 
@@ -181,9 +189,9 @@ def infer(
     }
     known = {name: value for name, value in given.items() if value is not None}
     parameters = parse_parameters({}, known)
-    loaded = artifact.load(path)
-    x = local.read_input(file, loaded.manifest.input)
     settings = read_settings()
+    loaded = local.of_host(artifact.load(path), settings)
+    x = local.read_input(file, loaded.manifest.input)
     engine = local.engine_of(loaded, settings)
     measured = local.stored_profile(engine, settings)
     if measured is None:

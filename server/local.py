@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import profiler
+from benchmarks import host_points, profiler
+from benchmarks.layer_latencies import Measuring
 from benchmarks.profiler import Effort, Progress
 from maestro_core.artifact import Artifact, Tensor
 from maestro_core.host import usable_cores
@@ -37,6 +38,25 @@ def engine_of(artifact: Artifact, settings: Settings) -> Engine:
     """
     threads = settings.threads or usable_cores()
     return Engine(artifact, intra_op_threads=threads, state_dir=settings.state_dir)
+
+
+def of_host(artifact: Artifact, settings: Settings) -> Artifact:
+    """Return the points found for this host where there are any, as the server would."""
+    threads = settings.threads or usable_cores()
+    return host_points.of_host(artifact, settings.state_dir, threads).artifact
+
+
+def search(
+    artifact: Artifact, settings: Settings, effort: Effort, progress: Callable[[Progress], object]
+) -> Artifact:
+    """Find points for this host, store and return them.
+
+    Raises:
+        ArtifactError: the artifact has nothing to search with, or the disk does not take them.
+    """
+    threads = settings.threads or usable_cores()
+    measuring = Measuring(effort.budget_s / 2, threads, progress=progress)
+    return host_points.searched(artifact, settings.state_dir, measuring)
 
 
 def stored_profile(engine: Engine, settings: Settings) -> Profile | None:

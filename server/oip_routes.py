@@ -98,8 +98,9 @@ def protocol_v2(service: Service) -> APIRouter:
         targets_ms = [*header_targets_ms(request), wanted.timeout_ms]
         given = {**wanted.parameters, "priority": wanted.priority}
         parameters = parse_parameters({}, given, targets_ms)
+        served = service.artifact  # a search may replace it meanwhile
         result = await service.infer(wanted.x, parameters, arrived_s, request.receive)
-        content = infer_answer(service.artifact, parameters, result, time.monotonic() - arrived_s)
+        content = infer_answer(served, parameters, result, time.monotonic() - arrived_s)
         service.count(result, content)
         answer, headers = protocol.write(
             wanted,

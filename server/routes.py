@@ -3,6 +3,7 @@
 import ipaddress
 import secrets
 import time
+from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -50,8 +51,9 @@ def inference(service: Service) -> APIRouter:
         body = await read_body(request, service.settings.max_body_bytes)
         x, given = await _read(request, body, service)
         parameters = parse_parameters(request.query_params, given, header_targets_ms(request))
+        served = service.artifact  # a search may replace it meanwhile
         result = await service.infer(x, parameters, arrived_s, request.receive)
-        content = infer_answer(service.artifact, parameters, result, time.monotonic() - arrived_s)
+        content = infer_answer(served, parameters, result, time.monotonic() - arrived_s)
         service.count(result, content)
         timing = ", ".join(
             f"{name};dur={content[f'{name}_ms']}" for name in ("queue", "compute", "total")
@@ -94,7 +96,9 @@ def calibration(service: Service) -> APIRouter:
     )
     async def calibrate(request: Request, wanted: ProfileRequest | None = None) -> Response:
         check_admin(request, service.settings)
-        job = service.start_calibration(QUICK if wanted and wanted.kind == "quick" else FULL)
+        wanted = wanted or ProfileRequest()
+        effort = QUICK if wanted.kind == "quick" else FULL
+        job = service.start_calibration(replace(effort, search=wanted.search))
         return Json(job, 202, {"Location": f"/profile/jobs/{job['id']}"})
 
     @router.get("/profile/jobs/{job_id}", response_model=Job, summary="How far a calibration is")

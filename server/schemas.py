@@ -112,6 +112,7 @@ class ProfileRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     kind: Literal["quick", "full"] = "full"
+    search: bool = Field(False, description="First look for points that suit this host")
 
 
 class Job(BaseModel):

@@ -5,7 +5,7 @@ import itertools
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from statistics import median
 from typing import Any, Literal
@@ -14,9 +14,10 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from benchmarks import profiler
+from benchmarks import host_points, profiler
+from benchmarks.layer_latencies import Measuring
 from benchmarks.profiler import QUICK, Effort, Progress
-from maestro_core import artifact
+from maestro_core import artifact, held_out
 from maestro_core.artifact import Artifact
 from maestro_core.host import usable_cores
 from maestro_core.profile import Profile, ProfileError
@@ -44,6 +45,7 @@ Receive = Callable[[], Awaitable[Any]]
 DRAIN_S = 10.0
 # Slots: how many batches compute at once. One: a batch has all threads of the engine.
 SLOTS = 1
+_SEARCH_SHARE = 0.5  # of a calibration that looks for points first
 _OVERHEAD_RUNS = 50
 
 
@@ -73,16 +75,15 @@ class Service:
         """
         self.settings = settings
         self.version = version("maestro-serve")
-        self.artifact = artifact.load(settings.artifact)
+        self._source = artifact.load(settings.artifact)
+        self._threads = settings.threads or usable_cores()
+        kept = host_points.of_host(self._source, settings.state_dir, self._threads)
+        if kept.note:
+            log.warning("%s", kept.note)
+        self.artifact = kept.artifact
         self.metrics = Metrics()
         self.statistics = Statistics()
-        self._engine = Engine(
-            self.artifact,
-            intra_op_threads=settings.threads or usable_cores(),
-            state_dir=settings.state_dir,
-        )
-        if self._engine.note:
-            log.warning("%s", self._engine.note)
+        self._engine = self._measured_engine = self._engine_of(self.artifact)
         self._store = ProfileStore(settings.state_dir)
         self._turns = Turns()
         self._calibrator = Calibrator(self._measure, self._on_profile, self._store)
@@ -105,7 +106,7 @@ class Service:
         if found.reason:
             log.warning("profile not used: %s", found.reason)
         if found.profile is not None:
-            self._use(found.profile, "stored")
+            self._use(found.profile, "stored", self._engine)
             return
         log.info("no profile of this host yet: calibrating, %g s at most", self._quick().budget_s)
         self._first_job = self._calibrator.start(self._quick()).id
@@ -244,7 +245,11 @@ class Service:
 
         Raises:
             ConflictError: one is under way.
+            InvalidError: a search is wanted, and the artifact holds nothing to search with.
         """
+        if effort.search and not held_out.is_searchable(self._source):
+            files = f"{held_out.EVAL} and {held_out.ERRORS}"
+            raise InvalidError(f"search: {self.artifact.manifest.name} lacks {files}; export again")
         try:
             return asdict(self._calibrator.start(effort))
         except AlreadyRunningError as error:
@@ -287,8 +292,14 @@ class Service:
             progress(seen)
             self._on_progress(seen)
 
+        engine = self._engine
+        if effort.search:
+            share_s = effort.budget_s * _SEARCH_SHARE
+            engine = self._search(share_s, both, cancelled)
+            effort = replace(effort, budget_s=effort.budget_s - share_s)
+        self._measured_engine = engine
         return profiler.profile(
-            self._engine,
+            engine,
             effort,
             batch_sizes=profiler.batch_sizes_to(self.settings.max_batch),
             compute_threads=SLOTS,
@@ -298,14 +309,35 @@ class Service:
             cancelled=cancelled,
         )
 
+    def _search(
+        self, budget_s: float, progress: Callable[[Progress], object], cancelled: Callable[[], bool]
+    ) -> Engine:
+        measuring = Measuring(
+            budget_s,
+            self._threads,
+            turn=self._turns.trial,
+            progress=progress,
+            cancelled=cancelled,
+        )
+        return self._engine_of(
+            host_points.searched(self._source, self.settings.state_dir, measuring)
+        )
+
+    def _engine_of(self, points: Artifact) -> Engine:
+        engine = Engine(points, intra_op_threads=self._threads, state_dir=self.settings.state_dir)
+        if engine.note:
+            log.warning("%s", engine.note)
+        return engine
+
     def _on_profile(self, profile: Profile) -> None:
         """Serve with a new profile; called in the calibration's thread."""
-        self._loop.call_soon_threadsafe(self._use, profile, "measured")
+        self._loop.call_soon_threadsafe(self._use, profile, "measured", self._measured_engine)
 
-    def _use(self, profile: Profile, source: Literal["measured", "stored"]) -> None:
+    def _use(self, profile: Profile, source: Literal["measured", "stored"], engine: Engine) -> None:
         """Let requests from now on go by this profile; those before stay with theirs."""
         if self._stopping:
             return
+        self._engine, self.artifact = engine, engine.artifact
         before = self._serving
         latencies = latencies_of(self.artifact, profile)
         dispatcher = Dispatcher(

@@ -76,7 +76,9 @@ def test_saved_points_compute_what_their_graphs_do_from_the_same_file(
 
 def test_a_point_known_before_costs_what_it_did(source: Artifact, network: Network) -> None:
     ranks = [point.ranks for point in source.points]
-    candidates = [Candidate(r, network.build(r, 1), 1, 150, 1.0 + i) for i, r in enumerate(ranks)]
+    candidates = [
+        Candidate(r, network.build(r, MEASURING), 1, 150, 1.0 + i) for i, r in enumerate(ranks)
+    ]
     correction = Correction(0.0, 1.0, 0.0, 1.0)
 
     saved = host_points.save(
@@ -120,3 +122,22 @@ def test_the_place_depends_on_artifact_and_threads(source: Artifact, tmp_path: P
 
     assert one != two
     assert one == host_points.host_path(source, tmp_path, 1)
+
+
+def test_points_found_are_kept_and_found_again(source: Artifact, tmp_path: Path) -> None:
+    made = host_points.searched(source, tmp_path, MEASURING)
+
+    assert host_points.of_host(source, tmp_path, 1) == (made, None)
+    assert host_points.of_host(source, tmp_path, 2) == (source, None)
+
+
+def test_damaged_points_are_reported_and_not_used(source: Artifact, tmp_path: Path) -> None:
+    made = host_points.searched(source, tmp_path, MEASURING)
+    made.graph_path(0).write_bytes(b"half")
+
+    kept = host_points.of_host(source, tmp_path, 1)
+
+    assert kept.artifact == source
+    assert kept.note is not None
+    assert "00.onnx" in kept.note
+    assert "search again" in kept.note

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from benchmarks.layer_latencies import session_of
+from benchmarks.layer_latencies import Measuring, session_of
 from benchmarks.normalisation import recalibrated
 
 RNG = np.random.default_rng(0)
@@ -43,7 +43,7 @@ def expected() -> np.ndarray:
 
 
 def test_outputs_are_normalised_by_their_own_statistics(tmp_path: Path) -> None:
-    found = recalibrated(model(), tmp_path, X)
+    found = recalibrated(model(), tmp_path, X, Measuring(budget_s=1.0))
 
     (whole,) = session_of(found, tmp_path, 1).run(None, {"x": X})
     (one,) = session_of(found, tmp_path, 1).run(None, {"x": X[:1]})
@@ -52,7 +52,7 @@ def test_outputs_are_normalised_by_their_own_statistics(tmp_path: Path) -> None:
 
 
 def test_the_statistics_it_had_are_gone(tmp_path: Path) -> None:
-    found = recalibrated(model(), tmp_path, X)
+    found = recalibrated(model(), tmp_path, X, Measuring(budget_s=1.0))
 
     names = {tensor.name for tensor in found.graph.initializer}
     assert names == {"w", "scale", "shift", "y.mean", "y.var"}
@@ -61,4 +61,4 @@ def test_the_statistics_it_had_are_gone(tmp_path: Path) -> None:
 def test_a_point_without_normalisation_comes_back_as_it_is(tmp_path: Path) -> None:
     plain = model(normalised=False)
 
-    assert recalibrated(plain, tmp_path, X) is plain
+    assert recalibrated(plain, tmp_path, X, Measuring(budget_s=1.0)) is plain

@@ -1,0 +1,80 @@
+"""A server that is asked to look for points of its own, and serves them from then on."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+
+from maestro_core import artifact, held_out
+from maestro_core.frontier import RankTable
+from server.app import create_app
+from server.settings import Settings
+from tests.conftest import tiny_contents, tiny_manifest
+
+X = np.random.default_rng(0).standard_normal((60, 1, 8, 8)).astype(np.float32)
+TABLES = (
+    RankTable((1, 6), (1.0, 6.0), (3.0, 0.5)),
+    RankTable((1, 5, 10), (1.0, 5.0, 10.0), (3.0, 1.6, 0.5)),
+)
+
+
+def settings(root: Path, extra: dict[str, bytes]) -> Settings:
+    artifact.save(root / "tiny.maestro", tiny_manifest(), {**tiny_contents(), **extra})
+    return Settings(
+        artifact=root / "tiny.maestro",
+        state_dir=root / "state",
+        threads=1,
+        max_batch=2,
+        calibration_budget_s=1.0,
+    )
+
+
+def wait(client: TestClient, location: str) -> str:
+    for _ in range(3000):
+        state: str = client.get(location).json()["state"]
+        if state != "running":
+            return state
+        time.sleep(0.01)
+    pytest.fail("the calibration does not end")
+
+
+def ready(client: TestClient) -> None:
+    for _ in range(1000):
+        if client.get("/v2/health/ready").status_code == 200:
+            return
+        time.sleep(0.01)
+    pytest.fail("the server did not become ready")
+
+
+def test_points_found_are_served_at_once_and_after_a_restart(tmp_path: Path) -> None:
+    labels = np.zeros(len(X), np.int64)
+    extra = held_out.contents(X, labels, ("conv", "fc"), TABLES)
+    app = settings(tmp_path, extra)
+    body = {"inputs": X[0].tolist()}
+
+    with TestClient(create_app(app), client=("127.0.0.1", 50000)) as client:
+        ready(client)
+        before = client.get("/profile").json()["profile"]["key"]["artifact"]
+        wanted = {"kind": "quick", "search": True}
+        assert wait(client, client.post("/profile", json=wanted).headers["location"]) == "done"
+        after = client.get("/profile").json()["profile"]["key"]["artifact"]
+        points = client.get("/frontier").json()["points"]
+        answer = client.post("/infer", json=body).json()
+    with TestClient(create_app(app), client=("127.0.0.1", 50000)) as client:
+        ready(client)
+        again = client.get("/profile").json()
+
+    assert after != before
+    assert answer["accuracy"] in [point["accuracy"] for point in points]
+    assert (again["source"], again["profile"]["key"]["artifact"]) == ("stored", after)
+
+
+def test_an_artifact_with_nothing_to_search_with_is_refused(tmp_path: Path) -> None:
+    with TestClient(create_app(settings(tmp_path, {})), client=("127.0.0.1", 50000)) as client:
+        ready(client)
+        refused = client.post("/profile", json={"kind": "quick", "search": True})
+
+    assert refused.status_code == 422
+    assert "tiny lacks eval.npz and errors.json" in refused.json()["error"]
