@@ -195,8 +195,8 @@ def load(path: Path) -> Artifact:
 def save(path: Path, manifest: Manifest, contents: Mapping[str, bytes | Path]) -> Artifact:
     """Write the artifact as a whole, or leave `path` as it was; return it as read back.
 
-    `manifest.files` is replaced by the sizes and digests of `contents`: path -> bytes, or another
-    artifact's file, which both then share where the file system can link.
+    `manifest.files` is replaced by the sizes and digests of `contents`: path -> bytes, or the file
+    that holds them.
 
     Raises:
         ArtifactError: the manifest is wrong, or the disk does not take it.
@@ -296,10 +296,7 @@ def _file(value: bytes | Path) -> File:
 def _write(path: Path, value: bytes | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(value, Path):
-        try:
-            os.link(value, path)
-        except OSError:  # another file system, or one without links
-            shutil.copyfile(value, path)
+        shutil.copyfile(value, path)  # onnx refuses to read weights from a file with two names
         return
     with path.open("wb") as file:
         file.write(value)

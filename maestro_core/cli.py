@@ -31,6 +31,7 @@ BENCHES = {
     "engine": "memory, speed against each point alone, switching",
     "prediction": "whether measured latencies are what the profile says",
     "policies": "our policy and its rivals, simulated under load",
+    "search": "points found by this host's milliseconds, by MACs, and by other rules",
 }
 
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A NAME.maestro directory.")]
