@@ -7,6 +7,7 @@ artifact's own samples, latency on the host. What comes out is an artifact over 
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ POINTS = 16
 
 _STEP = 16  # ranks between these cost as much as the next one where vectors have 16 lanes
 _WHOLE_POINTS = 20  # for the correction
+_LEAST_SAMPLES = 200
 _BATCH = 16  # as large as what requests wait for anyway
 _Z_95 = 1.959963984540054
 
@@ -96,6 +98,11 @@ class Network:
     def folder(self) -> Path:
         return self.artifact.weights_path.parent
 
+    def head(self, count: int) -> "Network":
+        """Return the same with at most `count` samples, the first."""
+        samples = Samples(self.samples.x[:count], self.samples.labels[:count])
+        return replace(self, samples=samples)
+
     def build(self, ranks: Ranks, measuring: Measuring) -> ModelProto:
         """Return the graph of a point, its normalisation set by its own activations."""
         model = graph.build(self.template, self.layers, ranks)
@@ -117,14 +124,17 @@ class Network:
 def search(network: Network, points: int, measuring: Measuring) -> Found:
     """Return at most `points` points for this host, each slower and more accurate than the last.
 
-    None is less accurate than the artifact's cheapest point; the dearest is the best found.
+    None is less accurate than the artifact's cheapest point; the dearest is the best found. A
+    quarter of the budget each goes to layers, to their sums, to accuracy and to whole points: a
+    slow network is judged on fewer samples.
 
     Raises:
         CancelledError: the measuring was cancelled.
     """
-    share = replace(measuring, budget_s=measuring.budget_s / 3)
+    share = replace(measuring, budget_s=measuring.budget_s / 4)
     tables = rank_tables(network, share)
     chain = nested_chain(tables)
+    network = _affordable(network, 2 * points + len(chain).bit_length(), share)
     correction = _correction(network, tables, share)
     predicted = [correction.ms(_cost(tables, ranks)) for ranks in chain]
     first = _first_as_good(network, chain, measuring)
@@ -174,7 +184,7 @@ def save(network: Network, found: Found, path: Path) -> Artifact:
     metric = replace(
         manifest.metric,
         data_set=f"{held_out.EVAL} of {manifest.name}",
-        samples=len(network.samples),
+        samples=found.points[0].samples,
     )
     provenance = {
         **manifest.provenance,
@@ -264,6 +274,16 @@ def _correction(network: Network, tables: Sequence[RankTable], measuring: Measur
     runs = [runner(model, network.folder, measuring) for model in models]
     whole_ms = measuring.p50_ms(lambda i: runs[i](), len(runs))
     return fit([_cost(tables, ranks) for ranks in chosen], whole_ms)
+
+
+def _affordable(network: Network, evaluations: int, measuring: Measuring) -> Network:
+    """Return the network with as many samples as can be judged so often within the budget."""
+    few, whole = network.head(_BATCH), tuple(layer.max_rank for layer in network.layers)
+    model = few.build(whole, measuring)
+    began_s = time.perf_counter()
+    few.correct(model, measuring)
+    per_sample_s = (time.perf_counter() - began_s) / _BATCH
+    return network.head(max(_LEAST_SAMPLES, int(measuring.budget_s / evaluations / per_sample_s)))
 
 
 def _first_as_good(network: Network, chain: Sequence[Ranks], measuring: Measuring) -> int:
