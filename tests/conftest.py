@@ -1,5 +1,11 @@
 """A small artifact with seeded random weights, made without torch."""
 
+import os
+
+# Before torch is imported: networks this small gain nothing from threads, and threads that wait
+# for each other on a busy machine cost minutes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from pathlib import Path
 
 import numpy as np

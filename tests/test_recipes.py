@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from maestro_core import artifact, checkpoint
+from maestro_core import artifact, checkpoint, held_out
 from maestro_core.data import DataError
 from maestro_core.recipes import running
 from maestro_core.recipes.mnist_lenet import RECIPE
@@ -17,6 +17,7 @@ from maestro_core.recipes.mnist_lenet import RECIPE
 SMALL = replace(
     RECIPE,
     validation=200,
+    kept_samples=150,
     training=replace(RECIPE.training, epochs=6, consolidation_epochs=2, batch_size=16),
     search=replace(RECIPE.search, probes=6, least_macs=0.0),
 )
@@ -62,7 +63,8 @@ def test_a_recipe_makes_an_artifact_whose_best_point_has_learnt(out: Path) -> No
     assert made.manifest.dense_macs == 281_640
     provenance = made.manifest.provenance
     assert (provenance["recipe"], provenance["seed"], provenance["epochs"]) == ("mnist-lenet", 0, 6)
-    assert provenance["data_set"] == "squares"
+    assert provenance["data_set"] == "MNIST, LeCun et al., CC BY-SA 3.0"
+    assert len(held_out.read_samples(made).labels) == 150
     assert provenance["packages"]["torch"] == torch.__version__
 
 

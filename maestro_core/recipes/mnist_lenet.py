@@ -10,9 +10,12 @@ RECIPE = Recipe(
     name="mnist-lenet",
     summary="LeNet on handwritten digits, a few minutes on two cores; --data mnist.npz",
     network=LeNet,
+    data_set="MNIST",
+    source="LeCun et al., CC BY-SA 3.0",
     image=Image("L", 28, 28, mean=(0.1307,), std=(0.3081,)),
     labels=tuple("0123456789"),
     validation=5_000,
+    kept_samples=0,  # the artifact ships with the project, and no data set does
     keep=(),
     training=HyperParameters(
         epochs=8,

@@ -16,15 +16,19 @@ class Recipe:
     """A network, the pictures it reads, and how it is trained and searched.
 
     `keep` names layers to leave dense; `validation` pictures leave the training set to choose
-    the points.
+    the points. `data_set` and `source` say what the data is, and whose. `kept_samples` of the
+    validation pictures go into the artifact, for hosts that look for points of their own.
     """
 
     name: str
     summary: str
     network: Callable[[], nn.Module]
+    data_set: str
+    source: str
     image: Image
     labels: tuple[str, ...]
     validation: int
+    kept_samples: int
     keep: tuple[str, ...]
     training: HyperParameters
     search: SearchParameters

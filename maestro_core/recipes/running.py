@@ -21,8 +21,6 @@ from maestro_core.recipes.recipe import Recipe
 from maestro_core.search import error_tables, find_chain, verify
 from maestro_core.training import train_
 
-_KEPT_SAMPLES = 1_000  # in the artifact, for hosts that look for points of their own
-
 RECIPES = {recipe.name: recipe for recipe in (MNIST_LENET,)}
 
 
@@ -101,10 +99,10 @@ def _export(
         name=recipe.name,
         task="image-classification",
         labels=recipe.labels,
-        data_set=loaded.name,
+        data_set=recipe.data_set,
         provenance={
             **recipe.identity(loaded.sha256),
-            "data_set": loaded.name,
+            "data_set": f"{recipe.data_set}, {recipe.source}",
             "packages": {name: version(name) for name in ("torch", "onnx", "onnxruntime", "numpy")},
             "python": platform.python_version(),
         },
@@ -126,6 +124,8 @@ def _for_hosts(
     recipe: Recipe, model: nn.Module, cost: Cost, loaded: Data, progress: Progress
 ) -> dict[str, bytes]:
     """Return what a host needs to look for points of its own, of the network as it is served."""
+    if not recipe.kept_samples:
+        return {}
     task = progress.add_task("errors", total=None)
     tables = error_tables(
         model,
@@ -134,7 +134,7 @@ def _for_hosts(
         recipe.search.probes,
         lambda done, total: progress.update(task, completed=done, total=total),
     )
-    x, labels = loaded.validation.batch(slice(0, _KEPT_SAMPLES))
+    x, labels = loaded.validation.batch(slice(0, recipe.kept_samples))
     names = [layer.name for layer in cost.layers]
     return held_out.contents(x.numpy(), labels.numpy(), names, tables)
 
