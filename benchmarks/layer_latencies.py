@@ -86,20 +86,19 @@ def layer_latencies(
     """
     shapes = input_shapes(template, layers, measuring.batch)
     nodes = {node.input[1]: node for node in template.graph.node if node.domain == graph.DOMAIN}
-    alone: dict[tuple[object, ...], ModelProto] = {}
+    alone: dict[tuple[object, ...], tuple[ModelProto, Layer]] = {}
     signatures = []
     for layer, shape in zip(layers, shapes, strict=True):
         signature = (*_window(layer), layer.out_features, layer.max_rank, shape)
         node = nodes[f"{layer.name}.down"]
-        alone.setdefault(signature, _alone(template, node, layer, shape))
+        alone.setdefault(signature, (_alone(template, node, layer, shape), layer))
         signatures.append(signature)
-    by_signature = dict(zip(signatures, layers, strict=True))
     pairs = zip(signatures, grids, strict=True)
     cells = sorted({(s, rank) for s, grid in pairs for rank in grid}, key=repr)
-    runs = [
-        runner(graph.build(alone[s], [by_signature[s]], [rank]), folder, measuring)
-        for s, rank in cells
-    ]
+    runs = []
+    for signature, rank in cells:
+        model, layer = alone[signature]
+        runs.append(runner(graph.build(model, [layer], [rank]), folder, measuring))
     found = dict(zip(cells, measuring.p50_ms(lambda i: runs[i](), len(runs)), strict=True))
     return [
         _rising(layer, grid, [found[signature, rank] for rank in grid])

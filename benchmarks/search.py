@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     measuring = Measuring(chosen.budget_s, chosen.threads)
     elsewhere = Elsewhere()
     ways, correction = compared(network, measuring)
+    floor = ways["by_macs"][0].correct  # what the search was told to stay above
     result = {
         **report.conditions(),
         "artifact": network.artifact.manifest.name,
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "cores_used_by_others": elsewhere.share(),
         "layers_to_whole": correction,
         "searched_against": {
-            way: against(ways["searched"], points)
+            way: against(ways["searched"], points, floor)
             for way, points in ways.items()
             if way != "searched"
         },
@@ -75,14 +76,16 @@ def compared(
     return ways, asdict(found.correction)
 
 
-def against(ours: Sequence[Candidate], theirs: Sequence[Candidate]) -> dict[str, Any]:
+def against(ours: Sequence[Candidate], theirs: Sequence[Candidate], floor: int) -> dict[str, Any]:
     """Return where our points lie below theirs, and our latency over theirs at their accuracies.
 
+    Of theirs only those count that get at least `floor` samples right: ours are no less accurate.
     Below by more than the interval: none of ours that is as fast is as accurate as the lower end
     of the 95 % interval of theirs.
     """
     below, ratios = [], []
-    for other in theirs:
+    counted = [other for other in theirs if other.correct >= floor]
+    for other in counted:
         as_fast = [point.score.value for point in ours if point.p50_ms <= other.p50_ms]
         if max(as_fast, default=0.0) < other.score.low:
             below.append({"ranks": other.ranks, "p50_ms": round(other.p50_ms, 4)})
@@ -91,6 +94,7 @@ def against(ours: Sequence[Candidate], theirs: Sequence[Candidate]) -> dict[str,
             ratios.append(min(as_good) / other.p50_ms)
     return {
         "points": len(theirs),
+        "points_above_the_floor": len(counted),
         "below_by_more_than_the_interval": below,
         "least_latency_ratio_at_equal_accuracy": round(min(ratios), 3) if ratios else None,
         "median_latency_ratio": round(float(np.median(ratios)), 3) if ratios else None,

@@ -58,7 +58,9 @@ def test_a_chain_grows_to_the_whole_network_and_its_ranks_are_allowed(
 
 def test_faster_at_the_same_accuracy_is_said() -> None:
     found = against(
-        [candidate(900, 1.0), candidate(950, 1.5)], [candidate(900, 1.25), candidate(950, 1.5)]
+        [candidate(900, 1.0), candidate(950, 1.5)],
+        [candidate(900, 1.25), candidate(950, 1.5)],
+        floor=0,
     )
 
     assert found["least_latency_ratio_at_equal_accuracy"] == 0.8
@@ -69,11 +71,13 @@ def test_faster_at_the_same_accuracy_is_said() -> None:
 def test_only_what_is_below_the_interval_counts_as_below() -> None:
     ours = [candidate(900, 1.0)]
 
-    within = against(ours, [candidate(910, 1.0)])
-    below = against(ours, [candidate(950, 1.0)])
-    faster = against(ours, [candidate(500, 0.9)])
+    within = against(ours, [candidate(910, 1.0)], floor=0)
+    below = against(ours, [candidate(950, 1.0)], floor=0)
+    faster = against(ours, [candidate(500, 0.9)], floor=0)
+    useless = against(ours, [candidate(500, 0.9)], floor=900)
 
     assert within["below_by_more_than_the_interval"] == []
     assert len(below["below_by_more_than_the_interval"]) == 1
+    assert useless["below_by_more_than_the_interval"] == []
     assert len(faster["below_by_more_than_the_interval"]) == 1
     assert below["least_latency_ratio_at_equal_accuracy"] is None

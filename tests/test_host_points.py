@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import host_points, layer_latencies
+from benchmarks import host_points, layer_latencies, networks
 from benchmarks.correction import Correction
 from benchmarks.host_points import Candidate, Found, Network
 from benchmarks.layer_latencies import Measuring
 from benchmarks.profiler import CancelledError
-from maestro_core import artifact, held_out
+from maestro_core import artifact, graph, held_out
 from maestro_core.artifact import Artifact
 from maestro_core.frontier import RankTable
 from server.engine import Engine
@@ -29,7 +29,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """Return the tiny artifact; its samples are labelled by its own dearest point."""
     path = tmp_path_factory.mktemp("host") / "tiny.maestro"
     bare = artifact.save(path, tiny_manifest(), tiny_contents())
-    x = np.random.default_rng(0).standard_normal((150, 1, 8, 8)).astype(np.float32)
+    x = np.random.default_rng(0).standard_normal((200, 1, 8, 8)).astype(np.float32)
     labels = Engine(bare).run(x, len(bare.points) - 1).argmax(-1)
     extra = held_out.contents(x, labels, ("conv", "fc"), TABLES)
     return artifact.save(path, tiny_manifest(), {**tiny_contents(), **extra})
@@ -96,6 +96,19 @@ def test_what_noise_puts_out_of_order_is_left_out_and_the_best_stays(network: Ne
     best = host_points._best([Candidate(r, model, c, 10, ms) for r, c, ms in seen], 9)
 
     assert [candidate.ranks for candidate in best] == [(1, 1), (2, 5)]
+
+
+def test_layers_alike_are_measured_once(tmp_path: Path) -> None:
+    network = networks.resnet18()
+    template, weights = graph.pack(network.template, network.layers)
+    (tmp_path / graph.LOCATION).write_bytes(weights)
+    grids = [(layer.max_rank,) for layer in network.layers]
+
+    found = layer_latencies.layer_latencies(template, network.layers, grids, tmp_path, MEASURING)
+
+    at = {layer.name: ms for layer, ms in zip(network.layers, found, strict=True)}
+    assert at["layer1.0.conv1"] == at["layer1.1.conv2"]
+    assert at["layer2.0.conv1"] != at["layer2.0.conv2"]
 
 
 def test_layers_read_the_shapes_they_have_in_the_network(network: Network) -> None:
