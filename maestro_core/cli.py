@@ -29,6 +29,8 @@ errors = Console(stderr=True, highlight=False)
 
 BENCHES = {
     "engine": "memory, speed against each point alone, switching",
+    "layers": "each layer as two factors, dense, or in the gauge form, by rank",
+    "calibration": "serving while calibrating, and calibrating while serving",
     "prediction": "whether measured latencies are what the profile says",
     "policies": "our policy and its rivals, simulated under load",
     "search": "points found by this host's milliseconds, by MACs, and by other rules",
@@ -97,11 +99,12 @@ def show(
     """Print the points, with this host's latency where it has been profiled."""
     from server import local
     from server.answers import frontier_rows
+    from server.service import engine_of
     from server.settings import read_settings
 
     settings = read_settings()
     loaded = local.of_host(artifact.load(path), settings)
-    profile = local.stored_profile(local.engine_of(loaded, settings), settings)
+    profile = local.stored_profile(engine_of(loaded, settings), settings)
     rows = frontier_rows(loaded, profile)
     _print_points(loaded, rows, as_json)
     if plot:
@@ -122,6 +125,7 @@ def profile(
     from benchmarks.profiler import FULL, QUICK
     from server import local
     from server.answers import frontier_rows
+    from server.service import engine_of
     from server.settings import read_settings
 
     loaded = artifact.load(path)
@@ -133,7 +137,7 @@ def profile(
     else:
         loaded = local.of_host(loaded, settings)
     with _progress("calibrating") as progress:
-        engine = local.engine_of(loaded, settings)
+        engine = engine_of(loaded, settings)
         measured = local.calibrate(engine, settings, effort, progress)
     _print_points(loaded, frontier_rows(loaded, measured), as_json)
     errors.print(f"measured until {'precise' if measured.stopped_on == 'precision' else 'time up'}")
@@ -179,6 +183,7 @@ def infer(
     from benchmarks.profiler import QUICK
     from server import local
     from server.schemas import parse_parameters
+    from server.service import engine_of
     from server.settings import read_settings
 
     given = {
@@ -193,7 +198,7 @@ def infer(
     settings = read_settings()
     loaded = local.of_host(artifact.load(path), settings)
     x = local.read_input(file, loaded.manifest.input)
-    engine = local.engine_of(loaded, settings)
+    engine = engine_of(loaded, settings)
     measured = local.stored_profile(engine, settings)
     if measured is None:
         with _progress("calibrating") as progress:

@@ -30,16 +30,6 @@ from server.settings import Settings
 Floats = NDArray[np.float32]
 
 
-def engine_of(artifact: Artifact, settings: Settings) -> Engine:
-    """Return the engine with the threads that the server would use.
-
-    Raises:
-        EngineError: ONNX Runtime refuses the artifact.
-    """
-    threads = settings.threads or usable_cores()
-    return Engine(artifact, intra_op_threads=threads, state_dir=settings.state_dir)
-
-
 def of_host(artifact: Artifact, settings: Settings) -> Artifact:
     """Return the points found for this host where there are any, as the server would."""
     threads = settings.threads or usable_cores()

@@ -324,7 +324,7 @@ class Service:
         )
 
     def _engine_of(self, points: Artifact) -> Engine:
-        engine = Engine(points, intra_op_threads=self._threads, state_dir=self.settings.state_dir)
+        engine = engine_of(points, self.settings)
         if engine.note:
             log.warning("%s", engine.note)
         return engine
@@ -355,6 +355,21 @@ class Service:
     def _ran(self, batch: Batch, compute_s: float) -> None:
         self.metrics.ran(batch.point, batch.rows, compute_s, batch.predicted_ms / 1e3)
         self.statistics.ran(batch.rows, 1e3 * compute_s)
+
+
+def engine_of(points: Artifact, settings: Settings) -> Engine:
+    """Return the engine that the settings ask for.
+
+    Raises:
+        EngineError: the provider is not installed, or ONNX Runtime refuses the artifact.
+    """
+    return Engine(
+        points,
+        intra_op_threads=settings.threads or usable_cores(),
+        provider=settings.provider,
+        state_dir=settings.state_dir,
+        memory_budget_bytes=settings.memory_budget_mib * 2**20 or None,
+    )
 
 
 def latencies_of(artifact: Artifact, profile: Profile) -> Latencies:

@@ -2,7 +2,7 @@
 
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from platformdirs import user_cache_path
 from pydantic import Field, SecretStr, ValidationError
@@ -27,6 +27,10 @@ class Settings(BaseSettings):
     state_dir: Path = Field(default_factory=lambda: user_cache_path("maestro"))
     # Threads that compute one batch; 0 means one per core.
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    # cuda needs onnxruntime-gpu in the place of onnxruntime.
+    provider: Literal["cpu", "cuda"] = "cpu"
+    # Weights in memory; 0 keeps every point there, else those last used that fit.
+    memory_budget_mib: Annotated[int, Field(ge=0)] = 0
     max_batch: Annotated[int, Field(ge=1, le=1024)] = 16
     max_queue: Annotated[int, Field(ge=1)] = 1024
     max_body_bytes: Annotated[int, Field(ge=1)] = 16 * 2**20

@@ -6,10 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+from httpx2 import Response
 
 from maestro_core import artifact, held_out
 from maestro_core.frontier import RankTable
 from server.app import create_app
+from server.engine import EngineError
+from server.service import engine_of
 from server.settings import Settings
 from tests.conftest import tiny_contents, tiny_manifest
 
@@ -40,6 +43,16 @@ def wait(client: TestClient, location: str) -> str:
     pytest.fail("the calibration does not end")
 
 
+def search(client: TestClient) -> Response:
+    """Start a search, once the first calibration has stored what already serves."""
+    for _ in range(1000):
+        started = client.post("/profile", json={"kind": "quick", "search": True})
+        if started.status_code != 409:
+            return started
+        time.sleep(0.01)
+    pytest.fail("the first calibration does not end")
+
+
 def ready(client: TestClient) -> None:
     for _ in range(1000):
         if client.get("/v2/health/ready").status_code == 200:
@@ -57,8 +70,8 @@ def test_points_found_are_served_at_once_and_after_a_restart(tmp_path: Path) -> 
     with TestClient(create_app(app), client=("127.0.0.1", 50000)) as client:
         ready(client)
         before = client.get("/profile").json()["profile"]["key"]["artifact"]
-        wanted = {"kind": "quick", "search": True}
-        assert wait(client, client.post("/profile", json=wanted).headers["location"]) == "done"
+        started = search(client)
+        assert wait(client, started.headers["location"]) == "done"
         after = client.get("/profile").json()["profile"]["key"]["artifact"]
         points = client.get("/frontier").json()["points"]
         answer = client.post("/infer", json=body).json()
@@ -78,3 +91,23 @@ def test_an_artifact_with_nothing_to_search_with_is_refused(tmp_path: Path) -> N
 
     assert refused.status_code == 422
     assert "tiny lacks eval.npz and errors.json" in refused.json()["error"]
+
+
+def test_a_memory_budget_keeps_what_was_used_last(tmp_path: Path) -> None:
+    given = settings(tmp_path, {}).model_copy(update={"memory_budget_mib": 1})
+    loaded = artifact.load(given.artifact)
+
+    engine = engine_of(loaded, given)
+    before = engine.resident
+    engine.run(X[:1], 2)
+
+    assert before == ()
+    assert engine.resident == (2,)
+    assert set(engine_of(loaded, settings(tmp_path, {})).resident) == set(range(5))
+
+
+def test_a_provider_that_is_not_installed_is_named(tmp_path: Path) -> None:
+    given = settings(tmp_path, {}).model_copy(update={"provider": "cuda"})
+
+    with pytest.raises(EngineError, match="install onnxruntime-gpu"):
+        engine_of(artifact.load(given.artifact), given)
