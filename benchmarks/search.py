@@ -174,7 +174,7 @@ def _draw(ways: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
         rows = sorted(points, key=lambda row: row["p50_ms"])
         x, y = [row["p50_ms"] for row in rows], [100 * row["accuracy"] for row in rows]
         axes.plot(x, y, marker="o", markersize=3, linewidth=1, label=way.replace("_", " "))
-    axes.set(xlabel="measured latency, ms (p50)", ylabel="accuracy, %", xscale="log")
+    axes.set(xlabel="measured latency, ms (p50)", ylabel="accuracy, %")
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

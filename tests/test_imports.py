@@ -22,7 +22,9 @@ WALLS = {
     "maestro_core/export.py": {"server", "benchmarks"},
     "server/selector.py": {"asyncio", "time", "threading", "fastapi", "onnxruntime"},
     "server/scheduler.py": {"asyncio", "time", "threading", "fastapi", "server.engine"},
+    "maestro_core/held_out.py": {"torch", "server", "benchmarks", "onnxruntime"},
     "benchmarks/profiler.py": {"fastapi", "torch"},
+    "benchmarks/host_points.py": {"fastapi", "torch"},
 }
 
 
