@@ -136,8 +136,7 @@ class Scheduler:
 
     def _entry(self, request: Request, lowest: int, highest: int) -> Entry:
         self._arrivals += 1
-        overhead_s = self._tables.latencies.overhead_ms / MS
-        expiry_s = math.inf if request.deadline_s is None else request.deadline_s - overhead_s
+        expiry_s = self._expiry_s(request)
         place_s = expiry_s
         if request.deadline_s is None:
             place_s = request.arrival_s + PATIENCE_S * request.level
@@ -150,6 +149,12 @@ class Scheduler:
             request.min_accuracy or 0.0,
             request.rows * self._tables.unit_ms[lowest],
         )
+
+    def _expiry_s(self, request: Request) -> float:
+        """Return when the engine must be done with a request."""
+        if request.deadline_s is None:
+            return math.inf
+        return request.deadline_s - self._tables.latencies.overhead_ms / MS
 
     def _late(self, entry: Entry, quickest_ms: float, now: float) -> Entry:
         """Return the entry for a target that no point makes: as soon as may be, at its lowest.
@@ -170,7 +175,7 @@ class Scheduler:
         target_ms = MS * ((request.deadline_s or math.inf) - request.arrival_s)
         return Refusal(
             "infeasible",
-            f"no allowed point answers within {target_ms:g} ms here; the fastest needs "
+            f"no allowed point answers within {target_ms:.4g} ms here; the fastest needs "
             f"{least_ms:.3g} ms",
             min_feasible_ms=least_ms,
         )
@@ -333,7 +338,7 @@ class Scheduler:
             point=point,
             why=_why(entry, point, refusal),
             refusal=refusal,
-            budget_ms=None if entry.expiry_s == math.inf else MS * (entry.expiry_s - now),
+            budget_ms=None if request.deadline_s is None else MS * (self._expiry_s(request) - now),
             wait_ms=wait_ms,
             slowdown=self._factor(now),
             waiting=len(self._waiting),
@@ -348,7 +353,7 @@ class Scheduler:
             why = "below min_accuracy"
         elif not entry.lowest <= point <= entry.highest:
             why = "not asked for"
-        elif now + (wait_ms + tail_ms) / MS > entry.expiry_s:
+        elif now + (wait_ms + tail_ms) / MS > self._expiry_s(entry.request):
             why = "too slow"
         return PointVerdict(
             point,

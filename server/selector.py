@@ -62,6 +62,8 @@ class Heads:
 def choose(view: View) -> Choice:
     """Return the batch to run now: the most accurate that leaves nobody late.
 
+    A request that finds the host idle gets the most accurate point in time, whatever may come.
+
     A batch is some of the earliest deadlines. Its time is limited by the tightest of them, by
     those left behind and by a burst that may come meanwhile; within the limit the point is the
     one with the best mean accuracy of the batch and of what will wait when it ends. Where no
@@ -69,6 +71,10 @@ def choose(view: View) -> Choice:
     those that wait, `_tight` or `most_on_time`.
     """
     options = sharing(view, 0)
+    if len(view.waiting) == 1 and not view.running:
+        point = _most_accurate(view, options[0])
+        if point is not None:
+            return Choice(1, point)
     due = due_by_place(view)
     counts = [heads.count for heads in options]
     behind_ms = limits_behind_ms(view, due, counts, rows_between(view, due))
@@ -130,6 +136,15 @@ def sharing(view: View, start: int) -> list[Heads]:
         count += 1
     options.append(Heads(count, rows, lowest, highest, expiry_s))
     return options
+
+
+def _most_accurate(view: View, heads: Heads) -> int | None:
+    """Return the most accurate point whose tail is in time, if there is one."""
+    budget_ms = MS * (heads.expiry_s - view.now) / view.factor
+    fits = bisect_right(view.tables.tail_ms[heads.rows - 1], budget_ms) - 1
+    if fits < heads.lowest:
+        return None
+    return max(heads.lowest, view.tables.best[min(fits, heads.highest)])
 
 
 def _balanced(view: View, heads: Heads, limit_ms: float, now: Load) -> tuple[float, int]:

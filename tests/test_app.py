@@ -291,6 +291,7 @@ def test_explain_tells_the_choice_and_runs_nothing(client: Client) -> None:
     assert [verdict["why"] for verdict in relaxed["points"]] == ["feasible"] * 5
     assert tight["point"] == 0
     assert "no allowed point makes the target" in tight["why"]
+    assert not any(verdict["feasible"] for verdict in tight["points"])
     assert refused["point"] is None
     assert refused["refusal"]["min_feasible_ms"] > 0.001
     after = client.get("/v2/models/stats").json()["model_stats"][0]

@@ -40,6 +40,36 @@ def test_idle_runs_the_most_accurate_point_in_time() -> None:
         assert run_now(scheduler).point == point
 
 
+def test_idle_runs_the_most_accurate_point_whatever_came_before() -> None:
+    latencies = make_latencies(max_batch=16)
+    scheduler, now = Scheduler(latencies), 0.0
+    for burst in range(30):  # of eight at once, each gap just long enough to serve them
+        now = max(now, 0.02 * burst)
+        for i in range(8):
+            scheduler.submit(make_request(f"{burst}.{i}", 14.0, now), now)
+        while (batch := scheduler.plan(now).batch) is not None:
+            took_ms = latencies.p50_ms[batch.point][batch.rows - 1]
+            now += took_ms / 1e3
+            scheduler.done(batch.id, took_ms, now)
+
+    scheduler.submit(make_request("alone", 14.0, now + 0.01), now + 0.01)
+
+    assert run_now(scheduler, now + 0.01).point == 3
+
+
+def test_explain_holds_a_degraded_request_to_its_own_target() -> None:
+    scheduler = Scheduler(make_latencies())
+
+    explanation = scheduler.explain(make_request(target_ms=0.5), 0.0)
+
+    assert explanation.point == 0
+    assert explanation.budget_ms == pytest.approx(0.5)
+    assert [verdict.why for verdict in explanation.points] == [
+        "too slow",
+        *("not asked for",) * 3,
+    ]
+
+
 def test_overhead_counts_against_the_target() -> None:
     scheduler = Scheduler(make_latencies(overhead_ms=1.0))
     scheduler.submit(make_request(target_ms=10.5), 0.0)
