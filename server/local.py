@@ -13,7 +13,6 @@ from benchmarks import host_points, profiler
 from benchmarks.layer_latencies import Measuring
 from benchmarks.profiler import Effort, Progress
 from maestro_core.artifact import Artifact, Tensor
-from maestro_core.host import usable_cores
 from maestro_core.profile import Profile
 from maestro_core.profile_store import ProfileStore
 from server import inputs
@@ -24,7 +23,7 @@ from server.errors import UnsupportedMediaError
 from server.requests import Refusal, Request
 from server.scheduler import Scheduler
 from server.schemas import InferParameters
-from server.service import SLOTS, latencies_of, overhead_ms
+from server.service import SLOTS, latencies_of, overhead_ms, threads_of
 from server.settings import Settings
 
 Floats = NDArray[np.float32]
@@ -32,7 +31,7 @@ Floats = NDArray[np.float32]
 
 def of_host(artifact: Artifact, settings: Settings) -> Artifact:
     """Return the points found for this host where there are any, as the server would."""
-    threads = settings.threads or usable_cores()
+    threads = threads_of(artifact, settings)
     return host_points.of_host(artifact, settings.state_dir, threads).artifact
 
 
@@ -44,7 +43,7 @@ def search(
     Raises:
         ArtifactError: the artifact has nothing to search with, or the disk does not take them.
     """
-    threads = settings.threads or usable_cores()
+    threads = threads_of(artifact, settings)
     measuring = Measuring(effort.budget_s / 2, threads, progress=progress)
     return host_points.searched(artifact, settings.state_dir, measuring)
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from benchmarks import host_points, profiler
 from benchmarks.layer_latencies import Measuring
+from benchmarks.parallelism import parallelism
 from benchmarks.profiler import QUICK, Effort, Progress
 from maestro_core import artifact, held_out
 from maestro_core.artifact import Artifact
@@ -76,7 +77,7 @@ class Service:
         self.settings = settings
         self.version = version("maestro-serve")
         self._source = artifact.load(settings.artifact)
-        self._threads = settings.threads or usable_cores()
+        self._threads = threads_of(self._source, settings)
         kept = host_points.of_host(self._source, settings.state_dir, self._threads)
         if kept.note:
             log.warning("%s", kept.note)
@@ -357,6 +358,15 @@ class Service:
         self.statistics.ran(batch.rows, 1e3 * compute_s)
 
 
+def threads_of(points: Artifact, settings: Settings) -> int:
+    """Return the threads that compute a batch: as set, or the best, measured once per host."""
+    if settings.threads:
+        return settings.threads
+    if settings.provider != "cpu":
+        return usable_cores()
+    return parallelism(points, settings.state_dir).intra_op_threads
+
+
 def engine_of(points: Artifact, settings: Settings) -> Engine:
     """Return the engine that the settings ask for.
 
@@ -365,7 +375,7 @@ def engine_of(points: Artifact, settings: Settings) -> Engine:
     """
     return Engine(
         points,
-        intra_op_threads=settings.threads or usable_cores(),
+        intra_op_threads=threads_of(points, settings),
         provider=settings.provider,
         state_dir=settings.state_dir,
         memory_budget_bytes=settings.memory_budget_mib * 2**20 or None,

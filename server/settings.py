@@ -25,7 +25,7 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     artifact: Path = Field(default_factory=shipped_artifact)
     state_dir: Path = Field(default_factory=lambda: user_cache_path("maestro"))
-    # Threads that compute one batch; 0 means one per core.
+    # Threads that compute one batch; 0 means as many as are measured to be best here.
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     # cuda needs onnxruntime-gpu in the place of onnxruntime.
     provider: Literal["cpu", "cuda"] = "cpu"

@@ -5,6 +5,8 @@ import os
 # Before torch is imported: networks this small gain nothing from threads, and threads that wait
 # for each other on a busy machine cost minutes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Measuring the best number takes seconds for each new host; test_end_to_end has it measured.
+os.environ.setdefault("MAESTRO_THREADS", "1")
 
 from pathlib import Path
 

@@ -16,9 +16,11 @@ START_S = 60.0
 
 
 @contextmanager
-def running_server(state_dir: Path, artifact: Path | None = None) -> Iterator[str]:
+def running_server(
+    state_dir: Path, artifact: Path | None = None, **variables: str
+) -> Iterator[str]:
     """Start `maestro serve` on a free port; yield its address once it is ready."""
-    with server_process(state_dir, artifact) as (address, process):
+    with server_process(state_dir, artifact, **variables) as (address, process):
         yield address
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0

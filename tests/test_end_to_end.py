@@ -18,7 +18,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with running_server(tmp_path_factory.mktemp("state")) as address:
+    with running_server(tmp_path_factory.mktemp("state"), MAESTRO_THREADS="0") as address:
         yield address
 
 
