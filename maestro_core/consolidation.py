@@ -18,7 +18,7 @@ from maestro_core.factorize import forward_at, low_rank_layers
 def consolidation_loss(
     model: nn.Module, chain: Sequence[Sequence[int]], x: Tensor, labels: Tensor, rng: Random
 ) -> Tensor:
-    """Return the mean of the whole network's loss on `labels` and two points' on its answers.
+    """Return the sum of the whole network's loss on `labels` and two points' on its answers.
 
     The points are the cheapest and one drawn from between; a chain of one or two has fewer.
     """
@@ -31,4 +31,4 @@ def consolidation_loss(
         for ranks in (*chain[:-1][:1], *between)
     ]
     losses = [F.cross_entropy(whole, labels), *(F.cross_entropy(y, answers) for y in points)]
-    return torch.stack(losses).mean()
+    return torch.stack(losses).sum()

@@ -18,7 +18,9 @@ SMALL = replace(
     RECIPE,
     validation=200,
     kept_samples=150,
-    training=replace(RECIPE.training, epochs=6, consolidation_epochs=2, batch_size=16),
+    training=replace(
+        RECIPE.training, epochs=8, consolidation_epochs=2, batch_size=16, learning_rate=0.007
+    ),
     search=replace(RECIPE.search, probes=6, least_macs=0.0),
 )
 
@@ -62,7 +64,7 @@ def test_a_recipe_makes_an_artifact_whose_best_point_has_learnt(out: Path) -> No
     assert len(made.points) >= 2
     assert made.manifest.dense_macs == 281_640
     provenance = made.manifest.provenance
-    assert (provenance["recipe"], provenance["seed"], provenance["epochs"]) == ("mnist-lenet", 0, 6)
+    assert (provenance["recipe"], provenance["seed"], provenance["epochs"]) == ("mnist-lenet", 0, 8)
     assert provenance["data_set"] == "MNIST, LeCun et al., CC BY-SA 3.0"
     assert len(held_out.read_samples(made).labels) == 150
     assert provenance["packages"]["torch"] == torch.__version__
