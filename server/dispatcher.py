@@ -34,8 +34,8 @@ MS = 1e3
 # A batch that takes this many times its predicted tail, and at least this long, is taken to hang.
 HANG_FACTOR = 20.0
 HANG_MIN_S = 2.0
-# A batch this short is computed on the event loop: handing it to a thread and back costs about
-# 0.2 ms, and whoever arrives meanwhile would wait for it anyway.
+# A batch this short is computed on the event loop: handing it to a thread and back would cost as
+# much again, and whoever arrives meanwhile would wait for it anyway.
 INLINE_MS = 1.0
 
 
@@ -168,6 +168,7 @@ class Dispatcher:
         callers = {request.id: self._callers.pop(request.id) for request in batch.requests}
         inputs = [caller.x for caller in callers.values()]
         x = inputs[0] if len(inputs) == 1 else np.concatenate(inputs)
+        self._turns.set_idle(False)
         if batch.predicted_ms <= INLINE_MS and self._slots == 1:
             self._flights[batch.id] = _Flight(batch, callers)
             self._finished(batch.id, *self._computed(batch, x))
@@ -176,7 +177,6 @@ class Dispatcher:
         limit_s = max(HANG_MIN_S, HANG_FACTOR * batch.predicted_ms / MS)
         watch = self._loop.call_later(limit_s, self._hung, batch.id)
         self._flights[batch.id] = _Flight(batch, callers, worker, watch)
-        self._turns.set_idle(False)
         worker.submit(partial(self._compute, batch, x))
 
     def _compute(self, batch: Batch, x: Floats) -> None:
