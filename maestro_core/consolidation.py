@@ -13,22 +13,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maestro_core.factorize import forward_at, low_rank_layers
+from maestro_core.normalisation import scratch
 
 
 def consolidation_loss(
-    model: nn.Module, chain: Sequence[Sequence[int]], x: Tensor, labels: Tensor, rng: Random
+    model: nn.Module,
+    chain: Sequence[Sequence[int]],
+    x: Tensor,
+    labels: Tensor,
+    rng: Random,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Return the sum of the whole network's loss on `labels` and two points' on its answers.
 
     The points are the cheapest and one drawn from between; a chain of one or two has fewer.
+    They are normalised by the batch and leave the model's statistics to the whole network.
     """
     names = list(low_rank_layers(model))
     whole: Tensor = model(x)
-    answers = whole.detach().softmax(1)
+    answers = whole.detach().float().softmax(1)
     between = [rng.choice(chain[1:-1])] if len(chain) > 2 else []
     points = [
-        forward_at(model, dict(zip(names, ranks, strict=True)), x)
+        forward_at(model, dict(zip(names, ranks, strict=True)), x, buffers=scratch(model))
         for ranks in (*chain[:-1][:1], *between)
     ]
-    losses = [F.cross_entropy(whole, labels), *(F.cross_entropy(y, answers) for y in points)]
+    losses = [
+        F.cross_entropy(whole, labels, label_smoothing=label_smoothing),
+        *(F.cross_entropy(y, answers) for y in points),
+    ]
     return torch.stack(losses).sum()

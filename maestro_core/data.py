@@ -6,11 +6,13 @@ Validation pictures choose; test pictures only score.
 import hashlib
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,6 +25,36 @@ class DataError(ValueError):
     """A data file that can't be used; the message names the file and the array."""
 
 
+@dataclass(frozen=True, slots=True)
+class Augmentation:
+    """What training changes of a picture: a shift by at most `shift` pixels, a flip.
+
+    What comes into the picture is black. Nothing is drawn where nothing is changed.
+    """
+
+    shift: int = 0
+    flip: bool = False
+
+    def apply(self, pixels: Tensor) -> Tensor:
+        """Return pixels like `pixels`, (b, h, w, channels) uint8; each picture has its own draw."""
+        b, height, width, _ = pixels.shape
+        if self.shift:
+            edge = (0, 0, self.shift, self.shift, self.shift, self.shift)
+            pixels = F.pad(pixels, edge)
+        rows, columns = torch.arange(height).expand(b, -1), torch.arange(width).expand(b, -1)
+        if self.flip:
+            columns = torch.where(torch.rand(b, 1) < 0.5, columns, width - 1 - columns)
+        if self.shift:
+            rows = rows + torch.randint(2 * self.shift + 1, (b, 1))
+            columns = columns + torch.randint(2 * self.shift + 1, (b, 1))
+        if not (self.shift or self.flip):
+            return pixels
+        return pixels[torch.arange(b)[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+NO_AUGMENTATION = Augmentation()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Pictures:
     """Pictures (n, h, w, channels) uint8 and their labels (n,) int64."""
@@ -30,15 +62,28 @@ class Pictures:
     pixels: Tensor
     labels: Tensor
     image: Image
+    augmentation: Augmentation = NO_AUGMENTATION
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def first(self, count: int) -> Self:
+        """Return the first `count` pictures, or all where there are fewer."""
+        return replace(self, pixels=self.pixels[:count], labels=self.labels[:count])
+
     def batch(self, indices: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Return the network's input (b, channels, h, w) float32, and the labels (b,)."""
+        return self._normalized(self.pixels[indices]), self.labels[indices]
+
+    def augmented(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `batch` does, of pictures that torch's generator has shifted and turned."""
+        pixels = self.augmentation.apply(self.pixels[indices])
+        return self._normalized(pixels), self.labels[indices]
+
+    def _normalized(self, pixels: Tensor) -> Tensor:
         mean, std = torch.tensor(self.image.mean), torch.tensor(self.image.std)
-        x = (self.pixels[indices].float() / 255 - mean) / std
-        return x.permute(0, 3, 1, 2).contiguous(), self.labels[indices]
+        # The channels stay innermost in memory: convolutions are faster so.
+        return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,11 +97,18 @@ class Data:
     sha256: str
 
 
-def load(path: Path, image: Image, classes: int, validation: int, seed: int) -> Data:
+def load(
+    path: Path,
+    image: Image,
+    classes: int,
+    validation: int,
+    seed: int,
+    augmentation: Augmentation = NO_AUGMENTATION,
+) -> Data:
     """Read `path`, an .npz in Keras' layout: x_train, y_train, x_test, y_test.
 
     Pictures are uint8, (n, h, w) or (n, h, w, channels); labels are integers 0..classes-1.
-    `validation` pictures, drawn by `seed`, leave the training set.
+    `validation` pictures, drawn by `seed`, leave the training set, which alone is augmented.
 
     Raises:
         DataError: the file is missing or broken, or an array is absent or wrong.
@@ -69,7 +121,7 @@ def load(path: Path, image: Image, classes: int, validation: int, seed: int) -> 
         )
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     return Data(
-        train=_subset(train, order[validation:]),
+        train=replace(_subset(train, order[validation:]), augmentation=augmentation),
         validation=_subset(train, order[:validation]),
         test=test,
         name=path.stem,

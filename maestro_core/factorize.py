@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -57,16 +58,22 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRankLayer]:
     }
 
 
-def forward_at(model: nn.Module, ranks: Mapping[str, int], *inputs: Tensor) -> Tensor:
+def forward_at(
+    model: nn.Module,
+    ranks: Mapping[str, int],
+    *inputs: Tensor,
+    buffers: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Tensor:
     """Return `model(*inputs)` with the named layers cut to their ranks, all others whole.
 
+    `buffers` take the place of the model's own of those names (normalisation.py).
     Gradients reach the model's own parameters through prefix views. The model is lent the views
     during the call (torch.func.functional_call), so calls from several threads need copies of it.
 
     Raises:
         ValueError: a name that is not a factorised layer, or a rank that it doesn't have.
     """
-    views: dict[str, Tensor] = {}
+    views = dict(buffers)
     for name, rank in ranks.items():
         layer = _layer(model, name)
         if not 0 <= rank <= layer.rank:

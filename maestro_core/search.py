@@ -21,14 +21,18 @@ from maestro_core.frontier import (
 
 @dataclass(frozen=True, slots=True)
 class SearchParameters:
-    """How many `points` to look for, from which share of the dense MACs on, and how finely.
+    """How many `points` to look for, between which shares of the dense MACs, and how finely.
 
-    `probes` is the most ranks tried for each layer.
+    `probes` is the most ranks tried for each layer, on `samples` validation pictures (0: all). With
+    `most_macs` under 1 the ranks above the last point's are dropped: training goes on without them,
+    and they are not exported.
     """
 
     points: int
     least_macs: float
     probes: int
+    most_macs: float = 1.0
+    samples: int = 0
 
 
 def find_chain(
@@ -41,15 +45,21 @@ def find_chain(
     """Return a nested chain, cheapest first: one rank for each layer of `cost`.
 
     Its points are spread evenly by the ratio of their MACs, from `least_macs` of the dense network
-    to the whole one. The loss with one layer cut alone, for each layer and rank, chooses them.
+    to `most_macs`. The loss with one layer cut alone, for each layer and rank, chooses them; the
+    layers are normalised by the batch for it, since the statistics of the whole would mislead.
     `on_evaluation` is told how many evaluations are done, and of how many.
     """
-    tables = error_tables(model, cost, validation, parameters.probes, on_evaluation)
+    tables = error_tables(model, cost, validation, parameters, on_evaluation)
     chain = refine(nested_chain(tables), [table.ranks for table in tables])
     # Off the hull a rank just below the whole one may cost as much as it.
     rising = pareto([cost.macs_at(ranks) for ranks in chain], list(range(len(chain))))
-    least = parameters.least_macs * cost.dense_macs
-    chain = [chain[i] for i in rising if cost.macs_at(chain[i]) >= least] or chain[-1:]
+    least, most = (
+        share * cost.dense_macs for share in (parameters.least_macs, parameters.most_macs)
+    )
+    if parameters.most_macs < 1:
+        rising = [i for i in rising if cost.macs_at(chain[i]) <= most] or rising[:1]
+    last = chain[rising[-1]]
+    chain = [chain[i] for i in rising if cost.macs_at(chain[i]) >= least] or [last]
     return [chain[i] for i in spread([cost.macs_at(r) for r in chain], parameters.points)]
 
 
@@ -57,21 +67,24 @@ def error_tables(
     model: nn.Module,
     cost: Cost,
     validation: Pictures,
-    probes: int,
+    parameters: SearchParameters,
     on_evaluation: Callable[[int, int], None],
 ) -> list[RankTable]:
-    """Return for each layer, at `probes` ranks at most, its MACs and the loss with it cut alone.
+    """Return for each layer, by rank, its MACs and the loss with it cut alone.
 
     `on_evaluation` is told how many evaluations are done, and of how many.
     """
-    grids = [allowed_ranks(layer, probes) for layer in cost.layers]
+    grids = [allowed_ranks(layer, parameters.probes) for layer in cost.layers]
     total = sum(len(grid) for grid in grids)
+    if parameters.samples:
+        validation = validation.first(parameters.samples)
     done = 0
     tables = []
     for layer, grid in zip(cost.layers, grids, strict=True):
         losses = []
         for rank in grid:
-            losses.append(evaluate(model, validation, {layer.name: rank}).loss)
+            result = evaluate(model, validation, {layer.name: rank}, by_batch=True)
+            losses.append(result.loss)
             done += 1
             on_evaluation(done, total)
         tables.append(RankTable(grid, tuple(float(layer.macs(r)) for r in grid), tuple(losses)))

@@ -1,11 +1,11 @@
-"""The training loop: first with one layer cut at random, then on the chain that came of it."""
+"""The training loop: dense, then with one layer cut at random, then on the chain found by it."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,11 @@ from maestro_core import checkpoint
 from maestro_core.consolidation import consolidation_loss
 from maestro_core.data import Data, Pictures
 from maestro_core.evaluation import evaluate
-from maestro_core.factorize import forward_at, low_rank_layers
+from maestro_core.factorize import factorize_, forward_at, low_rank_layers
 from maestro_core.frontier import Chain
-from maestro_core.lod import group_lasso, sample, shrink_
+from maestro_core.lod import group_lasso, sample, shrink_, truncate_
+
+Kind = Literal["dense", "ordered", "nested"]
 
 
 class Diverged(ValueError):  # noqa: N818  it says what happened
@@ -27,23 +29,63 @@ class Diverged(ValueError):  # noqa: N818  it says what happened
 
 
 @dataclass(frozen=True, slots=True)
-class HyperParameters:
-    """How a network is trained: SGD in two phases, in each the rate falls to 0 along a cosine.
+class Phase:
+    """Some epochs of one kind; the rate rises to `learning_rate` and falls to 0 along a cosine.
 
-    `epochs` are low-rank ordered (Maestro, ICML 2024): `lasso` weighs the group lasso, `threshold`
-    is the importance at or below which a rank is removed (there λ_gl and ε_ps). Then
-    `consolidation_epochs` train the points of the chain (consolidation.py).
+    `dense`: the network before it is factorised. `ordered`: one layer cut at random in each step
+    (Maestro, ICML 2024). `nested`: the points of the chain together (consolidation.py).
     """
 
+    kind: Kind
     epochs: int
-    consolidation_epochs: int
-    batch_size: int
     learning_rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class HyperParameters:
+    """How a network is trained: SGD in phases, which come in the order dense, ordered, nested.
+
+    `keep` names layers to leave dense. `lasso` weighs the group lasso, `threshold` is the
+    importance at or below which a rank is removed (in the paper λ_gl and ε_ps). `warmup` is the
+    share of a phase in which its rate rises. `precision` is that of forward and backward;
+    parameters are float32 always.
+    """
+
+    phases: tuple[Phase, ...]
+    batch_size: int
     momentum: float
     weight_decay: float
     lasso: float
     threshold: float
     seed: int
+    keep: tuple[str, ...] = ()
+    nesterov: bool = False
+    warmup: float = 0.0
+    label_smoothing: float = 0.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        kinds = [phase.kind for phase in self.phases]
+        if kinds != sorted(kinds, key=("dense", "ordered", "nested").index):
+            raise ValueError(f"phases come as dense, ordered, nested, not as {', '.join(kinds)}")
+
+    def at(self, epoch: int) -> tuple[Phase, int]:
+        """Return the phase of `epoch`, and how many of its epochs came before.
+
+        Raises:
+            ValueError: the phases end before.
+        """
+        before = 0
+        for phase in self.phases:
+            if epoch < before + phase.epochs:
+                return phase, epoch - before
+            before += phase.epochs
+        raise ValueError(f"there are {before} epochs, no epoch {epoch + 1}")
+
+    @property
+    def epochs(self) -> int:
+        """Return how many epochs there are in all phases."""
+        return sum(phase.epochs for phase in self.phases)
 
 
 def train_(
@@ -55,9 +97,10 @@ def train_(
     run: dict[str, Any],
     progress: Progress,
 ) -> Chain:
-    """Train the factorised `model`, going on from what `root` holds; return the chain.
+    """Train `model`, going on from what `root` holds; return the chain.
 
-    `find` chooses the chain, nested ranks in module order, when ordered training is done.
+    A dense model is factorised when the dense epochs are over. `find` chooses the chain, nested
+    ranks in module order, when ordered training is done; then ranks above the last point's go.
     All that is random in an epoch follows from (seed, epoch), so a run that was stopped and resumed
     ends with the same bits, on one machine with one number of threads.
 
@@ -65,18 +108,25 @@ def train_(
         Diverged: the loss is not finite; the last checkpoint stays.
         CheckpointError: `root` holds another run, or can't be written.
     """
-    optimizer = _optimizer(model, hyper)
     last = checkpoint.latest(root)
-    done, chain = 0, Chain()
+    state = checkpoint.read_state(last) if last else checkpoint.State(0, {}, run, [])
+    if state.ranks:
+        _factorize_(model, hyper)
+    optimizer = _optimizer(model, hyper)
     if last:
-        state = checkpoint.restore_(last, model, optimizer, run)
-        done, chain = state.epoch, state.chain
+        checkpoint.restore_(last, model, optimizer, run)
+    chain = state.chain
     steps = math.ceil(len(data.train) / hyper.batch_size)
-    epochs = hyper.epochs + hyper.consolidation_epochs
-    task = progress.add_task("training", total=epochs * steps, completed=done * steps)
-    for epoch in range(done, epochs):
-        if epoch == hyper.epochs:
-            chain, optimizer = find(), _optimizer(model, hyper)
+    task = progress.add_task("training", total=hyper.epochs * steps, completed=state.epoch * steps)
+    for epoch in range(state.epoch, hyper.epochs):
+        phase, before = hyper.at(epoch)
+        if phase.kind != "dense":
+            _factorize_(model, hyper)
+        if phase.kind == "nested" and not chain:
+            chain = find()
+            _cut_(model, chain[-1])
+        if before == 0:
+            optimizer = _optimizer(model, hyper)
         try:
             train_epoch_(
                 model, optimizer, data.train, hyper, epoch, chain, lambda: progress.advance(task)
@@ -86,17 +136,21 @@ def train_(
                 raise Diverged(f"the validation loss is {result.loss} after epoch {epoch + 1}")
         except Diverged as error:
             raise Diverged(f"{error}; last good checkpoint: {last or 'none'}") from None
-        if epoch < hyper.epochs:
+        if phase.kind == "ordered":
             shrink_(model, optimizer, hyper.threshold)
         ranks = {name: layer.rank for name, layer in low_rank_layers(model).items()}
         state = checkpoint.State(epoch + 1, ranks, run, chain)
         last = checkpoint.save(root, model, optimizer, state)
         progress.update(
             task,
-            description=f"epoch {epoch + 1}/{epochs}, validation {result.accuracy:.2%}, "
-            f"ranks {'-'.join(map(str, ranks.values()))}",
+            description=f"epoch {epoch + 1}/{hyper.epochs}, validation {result.accuracy:.2%}, "
+            f"ranks {'-'.join(map(str, ranks.values())) or 'all'}",
         )
-    return chain or find()
+    _factorize_(model, hyper)
+    if not chain:
+        chain = find()
+        _cut_(model, chain[-1])
+    return chain
 
 
 def train_epoch_(
@@ -108,7 +162,7 @@ def train_epoch_(
     chain: Chain,
     on_step: Callable[[], None],
 ) -> None:
-    """Go once through `pictures` in random order: ordered training, or that of `chain` if given.
+    """Go once through `pictures` in random order, in the phase that `epoch` is of.
 
     Raises:
         Diverged: the loss is not finite.
@@ -116,16 +170,19 @@ def train_epoch_(
     rng = Random(f"{hyper.seed}/{epoch}")
     torch.manual_seed(rng.getrandbits(63))
     model.train()
-    phase = (epoch - hyper.epochs, hyper.consolidation_epochs) if chain else (epoch, hyper.epochs)
+    phase, before = hyper.at(epoch)
     batches = torch.split(torch.randperm(len(pictures)), hyper.batch_size)
     for step, indices in enumerate(batches):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(hyper, phase[0] + step / len(batches), phase[1])
-        x, labels = pictures.batch(indices)
-        if chain:
-            loss = consolidation_loss(model, chain, x, labels, rng)
-        else:
-            loss = ordered_loss(model, x, labels, hyper.lasso, rng)
+            group["lr"] = learning_rate(phase, hyper.warmup, before + step / len(batches))
+        x, labels = pictures.augmented(indices)
+        with torch.autocast(x.device.type, torch.bfloat16, hyper.precision == "bfloat16"):
+            if phase.kind == "nested":
+                loss = consolidation_loss(model, chain, x, labels, rng, hyper.label_smoothing)
+            elif phase.kind == "ordered":
+                loss = ordered_loss(model, x, labels, hyper.lasso, rng, hyper.label_smoothing)
+            else:
+                loss = F.cross_entropy(model(x), labels, label_smoothing=hyper.label_smoothing)
         if not loss.isfinite():
             raise Diverged(
                 f"the loss is {loss.item()} at epoch {epoch + 1}, step {step + 1} of {len(batches)}"
@@ -136,23 +193,49 @@ def train_epoch_(
         on_step()
 
 
-def ordered_loss(model: nn.Module, x: Tensor, labels: Tensor, lasso: float, rng: Random) -> Tensor:
+def ordered_loss(
+    model: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    lasso: float,
+    rng: Random,
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """Return the loss with one layer cut at random, and the lasso (Maestro, Algorithm 1)."""
     layers = low_rank_layers(model)
     index, rank = sample([layer.rank for layer in layers.values()], rng)
-    loss = F.cross_entropy(forward_at(model, {list(layers)[index]: rank}, x), labels)
+    logits = forward_at(model, {list(layers)[index]: rank}, x)
+    loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
     return loss + lasso * group_lasso(layers.values()) if lasso else loss
 
 
-def learning_rate(hyper: HyperParameters, epoch: float, epochs: int) -> float:
-    """Return the rate at `epoch`, 0..epochs: half a cosine (Loshchilov and Hutter, SGDR 2017)."""
-    return hyper.learning_rate * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+def learning_rate(phase: Phase, warmup: float, epoch: float) -> float:
+    """Return the rate at `epoch` of the phase, 0..phase.epochs.
+
+    It rises in a line, then falls along half a cosine (Loshchilov and Hutter, SGDR, 2017).
+    """
+    done = epoch / phase.epochs
+    if done < warmup:
+        return phase.learning_rate * done / warmup
+    fallen = (done - warmup) / (1 - warmup)
+    return phase.learning_rate * 0.5 * (1 + math.cos(math.pi * fallen))
+
+
+def _factorize_(model: nn.Module, hyper: HyperParameters) -> None:
+    if not low_rank_layers(model):
+        factorize_(model, hyper.keep)
+
+
+def _cut_(model: nn.Module, ranks: tuple[int, ...]) -> None:
+    for layer, rank in zip(low_rank_layers(model).values(), ranks, strict=True):
+        truncate_(layer, rank)
 
 
 def _optimizer(model: nn.Module, hyper: HyperParameters) -> Optimizer:
     return SGD(
         model.parameters(),
-        lr=hyper.learning_rate,
+        lr=0.0,  # set at each step
         momentum=hyper.momentum,
         weight_decay=hyper.weight_decay,
+        nesterov=hyper.nesterov,
     )

@@ -19,19 +19,18 @@ from maestro_core.frontier import Chain
 from maestro_core.layers import LowRankLayer
 from maestro_core.lod import sample, truncate_
 from maestro_core.search import SearchParameters, find_chain
-from maestro_core.training import HyperParameters, train_
+from maestro_core.training import HyperParameters, Phase, train_
 
 HYPER = HyperParameters(
-    epochs=2,
-    consolidation_epochs=0,
+    phases=(Phase("ordered", 2, 0.05),),
     batch_size=20,
-    learning_rate=0.05,
     momentum=0.9,
     weight_decay=0.0,
     lasso=0.0,
     threshold=0.0,
     seed=1,
 )
+NESTED = Phase("nested", 1, 0.05)
 STEPS = 2 * 10  # two epochs of 200 pictures
 
 
@@ -40,6 +39,8 @@ class Unused(Pictures):
 
     def batch(self, indices: Tensor | slice) -> tuple[Tensor, Tensor]:
         pytest.fail(f"pictures {indices} were read")
+
+    augmented = batch
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def test_every_step_of_ordered_training_is_one_pass_with_at_most_one_layer_cut(
 
 
 def test_training_and_search_never_read_the_test_pictures(data: Data, tmp_path: Path) -> None:
-    chain = train(network(), data, tmp_path, replace(HYPER, consolidation_epochs=1))
+    chain = train(network(), data, tmp_path, replace(HYPER, phases=(*HYPER.phases, NESTED)))
 
     assert len(chain) > 2, "too short a chain to have been trained on"
 
@@ -104,7 +105,7 @@ def test_training_and_search_never_read_the_test_pictures(data: Data, tmp_path: 
 def test_training_needs_no_global_random_state(data: Data, tmp_path: Path) -> None:
     """Ranks came from an unseeded generator, so that no run could be repeated."""
     first, again = network(), network()
-    hyper = replace(HYPER, consolidation_epochs=1)
+    hyper = replace(HYPER, phases=(*HYPER.phases, NESTED))
 
     train(first, data, tmp_path / "a", hyper)
     random.seed(5)

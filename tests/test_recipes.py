@@ -13,13 +13,16 @@ from maestro_core import artifact, checkpoint, held_out
 from maestro_core.data import DataError
 from maestro_core.recipes import running
 from maestro_core.recipes.mnist_lenet import RECIPE
+from maestro_core.training import Phase
 
 SMALL = replace(
     RECIPE,
     validation=200,
     kept_samples=150,
     training=replace(
-        RECIPE.training, epochs=8, consolidation_epochs=2, batch_size=16, learning_rate=0.007
+        RECIPE.training,
+        phases=(Phase("ordered", 8, 0.007), Phase("nested", 2, 0.007)),
+        batch_size=16,
     ),
     search=replace(RECIPE.search, probes=6, least_macs=0.0),
 )
@@ -64,7 +67,7 @@ def test_a_recipe_makes_an_artifact_whose_best_point_has_learnt(out: Path) -> No
     assert len(made.points) >= 2
     assert made.manifest.dense_macs == 281_640
     provenance = made.manifest.provenance
-    assert (provenance["recipe"], provenance["seed"], provenance["epochs"]) == ("mnist-lenet", 0, 8)
+    assert (provenance["recipe"], provenance["seed"], provenance["epochs"]) == ("mnist-lenet", 0, 10)
     assert provenance["data_set"] == "MNIST, LeCun et al., CC BY-SA 3.0"
     assert len(held_out.read_samples(made).labels) == 150
     assert provenance["packages"]["torch"] == torch.__version__

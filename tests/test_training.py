@@ -18,13 +18,12 @@ from maestro_core.data import Data, Pictures
 from maestro_core.evaluation import evaluate
 from maestro_core.factorize import factorize_, low_rank_layers
 from maestro_core.frontier import Chain
-from maestro_core.training import Diverged, HyperParameters, learning_rate, train_
+from maestro_core.training import Diverged, HyperParameters, Kind, Phase, learning_rate, train_
 
+RATE = 0.05
 HYPER = HyperParameters(
-    epochs=4,
-    consolidation_epochs=0,
+    phases=(Phase("ordered", 4, RATE),),
     batch_size=32,
-    learning_rate=0.05,
     momentum=0.9,
     weight_decay=1e-4,
     lasso=0.0,
@@ -73,6 +72,10 @@ def data() -> Data:
     return Data(pictures(300, 0), pictures(100, 1), pictures(100, 2), "blobs", "0")
 
 
+def phases(ordered: int, nested: int = 0, rate: float = RATE) -> tuple[Phase, ...]:
+    return (Phase("ordered", ordered, rate), Phase("nested", nested, rate))
+
+
 CHAIN: Chain = [(1, 2), (2, 6), (4, 12)]
 
 
@@ -85,8 +88,13 @@ def train(
     run: dict[str, Any] = RUN,
 ) -> Path:
     """Train and return the last checkpoint."""
+
+    def find() -> Chain:
+        ranks = [layer.rank for layer in low_rank_layers(model).values()]
+        return [tuple(map(min, point, ranks)) for point in CHAIN]
+
     off = Progress(disable=True)
-    assert train_(model, data, hyper, lambda: CHAIN, root, run, progress or off) == CHAIN
+    assert train_(model, data, hyper, find, root, run, progress or off) == find()
     last = checkpoint.latest(root)
     assert last is not None
     return last
@@ -123,7 +131,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     )
 
 
-SHRINKING = replace(HYPER, lasso=2e-2, threshold=0.1, epochs=6)
+SHRINKING = replace(HYPER, lasso=2e-2, threshold=0.1, phases=phases(6))
 
 
 def test_a_resumed_run_ends_with_the_bits_and_ranks_of_one_that_never_stopped(
@@ -151,13 +159,13 @@ def test_a_resumed_run_ends_with_the_bits_and_ranks_of_one_that_never_stopped(
     assert same(whole, resumed)
 
 
-CONSOLIDATING = replace(HYPER, epochs=2, consolidation_epochs=2)
+CONSOLIDATING = replace(HYPER, phases=phases(2, 2))
 
 
 def test_consolidation_raises_the_points_and_keeps_the_whole(data: Data, tmp_path: Path) -> None:
     ordered, consolidated = network(), network()
-    train(ordered, data, tmp_path / "a", replace(HYPER, epochs=2))
-    train(consolidated, data, tmp_path / "b", replace(CONSOLIDATING, consolidation_epochs=8))
+    train(ordered, data, tmp_path / "a", replace(HYPER, phases=phases(2)))
+    train(consolidated, data, tmp_path / "b", replace(HYPER, phases=phases(2, 8)))
 
     cheap = {"conv": 1, "fc": 2}
     before = evaluate(ordered, data.validation, cheap)
@@ -224,8 +232,8 @@ def test_only_the_last_checkpoint_is_kept_and_nothing_half_written(
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(
     data: Data, tmp_path: Path
 ) -> None:
-    path = train(network(), data, tmp_path, replace(HYPER, epochs=1))
-    wild = replace(HYPER, epochs=3, learning_rate=1e9)
+    path = train(network(), data, tmp_path, replace(HYPER, phases=phases(1)))
+    wild = replace(HYPER, phases=phases(3, rate=1e9))
 
     with pytest.raises(Diverged, match=r"nan at epoch 2, step \d+ of 10; last good .*epoch-0001"):
         train(network(), data, tmp_path, wild)
@@ -235,7 +243,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(
 def test_a_network_spoilt_by_the_last_step_of_an_epoch_is_not_saved(
     data: Data, tmp_path: Path
 ) -> None:
-    wild = replace(HYPER, batch_size=len(data.train), learning_rate=1e30)
+    wild = replace(HYPER, batch_size=len(data.train), phases=phases(4, rate=1e30))
 
     with pytest.raises(Diverged, match=r"validation loss is nan after epoch 1; last .*: none"):
         train(network(), data, tmp_path, wild)
@@ -283,7 +291,7 @@ def test_a_state_with_wrong_ranks_is_named(data: Data, tmp_path: Path) -> None:
 
 def test_a_disk_that_fails_leaves_the_earlier_checkpoint(data: Data, tmp_path: Path) -> None:
     model = network()
-    path = train(model, data, tmp_path / "root", replace(HYPER, epochs=1))
+    path = train(model, data, tmp_path / "root", replace(HYPER, phases=phases(1)))
     blocked = tmp_path / "root" / ".epoch-0002"
     blocked.write_text("a file where the new directory must go")
 
@@ -295,9 +303,86 @@ def test_a_disk_that_fails_leaves_the_earlier_checkpoint(data: Data, tmp_path: P
 
 
 def test_the_rate_falls_from_the_first_to_nearly_nothing() -> None:
-    rates = [learning_rate(HYPER, epoch / 10, 4) for epoch in range(40)]
+    rates = [learning_rate(Phase("ordered", 4, RATE), 0.0, epoch / 10) for epoch in range(40)]
 
-    assert rates[0] == HYPER.learning_rate
-    assert rates[20] == pytest.approx(HYPER.learning_rate / 2)
-    assert 0 < rates[-1] < HYPER.learning_rate * 3e-3
+    assert rates[0] == RATE
+    assert rates[20] == pytest.approx(RATE / 2)
+    assert 0 < rates[-1] < RATE * 3e-3
     assert rates == sorted(rates, reverse=True)
+
+
+def test_the_rate_first_rises_where_there_is_a_warm_up() -> None:
+    rates = [learning_rate(Phase("dense", 4, RATE), 0.25, epoch / 10) for epoch in range(40)]
+
+    assert rates[0] == 0
+    assert rates[5] == pytest.approx(RATE / 2)
+    assert rates[10] == RATE == max(rates)
+    assert rates[:10] == sorted(rates[:10])
+
+
+def test_a_dense_phase_trains_the_network_before_it_is_factorised(
+    data: Data, tmp_path: Path
+) -> None:
+    hyper = replace(HYPER, phases=(Phase("dense", 3, RATE),), keep=("head",))
+    torch.manual_seed(0)
+    model = Net()
+    before = model.fc.weight.detach().clone()
+
+    train(model, data, tmp_path, hyper)
+
+    fc = low_rank_layers(model)["fc"]
+    assert isinstance(model.get_submodule("head"), nn.Linear)
+    assert (fc.up.t() @ fc.down - before).abs().max() > 0.01, "it was factorised before it learnt"
+    assert evaluate(model, data.validation).accuracy > 0.9
+    assert checkpoint.read_state(tmp_path / "epoch-0003").ranks == {}
+
+
+@pytest.mark.parametrize("stop", [5, 10, 11, 25, 35])
+def test_a_run_stopped_before_or_after_the_factorisation_ends_with_the_same_bits(
+    data: Data, tmp_path: Path, stop: int
+) -> None:
+    kinds: tuple[Kind, ...] = ("dense", "ordered", "nested", "nested")
+    hyper = replace(HYPER, phases=tuple(Phase(k, 1, RATE) for k in kinds), keep=("head",))
+
+    class Stops(Progress):
+        def advance(self, *_: Any, **__: Any) -> None:
+            steps.append(0)
+            if len(steps) == stop:
+                raise KeyboardInterrupt
+
+    def fresh() -> Net:
+        torch.manual_seed(0)
+        return Net()
+
+    steps: list[int] = []
+    whole, stopped, resumed = fresh(), fresh(), fresh()
+    train(whole, data, tmp_path / "whole", hyper)
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, data, tmp_path / "cut", hyper, Stops(disable=True))
+    train(resumed, data, tmp_path / "cut", hyper)
+
+    assert same(whole, resumed)
+
+
+def test_ranks_above_the_chain_are_gone_before_its_points_are_trained(
+    data: Data, tmp_path: Path
+) -> None:
+    model = network()
+    short: Chain = [(1, 2), (2, 6)]
+
+    train_(
+        model,
+        data,
+        CONSOLIDATING,
+        lambda: short,
+        tmp_path,
+        RUN,
+        Progress(disable=True),
+    )
+
+    assert [layer.rank for layer in low_rank_layers(model).values()] == [2, 6]
+
+
+def test_phases_out_of_order_are_refused() -> None:
+    with pytest.raises(ValueError, match="dense, ordered, nested, not as nested, dense"):
+        replace(HYPER, phases=(Phase("nested", 1, RATE), Phase("dense", 1, RATE)))

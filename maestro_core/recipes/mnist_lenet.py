@@ -4,7 +4,7 @@ from maestro_core.artifact import Image
 from maestro_core.models.lenet import LeNet
 from maestro_core.recipes.recipe import Recipe
 from maestro_core.search import SearchParameters
-from maestro_core.training import HyperParameters
+from maestro_core.training import HyperParameters, Phase
 
 RECIPE = Recipe(
     name="mnist-lenet",
@@ -16,12 +16,9 @@ RECIPE = Recipe(
     labels=tuple("0123456789"),
     validation=5_000,
     kept_samples=0,  # the artifact ships with the project, and no data set does
-    keep=(),
     training=HyperParameters(
-        epochs=8,
-        consolidation_epochs=16,
+        phases=(Phase("ordered", 8, 0.02), Phase("nested", 16, 0.02)),
         batch_size=64,
-        learning_rate=0.02,
         momentum=0.9,
         weight_decay=1e-4,
         lasso=0.0,

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from maestro_core.artifact import Image
+from maestro_core.data import NO_AUGMENTATION, Augmentation
 from maestro_core.search import SearchParameters
 from maestro_core.training import HyperParameters
 
@@ -15,9 +16,9 @@ from maestro_core.training import HyperParameters
 class Recipe:
     """A network, the pictures it reads, and how it is trained and searched.
 
-    `keep` names layers to leave dense; `validation` pictures leave the training set to choose
-    the points. `data_set` and `source` say what the data is, and whose. `kept_samples` of the
-    validation pictures go into the artifact, for hosts that look for points of their own.
+    `validation` pictures leave the training set to choose the points. `data_set` and `source` say
+    what the data is, and whose. `kept_samples` of the test pictures go into the artifact, for hosts
+    that look for points of their own.
     """
 
     name: str
@@ -29,9 +30,9 @@ class Recipe:
     labels: tuple[str, ...]
     validation: int
     kept_samples: int
-    keep: tuple[str, ...]
     training: HyperParameters
     search: SearchParameters
+    augmentation: Augmentation = NO_AUGMENTATION
 
     def identity(self, data_sha256: str) -> dict[str, Any]:
         """Return, as plain JSON, what a checkpoint must agree on to be resumed."""
@@ -39,7 +40,7 @@ class Recipe:
             "recipe": self.name,
             "data_sha256": data_sha256,
             "validation": self.validation,
-            "keep": list(self.keep),
+            "augmentation": asdict(self.augmentation),
             **asdict(self.training),
             "search": asdict(self.search),
         }

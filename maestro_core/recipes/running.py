@@ -16,12 +16,13 @@ from maestro_core.export import Description
 from maestro_core.export import export as export_artifact
 from maestro_core.factorize import factorize_
 from maestro_core.frontier import Chain
+from maestro_core.recipes.cifar10_small import RECIPE as CIFAR10_SMALL
 from maestro_core.recipes.mnist_lenet import RECIPE as MNIST_LENET
 from maestro_core.recipes.recipe import Recipe
 from maestro_core.search import error_tables, find_chain, verify
 from maestro_core.training import train_
 
-RECIPES = {recipe.name: recipe for recipe in (MNIST_LENET,)}
+RECIPES = {recipe.name: recipe for recipe in (MNIST_LENET, CIFAR10_SMALL)}
 
 
 def summaries() -> dict[str, str]:
@@ -52,6 +53,7 @@ def export(path: Path, data_path: Path, out: Path) -> Path:
     with _progress() as progress:
         loaded = _load(recipe, data_path)
         model = _network(recipe)
+        factorize_(model, recipe.training.keep)
         state = checkpoint.restore_(path, model, None, recipe.identity(loaded.sha256))
         chain = state.chain or _find_chain(recipe, model, loaded, progress)
         return _export(recipe, model, loaded, chain, out, progress)
@@ -102,6 +104,7 @@ def _export(
         data_set=recipe.data_set,
         provenance={
             **recipe.identity(loaded.sha256),
+            "epochs": recipe.training.epochs,
             "data_set": f"{recipe.data_set}, {recipe.source}",
             "packages": {name: version(name) for name in ("torch", "onnx", "onnxruntime", "numpy")},
             "python": platform.python_version(),
@@ -131,10 +134,10 @@ def _for_hosts(
         model,
         cost,
         loaded.validation,
-        recipe.search.probes,
+        recipe.search,
         lambda done, total: progress.update(task, completed=done, total=total),
     )
-    x, labels = loaded.validation.batch(slice(0, recipe.kept_samples))
+    x, labels = loaded.test.batch(slice(0, recipe.kept_samples))
     names = [layer.name for layer in cost.layers]
     return held_out.contents(x.numpy(), labels.numpy(), names, tables)
 
@@ -152,15 +155,18 @@ def _recipe(name: str) -> Recipe:
 
 def _load(recipe: Recipe, path: Path) -> Data:
     return data.load(
-        path, recipe.image, len(recipe.labels), recipe.validation, recipe.training.seed
+        path,
+        recipe.image,
+        len(recipe.labels),
+        recipe.validation,
+        recipe.training.seed,
+        recipe.augmentation,
     )
 
 
 def _network(recipe: Recipe) -> nn.Module:
     torch.manual_seed(recipe.training.seed)
-    model = recipe.network()
-    factorize_(model, recipe.keep)
-    return model
+    return recipe.network()
 
 
 def _progress() -> Progress:

@@ -1,0 +1,46 @@
+"""A nine-layer residual network on CIFAR-10: the model that ships, two hours on two cores."""
+
+from maestro_core.artifact import Image
+from maestro_core.data import Augmentation
+from maestro_core.models.resnet9 import ResNet9
+from maestro_core.recipes.recipe import Recipe
+from maestro_core.search import SearchParameters
+from maestro_core.training import HyperParameters, Phase
+
+RECIPE = Recipe(
+    name="cifar10-small",
+    summary="ResNet-9 on CIFAR-10, two hours on two cores; --data cifar10.npz",
+    network=ResNet9,
+    data_set="CIFAR-10",
+    source="Krizhevsky, 2009",
+    image=Image("RGB", 32, 32, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)),
+    labels=(
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    ),
+    validation=2_500,
+    kept_samples=1_000,
+    augmentation=Augmentation(shift=4, flip=True),
+    training=HyperParameters(
+        phases=(Phase("dense", 8, 0.1), Phase("ordered", 1, 0.02), Phase("nested", 8, 0.05)),
+        batch_size=128,
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=5e-4,
+        warmup=0.15,
+        label_smoothing=0.1,
+        lasso=0.0,
+        threshold=1e-5,
+        precision="bfloat16",
+        seed=0,
+    ),
+    search=SearchParameters(points=16, least_macs=0.05, most_macs=0.5, probes=8, samples=1_000),
+)
