@@ -26,7 +26,8 @@ from maestro_core.artifact import Tensor as TensorSpec
 from maestro_core.data import Pictures
 from maestro_core.evaluation import evaluate
 from maestro_core.factorize import forward_at
-from maestro_core.search import by_name
+from maestro_core.normalisation import evaluating
+from maestro_core.search import Point, by_name
 
 INPUT, OUTPUT = "image", "logits"
 TOLERANCE = 1e-4
@@ -52,14 +53,14 @@ class Description:
 def export(
     model: nn.Module,
     cost: Cost,
-    chain: Sequence[tuple[int, ...]],
+    trained: Sequence[Point],
     test: Pictures,
     description: Description,
     path: Path,
     on_point: Callable[[], None],
     extras: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Artifact:
-    """Score every point of `chain`, one rank per layer of `cost`, and write the artifact at `path`.
+    """Score every point, one rank per layer of `cost`, and write the artifact at `path`.
 
     `extras` are further files, path -> bytes (`held_out`).
 
@@ -69,26 +70,31 @@ def export(
     """
     model.eval()
     x, _ = test.batch(slice(0, CHECKED))
-    template, weights = graph.pack(make_template(model, x), cost.layers)
+    template, shared = graph.pack(make_template(model, x), cost.layers)
+    weights = bytearray(shared)
+    private = [graph.place_(weights, _normalisation(template, point)) for point in trained]
     contents = {
         **extras,
-        artifact.WEIGHTS: weights,
+        artifact.WEIGHTS: bytes(weights),
         artifact.TEMPLATE: template.SerializeToString(),
     }
     points = []
-    for i, ranks in enumerate(chain):
+    for i, (point, own) in enumerate(zip(trained, private, strict=True)):
         name = f"points/{i:02}.onnx"
-        contents[name] = graph.build(template, cost.layers, ranks).SerializeToString()
-        named = by_name(cost, ranks)
-        _check_point(contents[name], weights, x, _torch_output(model, named, x), name)
-        result = evaluate(model, test, named)
+        model_proto = graph.build(template, cost.layers, point.ranks, own)
+        contents[name] = model_proto.SerializeToString()
+        named = by_name(cost, point.ranks)
+        with evaluating(model), torch.inference_mode():
+            expected = forward_at(model, named, x, buffers=point.statistics).numpy()
+        _check_point(contents[name], contents[artifact.WEIGHTS], x, expected, name)
+        result = evaluate(model, test, named, point.statistics)
         points.append(
             OperatingPoint(
-                ranks=ranks,
+                ranks=point.ranks,
                 precision="fp32",
                 score=wilson(result.correct, result.n),
-                macs=cost.macs_at(ranks),
-                params=cost.params_at(ranks),
+                macs=cost.macs_at(point.ranks),
+                params=cost.params_at(point.ranks),
                 graph=name,
             )
         )
@@ -154,10 +160,10 @@ def wilson(correct: int, n: int) -> Score:
     return Score(share, max(0.0, centre - half), min(1.0, centre + half))
 
 
-def _torch_output(model: nn.Module, ranks: Mapping[str, int], x: Tensor) -> np.ndarray:
-    with torch.inference_mode():
-        output: np.ndarray = forward_at(model, ranks, x).numpy()
-    return output
+def _normalisation(template: ModelProto, point: Point) -> dict[str, np.ndarray]:
+    """Return the statistics of the point that its graph reads, by initializer."""
+    read = {tensor.name for tensor in template.graph.initializer}
+    return {name: value.numpy() for name, value in point.statistics.items() if name in read}
 
 
 def _check_point(point: bytes, weights: bytes, x: Tensor, expected: np.ndarray, name: str) -> None:

@@ -8,6 +8,7 @@ weights file and a shorter length.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -18,6 +19,7 @@ from maestro_core.artifact import Layer
 DOMAIN = "maestro"
 LOCATION = "weights.bin"
 PAGE_BYTES = 4096
+LINE = 64
 # Shapes, axes and scalars stay in the graph, where the runtime reads them without a file.
 INLINE_BYTES = 64
 
@@ -25,34 +27,52 @@ INLINE_BYTES = 64
 def pack(template: ModelProto, layers: Sequence[Layer]) -> tuple[ModelProto, bytes]:
     """Move the weights into one file; return the template that refers to it, and the file.
 
-        Adds `LAYER.dense`, (out, in, …), for each layer that is cheaper dense at its full rank, and
-    X
+    Adds `LAYER.dense`, (out, in, …), for each layer that is cheaper dense at its full rank, and
+    `LAYER.down.zeros` and `LAYER.up.zeros`, one row each, for rank 0.
     """
     packed = ModelProto()
     packed.CopyFrom(template)
     del packed.graph.initializer[:]
     tensors = {t.name: numpy_helper.to_array(t) for t in template.graph.initializer}
-    blob = bytearray()
-    for name, value in {**tensors, **_derived(tensors, layers)}.items():
+    weights = bytearray()
+    placed = place_(weights, {**tensors, **_derived(tensors, layers)})
+    packed.graph.initializer.extend(placed.values())
+    return packed, bytes(weights)
+
+
+def place_(weights: bytearray, tensors: Mapping[str, np.ndarray]) -> dict[str, TensorProto]:
+    """Append tensors to the weights file; return, by name, the initializers that refer to them.
+
+    A page or more begins on a page, so that it can be mapped alone; less on a cache line.
+    """
+    placed = {}
+    for name, value in tensors.items():
         if value.nbytes <= INLINE_BYTES:
-            packed.graph.initializer.append(numpy_helper.from_array(value, name))
+            placed[name] = numpy_helper.from_array(value, name)
             continue
-        blob.extend(bytes(-len(blob) % PAGE_BYTES))
+        weights.extend(bytes(-len(weights) % (PAGE_BYTES if value.nbytes >= PAGE_BYTES else LINE)))
         data = np.ascontiguousarray(value).tobytes()
         dtype = helper.np_dtype_to_tensor_dtype(value.dtype)
-        packed.graph.initializer.append(_external(name, dtype, value.shape, len(blob), len(data)))
-        blob.extend(data)
-    return packed, bytes(blob)
+        placed[name] = _external(name, dtype, value.shape, len(weights), len(data))
+        weights.extend(data)
+    return placed
 
 
-def build(template: ModelProto, layers: Sequence[Layer], ranks: Sequence[int]) -> ModelProto:
+def build(
+    template: ModelProto,
+    layers: Sequence[Layer],
+    ranks: Sequence[int],
+    private: Mapping[str, TensorProto] = MappingProxyType({}),
+) -> ModelProto:
     """Return the plain ONNX graph of the point with these ranks, one per layer.
+
+    `private` initializers take the place of the template's: the point's own normalisation.
 
     Raises:
         ValueError: a rank out of range, or one at which the layer should be dense but is not whole.
     """
     _check(layers, ranks)
-    tensors = {t.name: t for t in template.graph.initializer}
+    tensors = {**{t.name: t for t in template.graph.initializer}, **private}
     dims = {
         value.name: len(value.type.tensor_type.shape.dim)
         for value in (*template.graph.value_info, *template.graph.input, *template.graph.output)

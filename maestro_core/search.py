@@ -17,6 +17,17 @@ from maestro_core.frontier import (
     refine,
     spread,
 )
+from maestro_core.normalisation import Statistics, recalibrate
+
+CALIBRATING = 4_000  # training pictures that a point's normalisation is of
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Point:
+    """One rank for each factorised layer, and the statistics of its batch normalisation by name."""
+
+    ranks: tuple[int, ...]
+    statistics: Statistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +102,27 @@ def error_tables(
     return tables
 
 
-def verify(model: nn.Module, cost: Cost, chain: Chain, validation: Pictures) -> Chain:
-    """Return the points of `chain` that are more accurate, as a whole, than all cheaper ones."""
-    results = [evaluate(model, validation, by_name(cost, ranks)) for ranks in chain]
-    kept = pareto([cost.macs_at(ranks) for ranks in chain], [r.accuracy for r in results])
-    return [chain[i] for i in kept]
+def make_points(
+    model: nn.Module,
+    cost: Cost,
+    chain: Chain,
+    train: Pictures,
+    validation: Pictures,
+    on_point: Callable[[int, int], None],
+) -> list[Point]:
+    """Return the points of `chain` that are more accurate, as a whole, than all cheaper ones.
+
+    Each has the normalisation that `train` pictures give it. `on_point` is told how many of the
+    chain are done, and of how many.
+    """
+    points, accuracies = [], []
+    for i, ranks in enumerate(chain):
+        named = by_name(cost, ranks)
+        point = Point(ranks, recalibrate(model, named, train.first(CALIBRATING)))
+        points.append(point)
+        accuracies.append(evaluate(model, validation, named, point.statistics).accuracy)
+        on_point(i + 1, len(chain))
+    return [points[i] for i in pareto([cost.macs_at(ranks) for ranks in chain], accuracies)]
 
 
 def by_name(cost: Cost, ranks: Sequence[int]) -> dict[str, int]:

@@ -124,7 +124,7 @@ def train_(
             _factorize_(model, hyper)
         if phase.kind == "nested" and not chain:
             chain = find()
-            _cut_(model, chain[-1])
+            cut_(model, chain[-1])
         if before == 0:
             optimizer = _optimizer(model, hyper)
         try:
@@ -149,7 +149,7 @@ def train_(
     _factorize_(model, hyper)
     if not chain:
         chain = find()
-        _cut_(model, chain[-1])
+        cut_(model, chain[-1])
     return chain
 
 
@@ -226,7 +226,8 @@ def _factorize_(model: nn.Module, hyper: HyperParameters) -> None:
         factorize_(model, hyper.keep)
 
 
-def _cut_(model: nn.Module, ranks: tuple[int, ...]) -> None:
+def cut_(model: nn.Module, ranks: tuple[int, ...]) -> None:
+    """Cut every factorised layer, in module order, to its rank for good."""
     for layer, rank in zip(low_rank_layers(model).values(), ranks, strict=True):
         truncate_(layer, rank)
 

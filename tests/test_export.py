@@ -7,6 +7,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from onnx import numpy_helper
 from torch import Tensor, nn
 
 from maestro_core import export as exporting
@@ -17,7 +18,8 @@ from maestro_core.evaluation import evaluate
 from maestro_core.export import Description, ExportError, export, wilson
 from maestro_core.factorize import factorize_, forward_at, low_rank_layers
 from maestro_core.lod import truncate_
-from maestro_core.search import by_name
+from maestro_core.normalisation import recalibrate
+from maestro_core.search import Point, by_name
 
 CHAIN = [(1, 0, 1, 0), (1, 2, 1, 2), (2, 9, 3, 4), (2, 12, 10, 6), (4, 20, 18, 8)]
 
@@ -72,7 +74,16 @@ DESCRIPTION = Description("net", "image-classification", tuple("abcdefgh"), "noi
 
 def write(model: nn.Module, path: Path) -> Artifact:
     cost = measure(model, torch.zeros(1, 3, 8, 8))
-    return export(model, cost, CHAIN, pictures(), DESCRIPTION, path, lambda: None)
+    return export(model, cost, points(model), pictures(), DESCRIPTION, path, lambda: None)
+
+
+def points(model: nn.Module) -> list[Point]:
+    """Return the points of CHAIN, each normalised by what it computes."""
+    names = list(low_rank_layers(model))
+    return [
+        Point(ranks, recalibrate(model, dict(zip(names, ranks, strict=True)), pictures()))
+        for ranks in CHAIN
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +99,24 @@ def test_every_point_computes_what_torch_does_at_its_ranks(
     model = network()
     x = torch.randn(batch, 3, 8, 8)
     ranks = by_name(measure(model, x[:1]), CHAIN[point])
+    statistics = points(model)[point].statistics
 
     session = ort.InferenceSession(exported.graph_path(point), providers=["CPUExecutionProvider"])
     output = session.run(None, {"image": x.numpy()})[0]
 
     with torch.no_grad():
-        expected = forward_at(model, ranks, x).numpy()
+        expected = forward_at(model, ranks, x, buffers=statistics).numpy()
     np.testing.assert_allclose(output, expected, rtol=0, atol=1e-4)
+
+
+def test_each_point_has_its_own_normalisation(exported: Artifact) -> None:
+    means = set()
+    for point in range(len(CHAIN)):
+        graph = onnx.load(exported.graph_path(point), load_external_data=False).graph
+        mean = next(t for t in graph.initializer if t.name == "norm.running_mean")
+        means.add(tuple(numpy_helper.to_array(mean)))
+
+    assert len(means) == len({ranks[0] for ranks in CHAIN}), "it follows the first layer alone"
 
 
 def test_every_point_is_plain_onnx(exported: Artifact) -> None:
@@ -118,11 +140,12 @@ def test_points_are_scored_and_costed_as_a_whole(exported: Artifact) -> None:
     model = network()
     cost = measure(model, torch.zeros(1, 3, 8, 8))
 
-    for point, ranks in zip(exported.points, CHAIN, strict=True):
-        result = evaluate(model, pictures(), by_name(cost, ranks))
-        assert point.ranks == ranks
+    for point, trained in zip(exported.points, points(model), strict=True):
+        ranks = by_name(cost, trained.ranks)
+        result = evaluate(model, pictures(), ranks, trained.statistics)
+        assert point.ranks == trained.ranks
         assert point.score == wilson(result.correct, 90)
-        assert point.macs == cost.macs_at(ranks)
+        assert point.macs == cost.macs_at(point.ranks)
     assert exported.points[-1].macs == exported.manifest.dense_macs
     assert exported.manifest.input.shape == (-1, 3, 8, 8)
     assert exported.manifest.metric.samples == 90

@@ -67,7 +67,11 @@ def test_a_recipe_makes_an_artifact_whose_best_point_has_learnt(out: Path) -> No
     assert len(made.points) >= 2
     assert made.manifest.dense_macs == 281_640
     provenance = made.manifest.provenance
-    assert (provenance["recipe"], provenance["seed"], provenance["epochs"]) == ("mnist-lenet", 0, 10)
+    assert (provenance["recipe"], provenance["seed"], provenance["epochs"]) == (
+        "mnist-lenet",
+        0,
+        10,
+    )
     assert provenance["data_set"] == "MNIST, LeCun et al., CC BY-SA 3.0"
     assert len(held_out.read_samples(made).labels) == 150
     assert provenance["packages"]["torch"] == torch.__version__

@@ -12,7 +12,8 @@ from maestro_core.data import Pictures
 from maestro_core.evaluation import evaluate
 from maestro_core.factorize import factorize_, forward_at, low_rank_layers
 from maestro_core.frontier import Chain
-from maestro_core.search import SearchParameters, by_name, find_chain, verify
+from maestro_core.normalisation import recalibrate
+from maestro_core.search import SearchParameters, by_name, find_chain, make_points
 
 PARAMETERS = SearchParameters(points=5, least_macs=0.3, probes=8)
 
@@ -97,9 +98,14 @@ def test_verified_points_are_each_more_accurate_than_all_cheaper_ones(
 ) -> None:
     every = find_chain(model, cost, pictures, SearchParameters(99, 0.0, 99), lambda *_: None)
 
-    kept = verify(model, cost, every, pictures)
+    points = make_points(model, cost, every, pictures, pictures, lambda *_: None)
+    kept = [point.ranks for point in points]
 
-    accuracy = {r: evaluate(model, pictures, by_name(cost, r)).accuracy for r in every}
+    accuracy = {}
+    for ranks in every:
+        named = by_name(cost, ranks)
+        statistics = recalibrate(model, named, pictures)
+        accuracy[ranks] = evaluate(model, pictures, named, statistics).accuracy
     assert 2 <= len(kept) < len(every)
     assert all(accuracy[a] < accuracy[b] for a, b in pairwise(kept))
     for ranks in set(every) - set(kept):

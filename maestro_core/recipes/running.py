@@ -19,8 +19,8 @@ from maestro_core.frontier import Chain
 from maestro_core.recipes.cifar10_small import RECIPE as CIFAR10_SMALL
 from maestro_core.recipes.mnist_lenet import RECIPE as MNIST_LENET
 from maestro_core.recipes.recipe import Recipe
-from maestro_core.search import error_tables, find_chain, verify
-from maestro_core.training import train_
+from maestro_core.search import error_tables, find_chain, make_points
+from maestro_core.training import cut_, train_
 
 RECIPES = {recipe.name: recipe for recipe in (MNIST_LENET, CIFAR10_SMALL)}
 
@@ -56,6 +56,7 @@ def export(path: Path, data_path: Path, out: Path) -> Path:
         factorize_(model, recipe.training.keep)
         state = checkpoint.restore_(path, model, None, recipe.identity(loaded.sha256))
         chain = state.chain or _find_chain(recipe, model, loaded, progress)
+        cut_(model, chain[-1])
         return _export(recipe, model, loaded, chain, out, progress)
 
 
@@ -94,7 +95,15 @@ def _export(
     recipe: Recipe, model: nn.Module, loaded: Data, chain: Chain, path: Path, progress: Progress
 ) -> Path:
     cost = _cost(model, loaded)
-    points = verify(model, cost, chain, loaded.validation)
+    checking = progress.add_task("points", total=len(chain))
+    points = make_points(
+        model,
+        cost,
+        chain,
+        loaded.train,
+        loaded.validation,
+        lambda done, _: progress.update(checking, completed=done),
+    )
     extras = _for_hosts(recipe, model, cost, loaded, progress)
     task = progress.add_task("export", total=len(points))
     description = Description(

@@ -1,0 +1,124 @@
+"""Normalisation of a cut network: by its own activations, and the whole's left as it was."""
+
+from random import Random
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from maestro_core.artifact import Image
+from maestro_core.consolidation import consolidation_loss
+from maestro_core.data import Pictures
+from maestro_core.evaluation import evaluate
+from maestro_core.factorize import factorize_, forward_at
+from maestro_core.normalisation import evaluating, recalibrate, scratch
+
+CUT = {"0": 2, "4": 3}
+
+
+@pytest.fixture
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(64, 6),
+        nn.BatchNorm1d(6),
+        nn.Linear(6, 3),
+    )
+    factorize_(net)
+    return net
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Pictures:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (1_000, 6, 6, 1), generator=generator).to(torch.uint8)
+    labels = torch.randint(3, (1_000,), generator=generator)
+    return Pictures(pixels, labels, Image("L", 6, 6, (0.5,), (0.25,)))
+
+
+def test_statistics_are_the_mean_and_variance_of_what_the_point_computes(
+    model: nn.Sequential, pictures: Pictures
+) -> None:
+    statistics = recalibrate(model, CUT, pictures)
+
+    x, _ = pictures.batch(slice(None))
+    halves = []
+    with torch.no_grad():
+        for half in torch.split(x, 500):
+            y = forward_at(model[:1], {"0": 2}, half)
+            halves.append((y.mean((0, 2, 3)), y.var((0, 2, 3))))
+    means, variances = (torch.stack(values).mean(0) for values in zip(*halves, strict=True))
+    torch.testing.assert_close(statistics["1.running_mean"], means)
+    torch.testing.assert_close(statistics["1.running_var"], variances)
+    assert set(statistics) == set(scratch(model))
+
+
+def test_the_second_layer_is_gathered_behind_the_first_as_it_will_be(
+    model: nn.Sequential, pictures: Pictures
+) -> None:
+    few = pictures.first(400)
+    statistics = recalibrate(model, CUT, few)
+
+    seen: dict[str, Tensor] = {}
+    model[5].register_forward_hook(lambda _m, inputs, y: seen.update(x=inputs[0], y=y))
+    with evaluating(model), torch.no_grad():
+        forward_at(model, CUT, few.batch(slice(None))[0], buffers=statistics)
+
+    assert seen["y"].mean(0).abs().max() < 0.01
+    assert (seen["y"].std(0) - 1).abs().max() < 0.01
+
+
+def test_recalibration_changes_nothing_in_the_network(
+    model: nn.Sequential, pictures: Pictures
+) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    with pytest.raises(ValueError, match="no_such_layer"):
+        recalibrate(model, {"no_such_layer": 1}, pictures)
+    recalibrate(model, CUT, pictures)
+
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [model[i].momentum for i in (1, 5)] == [0.1, 0.1]
+    assert all(module.training for module in model.modules())
+
+
+def test_a_network_without_normalisation_has_no_statistics(pictures: Pictures) -> None:
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
+    factorize_(plain)
+
+    assert recalibrate(plain, {"1": 1}, pictures) == {}
+
+
+def test_by_batch_only_the_normalisation_is_as_in_training(
+    model: nn.Sequential, pictures: Pictures
+) -> None:
+    few = pictures.first(500)
+    statistics = recalibrate(model, CUT, few)
+
+    by_batch = evaluate(model, few, CUT, by_batch=True)
+
+    assert by_batch.loss == pytest.approx(evaluate(model, few, CUT, statistics).loss, rel=2e-2)
+    assert abs(by_batch.loss - evaluate(model, few, CUT).loss) > 0.05, "they must matter here"
+
+
+def test_consolidation_leaves_the_statistics_to_the_whole_network(
+    model: nn.Sequential, pictures: Pictures
+) -> None:
+    x, labels = pictures.batch(slice(0, 64))
+    alone = {name: value.clone() for name, value in scratch(model).items()}
+    chain = [(1, 1, 1), (2, 3, 2), (4, 6, 3)]
+
+    torch.manual_seed(0)
+    consolidation_loss(model, chain, x, labels, Random(0))
+    together = scratch(model)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(alone[name])
+    torch.manual_seed(0)
+    model(x)
+
+    for name, value in scratch(model).items():
+        assert torch.equal(value, together[name]), name
