@@ -144,3 +144,14 @@ def test_factors_share_nothing_with_the_dense_layer() -> None:
     nn.init.zeros_(dense.bias)
 
     assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("rank", [3, 6, 10])
+def test_a_large_batch_is_computed_as_its_parts_are(rank: int) -> None:
+    """Above the break-even rank a large batch multiplies the factors first, a small one doesn't."""
+    linear, x = LowRankLinear(12, 10, 10).double(), torch.randn(64, 12).double()
+    conv, images = LowRankConv2d(3, 10, (2, 2), 10).double(), torch.randn(64, 3, 3, 3).double()
+
+    torch.testing.assert_close(linear(x, rank), torch.cat([linear(r, rank) for r in x.split(1)]))
+    parts = [conv(image, rank) for image in images.split(1)]
+    torch.testing.assert_close(conv(images, rank), torch.cat(parts))
