@@ -7,7 +7,7 @@ and with every rank halved. Steps of all kinds run interleaved in random order, 
 import argparse
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -129,7 +129,7 @@ def step_of(model: nn.Module, kind: str, precision: Dtype, batch: int) -> Step:
 
 
 def interleaved(
-    steps: dict[str, Step], rounds: int, rng: random.Random, clock: Callable[[], float]
+    steps: Mapping[str, Step], rounds: int, rng: random.Random, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
     """Return how long each step took in every round, in seconds; the first round is not counted."""
     times: dict[str, list[float]] = {kind: [] for kind in steps}

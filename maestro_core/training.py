@@ -1,7 +1,7 @@
 """The training loop: dense, then with one layer cut at random, then on the chain found by it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -19,7 +19,9 @@ from maestro_core.data import Data, Pictures
 from maestro_core.evaluation import evaluate
 from maestro_core.factorize import factorize_, forward_at, low_rank_layers
 from maestro_core.frontier import Chain
-from maestro_core.lod import group_lasso, sample, shrink_, truncate_
+from maestro_core.lod import group_lasso, shrink_, truncate_
+from maestro_core.sampling import Sampling, draw
+from maestro_core.whitening import whiten_
 
 Kind = Literal["dense", "ordered", "nested"]
 
@@ -48,7 +50,8 @@ class HyperParameters:
     `keep` names layers to leave dense. `lasso` weighs the group lasso, `threshold` is the
     importance at or below which a rank is removed (in the paper λ_gl and ε_ps). `warmup` is the
     share of a phase in which its rate rises. `precision` is that of forward and backward;
-    parameters are float32 always.
+    parameters are float32 always. `sampling` is of the ordered phase (sampling.py). With
+    `whitened` a network that was trained dense is factorised by its activations (whitening.py).
     """
 
     phases: tuple[Phase, ...]
@@ -63,6 +66,8 @@ class HyperParameters:
     warmup: float = 0.0
     label_smoothing: float = 0.0
     precision: Literal["float32", "bfloat16"] = "float32"
+    sampling: Sampling = "pairs"
+    whitened: bool = False
 
     def __post_init__(self) -> None:
         kinds = [phase.kind for phase in self.phases]
@@ -121,7 +126,7 @@ def train_(
     for epoch in range(state.epoch, hyper.epochs):
         phase, before = hyper.at(epoch)
         if phase.kind != "dense":
-            _factorize_(model, hyper)
+            _start_(model, data, hyper, epoch)
         if phase.kind == "nested" and not chain:
             chain = find()
             cut_(model, chain[-1])
@@ -146,7 +151,7 @@ def train_(
             description=f"epoch {epoch + 1}/{hyper.epochs}, validation {result.accuracy:.2%}, "
             f"ranks {'-'.join(map(str, ranks.values())) or 'all'}",
         )
-    _factorize_(model, hyper)
+    _start_(model, data, hyper, hyper.epochs)
     if not chain:
         chain = find()
         cut_(model, chain[-1])
@@ -180,7 +185,9 @@ def train_epoch_(
             if phase.kind == "nested":
                 loss = consolidation_loss(model, chain, x, labels, rng, hyper.label_smoothing)
             elif phase.kind == "ordered":
-                loss = ordered_loss(model, x, labels, hyper.lasso, rng, hyper.label_smoothing)
+                loss = ordered_loss(
+                    model, x, labels, hyper.lasso, rng, hyper.label_smoothing, hyper.sampling
+                )
             else:
                 loss = F.cross_entropy(model(x), labels, label_smoothing=hyper.label_smoothing)
         if not loss.isfinite():
@@ -200,11 +207,13 @@ def ordered_loss(
     lasso: float,
     rng: Random,
     label_smoothing: float = 0.0,
+    sampling: Sampling = "pairs",
 ) -> Tensor:
-    """Return the loss with one layer cut at random, and the lasso (Maestro, Algorithm 1)."""
+    """Return the loss with layers cut at random, and the lasso (Maestro, Algorithm 1)."""
     layers = low_rank_layers(model)
-    index, rank = sample([layer.rank for layer in layers.values()], rng)
-    logits = forward_at(model, {list(layers)[index]: rank}, x)
+    names = list(layers)
+    drawn = draw(sampling, [layer.rank for layer in layers.values()], rng)
+    logits = forward_at(model, {names[index]: rank for index, rank in drawn.items()}, x)
     loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
     return loss + lasso * group_lasso(layers.values()) if lasso else loss
 
@@ -219,6 +228,22 @@ def learning_rate(phase: Phase, warmup: float, epoch: float) -> float:
         return phase.learning_rate * done / warmup
     fallen = (done - warmup) / (1 - warmup)
     return phase.learning_rate * 0.5 * (1 + math.cos(math.pi * fallen))
+
+
+def _start_(model: nn.Module, data: Data, hyper: HyperParameters, epoch: int) -> None:
+    """Factorise `model` where it is dense, by its activations if it was trained and they count."""
+    if low_rank_layers(model):
+        return
+    _factorize_(model, hyper)
+    if hyper.whitened and epoch:
+        whiten_(model, _seen(data.train))
+
+
+def _seen(pictures: Pictures) -> Iterator[Tensor]:
+    """Yield inputs to whiten by: 512 pictures say as much as more do (FlexRank, 2026), in 16s."""
+    few = pictures.first(512)
+    for start in range(0, len(few), 16):
+        yield few.batch(slice(start, start + 16))[0]
 
 
 def _factorize_(model: nn.Module, hyper: HyperParameters) -> None:

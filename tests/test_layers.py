@@ -152,6 +152,8 @@ def test_a_large_batch_is_computed_as_its_parts_are(rank: int) -> None:
     linear, x = LowRankLinear(12, 10, 10).double(), torch.randn(64, 12).double()
     conv, images = LowRankConv2d(3, 10, (2, 2), 10).double(), torch.randn(64, 3, 3, 3).double()
 
-    torch.testing.assert_close(linear(x, rank), torch.cat([linear(r, rank) for r in x.split(1)]))
-    parts = [conv(image, rank) for image in images.split(1)]
+    torch.testing.assert_close(
+        linear(x, rank), torch.cat([linear(row, rank) for row in torch.split(x, 1)])
+    )
+    parts = [conv(image, rank) for image in torch.split(images, 1)]
     torch.testing.assert_close(conv(images, rank), torch.cat(parts))

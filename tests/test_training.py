@@ -18,7 +18,9 @@ from maestro_core.data import Data, Pictures
 from maestro_core.evaluation import evaluate
 from maestro_core.factorize import factorize_, low_rank_layers
 from maestro_core.frontier import Chain
+from maestro_core.sampling import Sampling
 from maestro_core.training import Diverged, HyperParameters, Kind, Phase, learning_rate, train_
+from maestro_core.whitening import whiten_
 
 RATE = 0.05
 HYPER = HyperParameters(
@@ -362,6 +364,33 @@ def test_a_run_stopped_before_or_after_the_factorisation_ends_with_the_same_bits
     train(resumed, data, tmp_path / "cut", hyper)
 
     assert same(whole, resumed)
+
+
+def test_a_trained_network_can_be_factorised_by_its_activations(data: Data, tmp_path: Path) -> None:
+    hyper = replace(HYPER, phases=(Phase("dense", 3, RATE),), keep=("head",))
+    torch.manual_seed(0)
+    plain = Net()
+    torch.manual_seed(0)
+    whitened = Net()
+
+    train(plain, data, tmp_path / "plain", hyper)
+    train(whitened, data, tmp_path / "whitened", replace(hyper, whitened=True))
+
+    assert not same(plain, whitened)
+    whiten_(plain, [data.train.batch(slice(None))[0]])
+    for ours, theirs in zip(whitened.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("sampling", ["layers", "ratio"])
+def test_layers_may_be_cut_in_other_ways(data: Data, tmp_path: Path, sampling: Sampling) -> None:
+    model, paper = network(), network()
+
+    train(model, data, tmp_path / "other", replace(HYPER, sampling=sampling))
+    train(paper, data, tmp_path / "paper")
+
+    assert not same(model, paper)
+    assert evaluate(model, data.validation, {"conv": 2, "fc": 6}).accuracy > 0.9
 
 
 def test_ranks_above_the_chain_are_gone_before_its_points_are_trained(

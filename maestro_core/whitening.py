@@ -1,0 +1,78 @@
+"""Factors ordered by what they matter on data, not by singular values of the weights alone.
+
+Of all matrices of rank r the truncation at r of the whitened SVD changes a layer's output least,
+in the mean of squares over the data (DRONE, Chen et al., NeurIPS 2021; SVD-LLM, Wang et al., 2024).
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maestro_core.factorize import low_rank_layers
+from maestro_core.layers import LowRankConv2d, LowRankLayer
+from maestro_core.normalisation import evaluating
+
+SHRINKAGE = 1e-4  # of the mean variance, added to each: a direction never seen has none
+
+
+def whiten_(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Give every factorised layer factors that are best, at each rank, on inputs like `batches`.
+
+    A batch is what `model` takes. At its present rank a layer computes what it did. Layers that
+    the batches never reach keep their factors.
+    """
+    moments = second_moments(model, batches)
+    for name, layer in low_rank_layers(model).items():
+        if name in moments:
+            _rotate_(layer, moments[name])
+
+
+def second_moments(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Return by factorised layer Σ x xᵀ, (fan_in, fan_in) float64, over all its inputs x.
+
+    The input of a convolution is each window, in·kh·kw values. The model is in inference mode.
+    """
+    moments: dict[str, Tensor] = {}
+
+    def add(name: str, layer: LowRankLayer, x: Tensor) -> None:
+        rows = _rows(layer, x)
+        moments[name] = moments.get(name, 0) + (rows.t() @ rows).double()
+
+    handles = [
+        layer.register_forward_pre_hook(lambda module, x, name=name: add(name, module, x[0]))
+        for name, layer in low_rank_layers(model).items()
+    ]
+    try:
+        with evaluating(model), torch.no_grad():
+            for batch in batches:
+                model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return moments
+
+
+def _rows(layer: LowRankLayer, x: Tensor) -> Tensor:
+    """Return every vector that `down` is applied to, (n, fan_in)."""
+    if not isinstance(layer, LowRankConv2d):
+        return x.flatten(0, -2)
+    windows = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    return windows.transpose(1, 2).flatten(0, 1)  # (b, fan_in, h'·w') -> (b·h'·w', fan_in)
+
+
+def _rotate_(layer: LowRankLayer, moment: Tensor) -> None:
+    """Set the factors to P √s and √s Rᵀ S⁻¹, where W S = P s Rᵀ and S Sᵀ is the moment."""
+    shape, dtype = layer.down.shape, layer.down.dtype
+    weight = layer.up.detach().double().t() @ layer.down.detach().double().flatten(1)
+    variance = moment.diagonal().mean()
+    if not variance > 0:  # the layer has seen zeros only: any order is as good
+        return
+    values, axes = torch.linalg.eigh(moment / variance)
+    roots = values.clamp(min=0).add(SHRINKAGE).sqrt()
+    p, s, rt = torch.linalg.svd(weight @ (axes * roots), full_matrices=False)
+    scale = s[: layer.rank].sqrt()
+    layer.up.data = (p[:, : layer.rank] * scale).t().to(dtype).contiguous()
+    down = scale[:, None] * rt[: layer.rank] @ (axes / roots).t()
+    layer.down.data = down.to(dtype).reshape(shape).contiguous()
