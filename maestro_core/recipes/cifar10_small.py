@@ -30,7 +30,7 @@ RECIPE = Recipe(
     kept_samples=1_000,
     augmentation=Augmentation(shift=4, flip=True),
     training=HyperParameters(
-        phases=(Phase("dense", 8, 0.1), Phase("ordered", 1, 0.02), Phase("nested", 8, 0.05)),
+        phases=(Phase("dense", 8, 0.1), Phase("ordered", 1, 0.02), Phase("nested", 5, 0.05)),
         batch_size=128,
         momentum=0.9,
         nesterov=True,
@@ -42,5 +42,5 @@ RECIPE = Recipe(
         precision="bfloat16",
         seed=0,
     ),
-    search=SearchParameters(points=16, least_macs=0.05, most_macs=0.5, probes=8, samples=1_000),
+    search=SearchParameters(points=16, least_macs=0.05, most_macs=0.4, probes=8, samples=500),
 )
