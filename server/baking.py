@@ -24,6 +24,7 @@ import onnxruntime as ort
 from onnx import ModelProto, TensorProto
 
 from maestro_core.profile_store import write_atomically
+from server.pruning import mark_used, prune
 
 _WEIGHTS = "weights.bin"
 _INDEX = "baked.json"
@@ -31,6 +32,7 @@ _PAGE_BYTES = 4096
 _BEGIN_BYTES = 256  # by which a candidate for sharing is found
 _PREPACKED = "prepacked"  # begins the external-data keys of what kernels laid out anew
 _INLINE_BYTES = 1024  # smaller tensors stay in the graph
+_KEPT = 4  # of artifacts last used; hundreds of MiB each
 
 
 class BakeError(OSError):
@@ -79,6 +81,8 @@ def bake(
 ) -> Baked:
     """Return the baked points of `graphs`, from `directory` where its key is `key`, else made now.
 
+    What is made takes the place of the directory beside it that was used longest ago.
+
     Raises:
         BakeError: no permission, or no space; nothing is left half-written.
     """
@@ -104,6 +108,7 @@ def bake(
     baked = _find(directory, key, len(graphs))
     if baked is None:
         raise BakeError(f"{directory}: what was baked does not read back")
+    prune(directory.parent, _KEPT)
     return baked
 
 
@@ -219,6 +224,7 @@ def _find(directory: Path, key: str, points: int) -> Baked | None:
         whole = index["key"] == key and len(index["pages"]) == points
         if whole and all(_sha256(directory / n) == d for n, d in index["files"].items()):
             pages = (tuple((int(at), int(n)) for at, n in spans) for spans in index["pages"])
+            mark_used(directory)
             return Baked(directory, tuple(pages))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # nothing there, or damaged: baked anew

@@ -56,7 +56,8 @@ class Engine:
         self.runtime = (("onnxruntime", ort.__version__),)
         self.note: str | None = None
         self._input, self._output = artifact.manifest.input, artifact.manifest.output
-        self._baked = self._bake(state_dir) if state_dir and provider == "cpu" else None
+        self._state_dir = state_dir if provider == "cpu" else None
+        self._baked = self._bake()
         self._sessions = Residency(self._session, self._size_bytes, memory_budget_bytes)
         if memory_budget_bytes is None:
             for point in range(len(artifact.points)):
@@ -107,11 +108,13 @@ class Engine:
                 f"input '{name}' has shape {list(batch.shape)}; the model takes {list(wanted)}"
             )
 
-    def _bake(self, state_dir: Path) -> Baked | None:
+    def _bake(self) -> Baked | None:
+        if self._state_dir is None:
+            return None
         host = Host.here()
         key = "/".join((self.artifact.digest, host.cpu, *host.instruction_sets, ort.__version__))
         graphs = [self.artifact.graph_path(point) for point in range(len(self.artifact.points))]
-        directory = state_dir / "baked" / self.artifact.digest[:16]
+        directory = self._state_dir / "baked" / self.artifact.digest[:16]
         try:
             return bake(graphs, directory, key, lambda: session_options(self.intra_op_threads))
         except BakeError as error:
@@ -126,6 +129,8 @@ class Engine:
         path = self.artifact.graph_path(point)
         if self.provider == "cpu":
             _share_arena()
+        if self._baked and not self._baked.graph_path(point).exists():
+            self._baked = self._bake()  # another process pruned it
         if self._baked:
             path = self._baked.graph_path(point)
             # It is optimised; another pass would copy constants that are shared.

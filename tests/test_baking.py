@@ -86,6 +86,14 @@ def test_another_key_bakes_again(tiny_artifact: Artifact, tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.glob(".baked*")] == []
 
 
+def test_old_directories_give_way(tiny_artifact: Artifact, tmp_path: Path) -> None:
+    for i in range(6):
+        baked(tiny_artifact, tmp_path / "baked" / str(i))
+        baked(tiny_artifact, tmp_path / "baked" / "0")  # in use all the time
+
+    assert sorted(path.name for path in (tmp_path / "baked").iterdir()) == ["0", "3", "4", "5"]
+
+
 def test_a_directory_that_cannot_be_written_is_said(
     tiny_artifact: Artifact, tmp_path: Path
 ) -> None:

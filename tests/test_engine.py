@@ -1,5 +1,6 @@
 """The engine against the network computed in numpy, and its refusals."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -110,6 +111,18 @@ def test_with_a_budget_a_point_is_loaded_when_used(tiny_artifact: Artifact, tmp_
     assert list(engine.resident) == [3]
     engine.run(pictures(1), 1)
     assert list(engine.resident) == [1]
+
+
+def test_baked_points_that_were_removed_are_baked_again(
+    tiny_artifact: Artifact, tmp_path: Path
+) -> None:
+    engine = Engine(tiny_artifact, state_dir=tmp_path / "state", memory_budget_bytes=0)
+    before = engine.run(pictures(1), 1)
+
+    shutil.rmtree(tmp_path / "state" / "baked")
+
+    assert np.array_equal(engine.run(pictures(1), 2), Engine(tiny_artifact).run(pictures(1), 2))
+    assert np.array_equal(engine.run(pictures(1), 1), before)
 
 
 def test_a_state_directory_that_cannot_be_written_is_noted(
