@@ -33,6 +33,7 @@ BENCHES = {
     "calibration": "serving while calibrating, and calibrating while serving",
     "prediction": "whether measured latencies are what the profile says",
     "policies": "our policy and its rivals, simulated under load",
+    "frontier": "our points against dense, narrower, cut by SVD, low-rank and 8-bit networks",
     "training": "a step of low-rank ordered training against a dense one",
     "search": "points found by this host's milliseconds, by MACs, and by other rules",
 }

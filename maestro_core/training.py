@@ -1,7 +1,7 @@
 """The training loop: dense, then with one layer cut at random, then on the chain found by it."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -21,7 +21,7 @@ from maestro_core.factorize import factorize_, forward_at, low_rank_layers
 from maestro_core.frontier import Chain
 from maestro_core.lod import group_lasso, shrink_, truncate_
 from maestro_core.sampling import Sampling, draw
-from maestro_core.whitening import whiten_
+from maestro_core.whitening import sample_inputs, whiten_
 
 Kind = Literal["dense", "ordered", "nested"]
 
@@ -236,14 +236,7 @@ def _start_(model: nn.Module, data: Data, hyper: HyperParameters, epoch: int) ->
         return
     _factorize_(model, hyper)
     if hyper.whitened and epoch:
-        whiten_(model, _seen(data.train))
-
-
-def _seen(pictures: Pictures) -> Iterator[Tensor]:
-    """Yield inputs to whiten by: 512 pictures say as much as more do (FlexRank, 2026), in 16s."""
-    few = pictures.first(512)
-    for start in range(0, len(few), 16):
-        yield few.batch(slice(start, start + 16))[0]
+        whiten_(model, sample_inputs(data.train))
 
 
 def _factorize_(model: nn.Module, hyper: HyperParameters) -> None:

@@ -4,12 +4,13 @@ Of all matrices of rank r the truncation at r of the whitened SVD changes a laye
 in the mean of squares over the data (DRONE, Chen et al., NeurIPS 2021; SVD-LLM, Wang et al., 2024).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maestro_core.data import Pictures
 from maestro_core.factorize import low_rank_layers
 from maestro_core.layers import LowRankConv2d, LowRankLayer
 from maestro_core.normalisation import evaluating
@@ -27,6 +28,13 @@ def whiten_(model: nn.Module, batches: Iterable[Tensor]) -> None:
     for name, layer in low_rank_layers(model).items():
         if name in moments:
             _rotate_(layer, moments[name])
+
+
+def sample_inputs(pictures: Pictures) -> Iterator[Tensor]:
+    """Yield inputs to whiten by, a few at a time: more than 512 say no more (FlexRank, 2026)."""
+    few = pictures.first(512)
+    for start in range(0, len(few), 16):
+        yield few.batch(slice(start, start + 16))[0]
 
 
 def second_moments(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:

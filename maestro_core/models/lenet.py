@@ -6,16 +6,20 @@ from torch import Tensor, nn
 
 
 class LeNet(nn.Module):
-    """Two 5×5 convolutions without padding and three linear layers; ReLU and 2×2 max-pooling."""
+    """Two 5×5 convolutions without padding and three linear layers; ReLU and 2×2 max-pooling.
 
-    def __init__(self) -> None:
+    `width` multiplies how many channels and features there are between input and output.
+    """
+
+    def __init__(self, width: float = 1.0) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(1, 6, 5)
-        self.conv2 = nn.Conv2d(6, 16, 5)
+        a, b, c, d = (max(1, round(width * n)) for n in (6, 16, 120, 84))
+        self.conv1 = nn.Conv2d(1, a, 5)
+        self.conv2 = nn.Conv2d(a, b, 5)
         self.pool = nn.MaxPool2d(2)
-        self.fc1 = nn.Linear(256, 120)
-        self.fc2 = nn.Linear(120, 84)
-        self.fc3 = nn.Linear(84, 10)
+        self.fc1 = nn.Linear(16 * b, c)
+        self.fc2 = nn.Linear(c, d)
+        self.fc3 = nn.Linear(d, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (b, 10) of pictures (b, 1, 28, 28)."""

@@ -36,19 +36,23 @@ class Residual(nn.Module):
 
 
 class ResNet9(nn.Module):
-    """Eight convolutions, two of the pairs residual, then the maximum over positions and a map."""
+    """Eight convolutions, two of the pairs residual, then the maximum over positions and a map.
 
-    def __init__(self, classes: int = 10) -> None:
+    `width` multiplies how many channels there are.
+    """
+
+    def __init__(self, classes: int = 10, width: float = 1.0) -> None:
         super().__init__()
+        a, b, c = (max(1, round(width * n)) for n in (64, 128, 256))
         self.body = nn.Sequential(
-            Convolution(3, 64),  # (b, 64, 32, 32)
-            Convolution(64, 128, pool=True),  # (b, 128, 16, 16)
-            Residual(128),
-            Convolution(128, 256, pool=True),  # (b, 256, 8, 8)
-            Convolution(256, 256, pool=True),  # (b, 256, 4, 4)
-            Residual(256),
+            Convolution(3, a),  # (b, 64, 32, 32)
+            Convolution(a, b, pool=True),  # (b, 128, 16, 16)
+            Residual(b),
+            Convolution(b, c, pool=True),  # (b, 256, 8, 8)
+            Convolution(c, c, pool=True),  # (b, 256, 4, 4)
+            Residual(c),
         )
-        self.head = nn.Linear(256, classes)
+        self.head = nn.Linear(c, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (b, classes) of pictures (b, 3, 32, 32)."""

@@ -1,0 +1,215 @@
+"""`maestro bench frontier`: our points against other ways to trade accuracy for cost.
+
+All train on the same data for as many epochs. Each method's result is kept under `--work` as soon
+as it is there, and the same call goes on from it. Latencies are measured at the end, of all points
+interleaved in random order, in ONNX Runtime.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks import report
+from benchmarks.methods import METHODS, Bench, Task
+from benchmarks.profiler import Precision, measure
+from maestro_core import data
+from maestro_core.host import Elsewhere
+from maestro_core.models.lenet import LeNet
+from maestro_core.models.resnet9 import ResNet9
+from maestro_core.recipes.cifar10_small import RECIPE as CIFAR10_SMALL
+from maestro_core.recipes.mnist_lenet import RECIPE as MNIST_LENET
+from server.engine import session_options
+
+# Points of our own and of the networks cut by our search: enough for a curve, scored in minutes.
+POINTS = 8
+TASKS = {
+    "mnist": Task(
+        recipe=replace(MNIST_LENET, search=replace(MNIST_LENET.search, points=POINTS)),
+        network=LeNet,
+        width=1.0,
+        narrower=(0.7, 0.5, 0.35),
+        kept=("conv1", "fc3"),
+        epochs=12,
+        samples=0,
+    ),
+    "cifar10": Task(
+        recipe=replace(CIFAR10_SMALL, search=replace(CIFAR10_SMALL.search, points=POINTS)),
+        network=lambda width: ResNet9(width=width),
+        width=0.25,
+        narrower=(0.175, 0.125),
+        kept=("body.0.0", "head"),
+        epochs=6,
+        samples=20_000,
+    ),
+}
+COSTS = {
+    "macs": "MACs",
+    "params": "parameters",
+    "p50_ms": "measured latency of one sample, ms (p50)",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, measure, print the result, and write it where `--out` says."""
+    parser = argparse.ArgumentParser(prog="maestro bench frontier", description=__doc__)
+    parser.add_argument("--task", choices=TASKS, default="mnist")
+    parser.add_argument("--data", type=Path, required=True, help="the .npz of the task's recipe")
+    parser.add_argument("--work", type=Path, help="for checkpoints and results; out/frontier-TASK")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--epochs", type=int, help="of every method")
+    parser.add_argument("--samples", type=int, help="training pictures of every method; 0: all")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--budget-s", type=float, default=60.0, help="of measuring latency")
+    parser.add_argument("--plot", type=Path, help="draw the methods into this PNG")
+    parser.add_argument("--out", type=Path, help="else results/frontier-TASK.json")
+    chosen = parser.parse_args(argv)
+    torch.set_num_threads(chosen.threads)
+    task = TASKS[chosen.task]
+    given = {name: getattr(chosen, name) for name in ("epochs", "samples")}
+    task = replace(task, **{name: value for name, value in given.items() if value is not None})
+    root = chosen.work or Path("out") / f"frontier-{chosen.task}"
+    with Progress(console=Console(stderr=True)) as progress:
+        bench = Bench(task, load(task, chosen.data), root, progress)
+        made = {name: kept(bench, name) for name in chosen.methods}
+    elsewhere = Elsewhere()
+    rows = with_latencies(root, made, chosen.threads, chosen.budget_s)
+    result = {
+        **report.conditions(),
+        "torch": torch.__version__,
+        "task": chosen.task,
+        "data": {"name": bench.data.name, "sha256": bench.data.sha256},
+        "epochs": task.epochs,
+        "train": len(bench.data.train),
+        "validation": len(bench.data.validation),
+        "test": len(bench.data.test),
+        "threads": chosen.threads,
+        "batch": 1,
+        "cores_used_by_others": elsewhere.share(),
+        "at_their_accuracy": against(rows.get("maestro", []), rows),
+        "seconds": {name: entry["seconds"] for name, entry in made.items()},
+        "methods": rows,
+    }
+    report.write(result, chosen.out or report.RESULTS / f"frontier-{chosen.task}.json")
+    if chosen.plot:
+        draw(rows, chosen.task, chosen.plot)
+
+
+def load(task: Task, path: Path) -> data.Data:
+    """Return the task's data, of the training pictures as many as it says."""
+    recipe = task.recipe
+    loaded = data.load(
+        path,
+        recipe.image,
+        len(recipe.labels),
+        recipe.validation,
+        recipe.training.seed,
+        recipe.augmentation,
+    )
+    return replace(loaded, train=loaded.train.first(task.samples)) if task.samples else loaded
+
+
+def kept(bench: Bench, name: str) -> dict[str, Any]:
+    """Return a method's rows and the seconds it took, run now or kept from an earlier call.
+
+    Raises:
+        ValueError: what is kept is of another task, number of epochs or data.
+    """
+    path = bench.root / f"{name}.json"
+    identity = json.loads(json.dumps({**bench.identity(bench.task.recipe.training)}))
+    identity["epochs"] = bench.task.epochs
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text())
+        if found["identity"] != identity:
+            raise ValueError(f"{path} is of another task: choose another --work, or remove it")
+        return found
+    start = time.perf_counter()
+    rows = METHODS[name](bench)
+    seconds = round(time.perf_counter() - start, 1)
+    entry = {"identity": identity, "seconds": seconds, "rows": [row._asdict() for row in rows]}
+    aside = path.with_suffix(".part")
+    aside.write_text(json.dumps(entry))
+    aside.rename(path)
+    return {**entry, "rows": json.loads(json.dumps(entry["rows"]))}
+
+
+def with_latencies(
+    root: Path, made: Mapping[str, Mapping[str, Any]], threads: int, budget_s: float
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of each method with `p50_ms` and `p95_ms` of one sample."""
+    rows = [(name, dict(row)) for name, entry in made.items() for row in entry["rows"]]
+    sessions = [
+        ort.InferenceSession(
+            root / row["graph"], session_options(threads), providers=["CPUExecutionProvider"]
+        )
+        for _, row in rows
+    ]
+    inputs = sessions[0].get_inputs()[0]
+    x = np.random.default_rng(0).normal(size=(1, *inputs.shape[1:])).astype(np.float32)
+    measured = measure(
+        lambda i, _: sessions[i].run(None, {inputs.name: x}),
+        range(len(sessions)),
+        (1,),
+        budget_s=budget_s,
+        precision=Precision(relative=0.01, absolute_ms=0.001),
+        rng=random.Random(0),
+        clock=time.perf_counter,
+    )
+    by_method: dict[str, list[dict[str, Any]]] = {name: [] for name in made}
+    for (name, row), latency in zip(rows, measured.latencies, strict=True):
+        times = {"p50_ms": round(latency.p50_ms, 4), "p95_ms": round(latency.p95_ms, 4)}
+        by_method[name].append({**row, **times, "n": latency.n})
+    return by_method
+
+
+def against(
+    ours: Sequence[Mapping[str, Any]], methods: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> dict[str, list[dict[str, float | None]]]:
+    """Return for each point of each method what ours costs over it, at no less accuracy.
+
+    None: no point of ours is as accurate.
+    """
+    found: dict[str, list[dict[str, float | None]]] = {}
+    for name, rows in methods.items():
+        found[name] = []
+        for row in rows:
+            as_good = [our for our in ours if our["accuracy"] >= row["accuracy"]]
+            ratios = {
+                cost: round(min(our[cost] for our in as_good) / row[cost], 3) if as_good else None
+                for cost in COSTS
+            }
+            found[name].append({"accuracy": row["accuracy"], **ratios})
+    return found
+
+
+def draw(methods: Mapping[str, Sequence[Mapping[str, Any]]], title: str, path: Path) -> None:
+    """Draw accuracy by each cost, a line for each method, into the picture at `path`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4.8), layout="constrained")
+    for axes, (cost, label) in zip(figure.subplots(1, len(COSTS)), COSTS.items(), strict=True):
+        for name, rows in methods.items():
+            ordered = sorted(rows, key=lambda row: row[cost])
+            x, y = [row[cost] for row in ordered], [100 * row["accuracy"] for row in ordered]
+            own = {"linewidth": 2.5, "zorder": 3} if name == "maestro" else {"linewidth": 1}
+            axes.plot(x, y, marker="o", markersize=3.5, label=name.replace("_", " "), **own)
+        axes.set(xlabel=label, ylabel="test accuracy, %", xscale="log")
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
