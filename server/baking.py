@@ -3,8 +3,8 @@
 ONNX Runtime lays weights out anew for the kernels of the CPU at hand, and keeps a private copy in
 every session. Baking writes what it makes (`session.save_external_prepacked_constant_initializers`)
 and puts each tensor of all points into one file once: equal bytes are shared, and so is a tensor
-that is a prefix of a longer one, as the ranks of a convolution's first factor are. Sessions map
-that file: full speed, clean pages, and what points have in common is in memory once.
+that is a prefix of a longer one, as the ranks of a layer's first factor are (`server.products`).
+Sessions map that file: full speed, clean pages, and what points have in common is in memory once.
 The layout depends on CPU and runtime; `bake` is told a key and bakes again when it differs.
 """
 
@@ -21,9 +21,11 @@ from typing import BinaryIO
 
 import onnx
 import onnxruntime as ort
+from google.protobuf.message import DecodeError
 from onnx import ModelProto, TensorProto
 
 from maestro_core.profile_store import write_atomically
+from server.products import down_first
 from server.pruning import mark_used, prune
 
 _WEIGHTS = "weights.bin"
@@ -143,10 +145,19 @@ def _optimise(graph: Path, to: Path, i: int, options: ort.SessionOptions) -> Mod
         ("session.optimized_model_external_initializers_file_name", f"{i:02}.bin"),
         ("session.optimized_model_external_initializers_min_size_in_bytes", str(_INLINE_BYTES)),
         ("session.save_external_prepacked_constant_initializers", "1"),
+        ("session.model_external_initializers_file_folder_path", str(graph.parent)),
     ):
         options.add_session_config_entry(entry, value)
-    ort.InferenceSession(graph, options, ["CPUExecutionProvider"])
-    return onnx.load(path, load_external_data=False)
+    source = down_first(_read(graph)).SerializeToString()
+    ort.InferenceSession(source, options, ["CPUExecutionProvider"])
+    return _read(path)
+
+
+def _read(graph: Path) -> ModelProto:
+    try:
+        return onnx.load(graph, load_external_data=False)
+    except DecodeError as error:
+        raise ValueError(f"{graph}: {error}") from error
 
 
 def _chunks(model: ModelProto, folder: Path) -> Iterable[_Chunk]:
