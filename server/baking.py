@@ -21,7 +21,6 @@ from typing import BinaryIO
 
 import onnx
 import onnxruntime as ort
-from google.protobuf.message import DecodeError
 from onnx import ModelProto, TensorProto
 
 from maestro_core.profile_store import write_atomically
@@ -156,7 +155,7 @@ def _optimise(graph: Path, to: Path, i: int, options: ort.SessionOptions) -> Mod
 def _read(graph: Path) -> ModelProto:
     try:
         return onnx.load(graph, load_external_data=False)
-    except DecodeError as error:
+    except Exception as error:  # protobuf's own class, which comes without types
         raise ValueError(f"{graph}: {error}") from error
 
 
