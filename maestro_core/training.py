@@ -20,6 +20,7 @@ from maestro_core.evaluation import evaluate
 from maestro_core.factorize import factorize_, forward_at, low_rank_layers
 from maestro_core.frontier import Chain
 from maestro_core.lod import group_lasso, shrink_, truncate_
+from maestro_core.proximal import proximal_step_
 from maestro_core.sampling import Sampling, draw
 from maestro_core.whitening import sample_inputs, whiten_
 
@@ -48,7 +49,8 @@ class HyperParameters:
     """How a network is trained: SGD in phases, which come in the order dense, ordered, nested.
 
     `keep` names layers to leave dense. `lasso` weighs the group lasso, `threshold` is the
-    importance at or below which a rank is removed (in the paper λ_gl and ε_ps). `warmup` is the
+    importance at or below which a rank is removed (in the paper λ_gl and ε_ps); with `proximal` the
+    lasso is not in the loss but in a step after SGD's (proximal.py). `warmup` is the
     share of a phase in which its rate rises. `precision` is that of forward and backward;
     parameters are float32 always. `sampling` is of the ordered phase (sampling.py). With
     `whitened` a network that was trained dense is factorised by its activations (whitening.py).
@@ -67,6 +69,7 @@ class HyperParameters:
     label_smoothing: float = 0.0
     precision: Literal["float32", "bfloat16"] = "float32"
     sampling: Sampling = "pairs"
+    proximal: bool = False
     whitened: bool = False
 
     def __post_init__(self) -> None:
@@ -185,8 +188,9 @@ def train_epoch_(
             if phase.kind == "nested":
                 loss = consolidation_loss(model, chain, x, labels, rng, hyper.label_smoothing)
             elif phase.kind == "ordered":
+                lasso = 0.0 if hyper.proximal else hyper.lasso
                 loss = ordered_loss(
-                    model, x, labels, hyper.lasso, rng, hyper.label_smoothing, hyper.sampling
+                    model, x, labels, lasso, rng, hyper.label_smoothing, hyper.sampling
                 )
             else:
                 loss = F.cross_entropy(model(x), labels, label_smoothing=hyper.label_smoothing)
@@ -197,6 +201,9 @@ def train_epoch_(
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
+        if phase.kind == "ordered" and hyper.proximal:
+            rate = optimizer.param_groups[0]["lr"] / (1 - hyper.momentum)
+            proximal_step_(list(low_rank_layers(model).values()), hyper.lasso * rate)
         on_step()
 
 

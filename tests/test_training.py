@@ -218,6 +218,17 @@ def test_shrinking_frees_ranks_and_says_so(data: Data, tmp_path: Path) -> None:
     assert evaluate(model, data.validation).accuracy > 0.9
 
 
+def test_a_proximal_step_makes_exact_zeros_that_are_removed(data: Data, tmp_path: Path) -> None:
+    model = network()
+
+    path = train(model, data, tmp_path, replace(SHRINKING, threshold=0.0, proximal=True))
+
+    ranks = checkpoint.read_state(path).ranks
+    assert ranks["fc"] < 12
+    assert ranks == {name: layer.rank for name, layer in low_rank_layers(model).items()}
+    assert evaluate(model, data.validation).accuracy > 0.9
+
+
 def test_only_the_last_checkpoint_is_kept_and_nothing_half_written(
     data: Data, tmp_path: Path
 ) -> None:

@@ -1,0 +1,47 @@
+"""The hierarchical group lasso by a proximal step, which makes ranks exactly zero.
+
+Subgradient steps (lod.py) leave a residue at which a threshold must guess. Not in the paper.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from maestro_core.layers import LowRankLayer
+
+
+def proximal_step_(layers: Sequence[LowRankLayer], weight: float) -> None:
+    """Replace all factors Z by the minimiser of ½ ‖X − Z‖² + weight · group_lasso(X).
+
+    The groups of a factor lie in one another, so shrinking the norm of each by `weight`, from the
+    last rank alone to all ranks, is exact (Jenatton et al., JMLR 2011). After a step of SGD the
+    weight is λ · rate / (1 − momentum): then loss + λ · lasso is what comes to rest.
+    """
+    factors = [factor for layer in layers if layer.rank for factor in (layer.down, layer.up)]
+    if not factors or weight <= 0:
+        return
+    with torch.no_grad():
+        rows = [factor.flatten(1).square().sum(1) for factor in factors]
+        scales = _scales(pad_sequence(rows, batch_first=True), weight)
+        for factor, scale in zip(factors, scales, strict=True):
+            kept = scale[: len(factor)]
+            factor.mul_(kept.view(-1, *(1 for _ in factor.shape[1:])))
+
+
+def _scales(squares: Tensor, weight: float) -> Tensor:
+    """Return by what each row is multiplied, (factors, rank), for its squared norms, likewise.
+
+    Rows of zeros after a factor's last leave it as it is. All factors go at once: their number of
+    ranks, not of layers, is how many steps there are, and no value is looked at by the host.
+    """
+    suffix = torch.zeros_like(squares[:, 0])  # of the rows that came before, as they now are
+    shrunk = []
+    for b in range(squares.shape[1] - 1, -1, -1):
+        norm = (squares[:, b] + suffix).sqrt()
+        scale = (1 - weight / norm).clamp(min=0)  # 1 − ∞ where the norm is 0
+        suffix = (scale * norm).square()
+        shrunk.append(scale)
+    # A row is in its own group and in those of all earlier ones.
+    return torch.stack(shrunk[::-1], dim=1).cumprod(1)
