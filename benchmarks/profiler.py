@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ Turn = Callable[[float], AbstractContextManager[object]]  # the seconds it will 
 _BLOCK_S = 0.1  # runs so near in time share the state of the host
 _MIN_BLOCKS = 10
 _RESAMPLES = 200
+_LEAST_S = 1.0
 _FIRST_ROUND_SHARE = 0.5  # of the budget: larger batches that don't fit it are dropped
 _QUANTILES = (0.5, 0.9, 0.95, 0.99)
 
@@ -56,17 +57,24 @@ class Precision:
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How much a calibration may cost; with `search`, points for the host are looked for first."""
+    """How much a calibration may cost; with `search`, points for the host are looked for first.
+
+    `budget_s` is for all there is to do: choosing threads, baking, loading, and the trials.
+    """
 
     kind: Kind
     budget_s: float
     precision: Precision
     search: bool = False
 
+    def after(self, spent_s: float) -> "Effort":
+        """Return what is left when so much is spent; the trials get a second in any case."""
+        return replace(self, budget_s=max(_LEAST_S, self.budget_s - spent_s))
 
-# What surrounds the trials (baking, above all) takes the rest of 15 s and of 120 s.
-QUICK = Effort("quick", 10.0, Precision(min_runs=20))
-FULL = Effort("full", 110.0, Precision())
+
+# A process that starts, and one that writes its profile, takes the rest of 15 s and of 120 s.
+QUICK = Effort("quick", 12.0, Precision(min_runs=20))
+FULL = Effort("full", 115.0, Precision())
 
 
 class Progress(NamedTuple):

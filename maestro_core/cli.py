@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -127,21 +128,12 @@ def profile(
     from benchmarks.profiler import FULL, QUICK
     from server import local
     from server.answers import frontier_rows
-    from server.service import engine_of
     from server.settings import read_settings
 
-    loaded = artifact.load(path)
-    settings = read_settings()
-    effort = QUICK if quick else FULL
-    if search:
-        with _progress("searching") as progress:
-            loaded = local.search(loaded, settings, effort, progress)
-    else:
-        loaded = local.of_host(loaded, settings)
+    effort = replace(QUICK if quick else FULL, search=search)
     with _progress("calibrating") as progress:
-        engine = engine_of(loaded, settings)
-        measured = local.calibrate(engine, settings, effort, progress)
-    _print_points(loaded, frontier_rows(loaded, measured), as_json)
+        served, measured = local.profile(artifact.load(path), read_settings(), effort, progress)
+    _print_points(served, frontier_rows(served, measured), as_json)
     errors.print(f"measured until {'precise' if measured.stopped_on == 'precision' else 'time up'}")
 
 

@@ -23,7 +23,7 @@ from server.errors import UnsupportedMediaError
 from server.requests import Refusal, Request
 from server.scheduler import Scheduler
 from server.schemas import InferParameters
-from server.service import SLOTS, latencies_of, overhead_ms, threads_of
+from server.service import SEARCH_SHARE, SLOTS, engine_of, latencies_of, overhead_ms, threads_of
 from server.settings import Settings
 
 Floats = NDArray[np.float32]
@@ -35,17 +35,28 @@ def of_host(artifact: Artifact, settings: Settings) -> Artifact:
     return host_points.of_host(artifact, settings.state_dir, threads).artifact
 
 
-def search(
+def profile(
     artifact: Artifact, settings: Settings, effort: Effort, progress: Callable[[Progress], object]
-) -> Artifact:
-    """Find points for this host, store and return them.
+) -> tuple[Artifact, Profile]:
+    """Return what a server would serve here, and its profile, which is stored.
+
+    Within the effort is all that it takes: threads, a search where one is wanted, loading, trials.
 
     Raises:
-        ArtifactError: the artifact has nothing to search with, or the disk does not take them.
+        ArtifactError: there is nothing to search with, or the disk does not take the points.
+        EngineError: the provider is not installed, or ONNX Runtime refuses the artifact.
+        StoreError: the state directory cannot be written.
     """
-    threads = threads_of(artifact, settings)
-    measuring = Measuring(effort.budget_s / 2, threads, progress=progress)
-    return host_points.searched(artifact, settings.state_dir, measuring)
+    began_s = time.monotonic()
+    if effort.search:
+        threads = threads_of(artifact, settings)
+        measuring = Measuring(effort.budget_s * SEARCH_SHARE, threads, progress=progress)
+        served = host_points.searched(artifact, settings.state_dir, measuring)
+    else:
+        served = of_host(artifact, settings)
+    engine = engine_of(served, settings)
+    left = effort.after(time.monotonic() - began_s)
+    return served, calibrate(engine, settings, left, progress)
 
 
 def stored_profile(engine: Engine, settings: Settings) -> Profile | None:

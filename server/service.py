@@ -5,7 +5,7 @@ import itertools
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from statistics import median
 from typing import Any, Literal
@@ -46,7 +46,7 @@ Receive = Callable[[], Awaitable[Any]]
 DRAIN_S = 10.0
 # Slots: how many batches compute at once. One: a batch has all threads of the engine.
 SLOTS = 1
-_SEARCH_SHARE = 0.5  # of a calibration that looks for points first
+SEARCH_SHARE = 0.5  # of a calibration that looks for points first
 _OVERHEAD_RUNS = 50
 
 
@@ -293,15 +293,14 @@ class Service:
             progress(seen)
             self._on_progress(seen)
 
+        began_s = time.monotonic()
         engine = self._engine
         if effort.search:
-            share_s = effort.budget_s * _SEARCH_SHARE
-            engine = self._search(share_s, both, cancelled)
-            effort = replace(effort, budget_s=effort.budget_s - share_s)
+            engine = self._search(effort.budget_s * SEARCH_SHARE, both, cancelled)
         self._measured_engine = engine
         return profiler.profile(
             engine,
-            effort,
+            effort.after(time.monotonic() - began_s),
             batch_sizes=profiler.batch_sizes_to(self.settings.max_batch),
             compute_threads=SLOTS,
             overhead_ms=self._overhead_ms,
@@ -342,7 +341,12 @@ class Service:
         before = self._serving
         latencies = latencies_of(self.artifact, profile)
         dispatcher = Dispatcher(
-            Scheduler(latencies, max_queue=self.settings.max_queue, slots=SLOTS),
+            scheduler_of(
+                self.settings.policy,
+                latencies,
+                max_queue=self.settings.max_queue,
+                slots=SLOTS,
+            ),
             self._engine,
             self._turns,
             slots=SLOTS,

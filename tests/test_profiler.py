@@ -8,10 +8,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.profiler import (
+    FULL,
+    QUICK,
     CancelledError,
     Measured,
     Precision,
@@ -98,6 +100,32 @@ def test_a_budget_that_runs_out_is_kept_and_reported() -> None:
     assert stopped_on == "time"
     assert host.now_s <= 0.5
     assert len(latencies) == 4 * len(BATCHES)
+
+
+@given(st.floats(1e-3, 2.0), st.integers(0, 9))
+@settings(deadline=None, max_examples=20)
+def test_no_more_than_the_budget_is_spent(budget_s: float, seed: int) -> None:
+    """But for the smallest batch, which is warmed up and run once on every point."""
+    host = FakeHost(noise=0.5)
+    least_s = 1.5 * 2 * sum(1e-3 * (point + 1) for point in range(16))
+
+    measure(
+        host.run,
+        range(16),
+        (1, 2, 4, 8, 16),
+        budget_s=budget_s,
+        precision=Precision(relative=0.0, absolute_ms=0.0, min_runs=10**6),
+        rng=random.Random(seed),
+        clock=host.clock,
+    )
+
+    assert host.now_s <= max(budget_s * 1.1, least_s)
+
+
+def test_what_is_spent_before_the_trials_is_taken_from_them() -> None:
+    assert QUICK.after(5.0).budget_s == QUICK.budget_s - 5.0
+    assert FULL.after(5.0).precision == FULL.precision
+    assert 0 < QUICK.after(60.0).budget_s <= 1.0
 
 
 def test_batches_too_large_for_the_budget_are_left_out() -> None:
