@@ -66,6 +66,12 @@ def train(
     recipe: Annotated[str | None, typer.Argument(help="One of --list.")] = None,
     data: Data = None,
     out: Annotated[Path, typer.Option(help="For checkpoints and the artifact.")] = Path("out"),
+    target_macs: Annotated[
+        float | None, typer.Option(help="Train to this share of the dense MACs, 0..1.")
+    ] = None,
+    target_params: Annotated[
+        float | None, typer.Option(help="Or to this share of the dense parameters.")
+    ] = None,
     list_: Annotated[bool, typer.Option("--list", help="Name the recipes.")] = False,
 ) -> None:
     """Train, search and export: data in, an artifact out. The same call resumes."""
@@ -76,7 +82,7 @@ def train(
         return
     if recipe is None or data is None:
         raise CommandError("train: give a RECIPE and --data PATH; --list names the recipes")
-    path = running.run(recipe, data, out)
+    path = running.run(recipe, data, out, _target(target_macs, target_params))
     show(path)
     console.print(f"serve it: maestro serve {path}")
 
@@ -142,13 +148,20 @@ def serve(
     path: Annotated[Path | None, typer.Argument(metavar="[ARTIFACT]")] = None,
     host: Annotated[str | None, typer.Option(help="Else MAESTRO_HOST, or 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="Else MAESTRO_PORT, or 8000.")] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            help="What chooses point and batch, else MAESTRO_POLICY: maestro, or to compare with "
+            "it largest, middle, smallest, infaas, maxacc, maxbatch, slackfit, clipper, bentoml."
+        ),
+    ] = None,
 ) -> None:
     """Start the server; without ARTIFACT, for the model that ships with the project."""
     from server import running
     from server.service import Service
     from server.settings import read_settings
 
-    given: dict[str, Any] = {"artifact": path, "host": host, "port": port}
+    given: dict[str, Any] = {"artifact": path, "host": host, "port": port, "policy": policy}
     settings = read_settings(**{name: v for name, v in given.items() if v is not None})
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -224,6 +237,15 @@ def bench(
             raise CommandError(f"bench: there is no '{name}'")
         return
     _train_side(f"benchmarks.{name}").main(context.args)
+
+
+def _target(macs: float | None, params: float | None) -> Any:  # noqa: ANN401  torch is behind it
+    if macs is not None and params is not None:
+        raise CommandError("train: give --target-macs or --target-params, not both")
+    share = params if macs is None else macs
+    if share is None:
+        return None
+    return _train_side("maestro_core.target").Target("params" if macs is None else "macs", share)
 
 
 def _train_side(module: str) -> Any:  # noqa: ANN401  a module

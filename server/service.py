@@ -31,6 +31,7 @@ from server.engine import Engine
 from server.errors import ConflictError, InvalidError, NotFoundError, UnavailableError
 from server.latencies import Latencies
 from server.metrics import Metrics
+from server.policies import scheduler_of
 from server.requests import Batch, Request
 from server.scheduler import Scheduler
 from server.schemas import InferParameters

@@ -2,13 +2,27 @@
 
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from platformdirs import user_cache_path
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 SHIPPED = "mnist-lenet.maestro"
+
+OURS: Final = "maestro"
+PolicyName = Literal[
+    "maestro",
+    "largest",
+    "middle",
+    "smallest",
+    "infaas",
+    "maxacc",
+    "maxbatch",
+    "slackfit",
+    "clipper",
+    "bentoml",
+]
 
 
 def shipped_artifact() -> Path:
@@ -31,6 +45,8 @@ class Settings(BaseSettings):
     provider: Literal["cpu", "cuda"] = "cpu"
     # Weights in memory; 0 keeps every point there, else those last used that fit.
     memory_budget_mib: Annotated[int, Field(ge=0)] = 0
+    # What chooses point and batch: ours, or another to compare it with.
+    policy: PolicyName = OURS
     max_batch: Annotated[int, Field(ge=1, le=1024)] = 16
     max_queue: Annotated[int, Field(ge=1)] = 1024
     max_body_bytes: Annotated[int, Field(ge=1)] = 16 * 2**20

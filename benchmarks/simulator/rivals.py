@@ -7,6 +7,7 @@ host's slow-down or the arrivals.
 
 from bisect import bisect_right
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -209,3 +210,18 @@ def carrying_point(tables: Tables, rate: float, slots: int = 1) -> int:
     """
     affordable = [p for p, ms in enumerate(tables.unit_ms) if 1.25 * rate * ms / MS <= slots]
     return affordable[-1] if affordable else 0
+
+
+# Name -> policy, new for each run as some of them learn, from the tables and the point that
+# systems with one model have deployed.
+RIVALS: dict[str, Callable[[Tables, int], Policy]] = {
+    "largest": lambda tables, _: fixed(len(tables.unit_ms) - 1),
+    "middle": lambda tables, _: fixed(len(tables.unit_ms) // 2),
+    "smallest": lambda _tables, _: fixed(0),
+    "infaas": lambda _tables, _: infaas,
+    "maxacc": lambda _tables, _: max_acc,
+    "maxbatch": lambda _tables, _: max_batch,
+    "slackfit": lambda tables, _: slack_fit(tables),
+    "clipper": lambda _, point: Clipper(point),
+    "bentoml": lambda _, point: BentoML(point),
+}

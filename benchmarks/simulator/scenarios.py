@@ -8,6 +8,7 @@ import numpy as np
 from benchmarks.simulator import rivals, workloads
 from benchmarks.simulator.events import Outcome, Replica, simulate
 from benchmarks.simulator.host import Host, Quantiles, SlowSpell
+from benchmarks.simulator.rivals import RIVALS
 from benchmarks.simulator.workloads import Workload
 from server.latencies import Latencies
 from server.scheduler import Scheduler
@@ -89,20 +90,8 @@ def run(
 
 def policies(tables: Tables, rate: float) -> dict[str, Policy | None]:
     """Return ours and its rivals, new for each run: some of them learn."""
-    points = len(tables.unit_ms)
     carrying = rivals.carrying_point(tables, rate)
-    return {
-        "ours": None,
-        "largest": rivals.fixed(points - 1),
-        "middle": rivals.fixed(points // 2),
-        "smallest": rivals.fixed(0),
-        "infaas": rivals.infaas,
-        "maxacc": rivals.max_acc,
-        "maxbatch": rivals.max_batch,
-        "slackfit": rivals.slack_fit(tables),
-        "clipper": rivals.Clipper(carrying),
-        "bentoml": rivals.BentoML(carrying),
-    }
+    return {"ours": None} | {name: make(tables, carrying) for name, make in RIVALS.items()}
 
 
 def slack_fits(tables: Tables) -> dict[str, Policy | None]:

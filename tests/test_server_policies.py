@@ -1,0 +1,61 @@
+"""The policies that a live server can be given."""
+
+import subprocess
+import sys
+from typing import get_args
+
+import pytest
+
+from benchmarks.simulator.rivals import RIVALS
+from server.latencies import Latencies
+from server.policies import scheduler_of
+from server.requests import Admitted, Request
+from server.settings import OURS, PolicyName, Settings, read_settings
+
+P50_MS = ((1.0, 1.5), (2.0, 3.0), (4.0, 6.0))
+LATENCIES = Latencies((0.7, 0.8, 0.9), P50_MS, P50_MS)
+
+
+def test_every_rival_of_the_simulator_can_serve() -> None:
+    assert set(get_args(PolicyName)) == {OURS, *RIVALS}
+    assert Settings().policy == OURS
+
+
+@pytest.mark.parametrize("name", get_args(PolicyName))
+def test_each_policy_plans_what_it_was_given(name: PolicyName) -> None:
+    scheduler = scheduler_of(name, LATENCIES, max_queue=10, slots=1)
+    request = Request("a", 0.0, 0.1)
+
+    assert isinstance(scheduler.submit(request, 0.0), Admitted)
+    plan = scheduler.plan(0.0)
+    if plan.batch is None:  # some wait for company first
+        assert plan.wake_s is not None
+        plan = scheduler.plan(plan.wake_s)
+
+    assert plan.batch is not None
+    assert plan.batch.requests == (request,)
+
+
+@pytest.mark.parametrize(("name", "point"), [("largest", 2), ("middle", 1), ("smallest", 0)])
+def test_a_fixed_policy_keeps_to_its_point(name: PolicyName, point: int) -> None:
+    scheduler = scheduler_of(name, LATENCIES, max_queue=10, slots=1)
+    scheduler.submit(Request("a", 0.0, 1.0), 0.0)
+
+    batch = scheduler.plan(0.0).batch
+
+    assert batch is not None
+    assert batch.point == point
+
+
+def test_an_unknown_policy_is_named_with_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"MAESTRO_POLICY: .*'maestro', .*'slackfit'.*'best'"):
+        read_settings(policy="best")
+
+
+def test_the_help_lists_them() -> None:
+    program = "from maestro_core.cli import main; main()"
+    shown = subprocess.run(
+        [sys.executable, "-c", program, "serve", "--help"], capture_output=True, text=True
+    ).stdout
+
+    assert all(name in shown for name in get_args(PolicyName))
