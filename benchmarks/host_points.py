@@ -1,14 +1,15 @@
 """Finds points for one host, without torch and without training: a chain by milliseconds, not MACs.
 
-Layer by layer the host says what a rank costs and the artifact what it saves in error; a sweep over
-convex hulls joins both to a nested chain, whose points are then verified as wholes: accuracy on the
-artifact's own samples, latency on the host. What comes out is an artifact over the same weights.
+Layer by layer the host says what a rank costs, and whether two factors or the dense layer are
+faster, and the artifact what a rank saves in error; a sweep over convex hulls joins both to a
+nested chain, whose points are then verified as wholes: accuracy on the artifact's own samples,
+latency on the host. What comes out is an artifact over the same weights.
 """
 
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,10 +17,16 @@ from typing import NamedTuple
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto, numpy_helper
 
 from benchmarks.correction import Correction, fit
-from benchmarks.layer_latencies import Measuring, layer_latencies, runner, session_of
+from benchmarks.layer_latencies import (
+    LayerLatency,
+    Measuring,
+    layer_latencies,
+    runner,
+    session_of,
+)
 from benchmarks.normalisation import recalibrated
 from maestro_core import artifact, graph, held_out
 from maestro_core.artifact import Artifact, ArtifactError, Layer, OperatingPoint, Score
@@ -37,17 +44,30 @@ _LEAST_SAMPLES = 200
 _INPUTS = 4  # one in so many samples sets normalisation, the others judge
 _BATCH = 16  # as large as what requests wait for anyway
 _Z_95 = 1.959963984540054
+# Factors with more MACs than that, over those of the dense layer, are not tried.
+_MOST_MACS = 1.25
+
+
+class Plan(NamedTuple):
+    """What a point computes: one rank per layer, and the names of the layers that run dense."""
+
+    ranks: Ranks
+    dense: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A whole point, verified: its graph, and what it does on this host."""
 
-    ranks: Ranks
+    plan: Plan
     model: ModelProto
     correct: int
     samples: int
     p50_ms: float
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.plan.ranks
 
     @property
     def score(self) -> Score:
@@ -59,10 +79,11 @@ class Candidate:
 
 
 class Found(NamedTuple):
-    """The points of a host, cheapest first, and how well layers alone predicted them."""
+    """The points of a host, cheapest first; how well layers alone predicted them; what is dense."""
 
     points: tuple[Candidate, ...]
     correction: Correction
+    dense_when_whole: frozenset[str]  # layers that are faster dense than in factors of full rank
 
 
 class Kept(NamedTuple):
@@ -77,7 +98,9 @@ class Network:
     """What a search reads of an artifact, once.
 
     `inputs` set the normalisation of a point and `samples` judge it: they are not the same, or
-    points would look a per cent or two better than they are.
+    points would look a per cent or two better than they are. `dense` are the dense weights that the
+    weights file lacks; `dense_when_whole` names the layers that run dense at their full rank: by
+    MACs, until the host has measured them.
     """
 
     artifact: Artifact
@@ -85,6 +108,8 @@ class Network:
     inputs: NDArray[np.float32]
     samples: Samples
     tables: tuple[ErrorTable, ...]
+    dense: Mapping[str, TensorProto]
+    dense_when_whole: frozenset[str]
 
     @classmethod
     def of(cls, source: Artifact) -> "Network":
@@ -98,7 +123,16 @@ class Network:
         samples = held_out.read_samples(source)
         inputs = len(samples) // _INPUTS
         rest = Samples(samples.x[inputs:], samples.labels[inputs:])
-        return cls(source, template, samples.x[:inputs] if inputs else samples.x, rest, tables)
+        layers = source.manifest.layers
+        return cls(
+            source,
+            template,
+            samples.x[:inputs] if inputs else samples.x,
+            rest,
+            tables,
+            graph.dense_weights(template, layers, source.weights_path.parent),
+            frozenset(layer.name for layer in layers if layer.is_dense(layer.max_rank)),
+        )
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -113,10 +147,23 @@ class Network:
         samples = Samples(self.samples.x[:count], self.samples.labels[:count])
         return replace(self, samples=samples)
 
-    def build(self, ranks: Ranks, measuring: Measuring) -> ModelProto:
+    @property
+    def whole(self) -> Ranks:
+        return tuple(layer.max_rank for layer in self.layers)
+
+    def plan(self, ranks: Ranks) -> Plan:
+        """Return a point with each layer in its faster form."""
+        pairs = zip(self.layers, ranks, strict=True)
+        whole = {layer.name for layer, rank in pairs if rank == layer.max_rank}
+        return Plan(ranks, self.dense_when_whole & whole)
+
+    def graph(self, plan: Plan) -> ModelProto:
+        """Return the graph of a point, with the whole network's normalisation."""
+        return graph.build(self.template, self.layers, plan.ranks, self.dense, plan.dense)
+
+    def build(self, plan: Plan, measuring: Measuring) -> ModelProto:
         """Return the graph of a point, its normalisation set by its own activations."""
-        model = graph.build(self.template, self.layers, ranks)
-        return recalibrated(model, self.folder, self.inputs, measuring)
+        return recalibrated(self.graph(plan), self.folder, self.inputs, measuring)
 
     def correct(self, model: ModelProto, measuring: Measuring) -> int:
         """Return how many samples a point gets right."""
@@ -134,50 +181,79 @@ class Network:
 def search(network: Network, points: int, measuring: Measuring) -> Found:
     """Return at most `points` points for this host, each slower and more accurate than the last.
 
-    None is less accurate than the artifact's cheapest point; the dearest is the best found. A
-    quarter of the budget each goes to layers, to their sums, to accuracy and to whole points: a
-    slow network is judged on fewer samples.
+    None is less accurate than the artifact's cheapest point, and none slower than the network with
+    every layer dense; the dearest is the best found. A quarter of the budget each goes to layers,
+    to their sums, to accuracy and to whole points: a slow network is judged on fewer samples.
 
     Raises:
         CancelledError: the measuring was cancelled.
     """
     share = replace(measuring, budget_s=measuring.budget_s / 4)
-    tables = rank_tables(network, share)
+    latencies = measured(network, share)
+    tables = rank_tables(network, latencies)
+    network = replace(network, dense_when_whole=dense_when_whole(network, latencies))
     chain = nested_chain(tables)
     network = _affordable(network, 2 * points + len(chain).bit_length(), share)
     correction = _correction(network, tables, share)
     predicted = [correction.ms(_cost(tables, ranks)) for ranks in chain]
     first = _first_as_good(network, chain, measuring)
     picked = [first + i for i in spread(predicted[first:], 2 * points)]
-    candidates = verified(network, [chain[i] for i in picked], share)
-    return Found(tuple(_best(candidates, points)), correction)
+    dense = Plan(network.whole, frozenset(layer.name for layer in network.layers))
+    *candidates, all_dense = verified(
+        network, [*(network.plan(chain[i]) for i in picked), dense], share
+    )
+    best = _best(candidates, all_dense, points)
+    return Found(tuple(best), correction, network.dense_when_whole)
 
 
-def rank_tables(network: Network, measuring: Measuring) -> list[RankTable]:
-    """Return, for each layer, ranks with this host's latency and the artifact's error."""
-    grids = [_grid(layer, t) for layer, t in zip(network.layers, network.tables, strict=True)]
-    costs = layer_latencies(network.template, network.layers, grids, network.folder, measuring)
-    return [
-        RankTable(grid, cost, tuple(np.interp(grid, table.ranks, table.errors).tolist()))
-        for grid, cost, table in zip(grids, costs, network.tables, strict=True)
-    ]
+def measured(network: Network, measuring: Measuring) -> list[LayerLatency]:
+    """Return each layer's latency on this host, dense and by the rank of its factors."""
+    pairs = zip(network.layers, network.tables, strict=True)
+    grids = [_factor_ranks(layer, table) for layer, table in pairs]
+    return layer_latencies(
+        network.template, network.layers, grids, network.dense, network.folder, measuring
+    )
 
 
-def verified(network: Network, chain: Sequence[Ranks], measuring: Measuring) -> list[Candidate]:
+def dense_when_whole(network: Network, latencies: Sequence[LayerLatency]) -> frozenset[str]:
+    """Return the layers that are faster dense than in two factors of their full rank."""
+    pairs = zip(network.layers, latencies, strict=True)
+    return frozenset(layer.name for layer, x in pairs if x.is_dense(layer.max_rank))
+
+
+def rank_tables(network: Network, latencies: Sequence[LayerLatency]) -> list[RankTable]:
+    """Return, for each layer, ranks with this host's latency and the artifact's error.
+
+    The full rank costs what its faster form does. A smaller rank that costs more is never chosen.
+    """
+    tables = []
+    for layer, table, x in zip(network.layers, network.tables, latencies, strict=True):
+        costs = dict(x.factors_ms)
+        if x.is_dense(layer.max_rank):
+            costs[layer.max_rank] = x.dense_ms
+        ranks = tuple(sorted(costs))
+        errors = np.interp(ranks, table.ranks, table.errors).tolist()
+        tables.append(RankTable(ranks, tuple(costs[rank] for rank in ranks), tuple(errors)))
+    return tables
+
+
+def verified(network: Network, plans: Sequence[Plan], measuring: Measuring) -> list[Candidate]:
     """Return points with their accuracy on the artifact's samples and their latency here."""
-    models = [network.build(ranks, measuring) for ranks in chain]
+    models = [network.build(plan, measuring) for plan in plans]
     correct = [network.correct(model, measuring) for model in models]
     runs = [runner(model, network.folder, measuring) for model in models]
     p50_ms = measuring.p50_ms(lambda i: runs[i](), len(runs))
     samples = len(network.samples)
     return [
-        Candidate(ranks, model, right, samples, ms)
-        for ranks, model, right, ms in zip(chain, models, correct, p50_ms, strict=True)
+        Candidate(plan, model, right, samples, ms)
+        for plan, model, right, ms in zip(plans, models, correct, p50_ms, strict=True)
     ]
 
 
 def save(network: Network, found: Found, path: Path) -> Artifact:
-    """Write the points as an artifact over the same weights file, and return it.
+    """Write the points as an artifact over the same weights, and return it.
+
+    Dense weights that a point needs and the file lacks are put behind the others.
 
     Raises:
         ArtifactError: the disk does not take it.
@@ -186,10 +262,16 @@ def save(network: Network, found: Found, path: Path) -> Artifact:
     contents: dict[str, bytes | Path] = {
         name: source.path / name for name in manifest.files if not _is_graph(manifest, name)
     }
+    placed: dict[str, TensorProto] = {}
+    needed = {f"{name}.dense" for candidate in found.points for name in candidate.plan.dense}
+    if added := {n: numpy_helper.to_array(t) for n, t in network.dense.items() if n in needed}:
+        weights = bytearray(source.weights_path.read_bytes())
+        placed = graph.place_(weights, added)
+        contents[artifact.WEIGHTS] = bytes(weights)
     points = []
     for i, candidate in enumerate(found.points):
         name = f"points/{i:02}.onnx"
-        contents[name] = candidate.model.SerializeToString()
+        contents[name] = _referring(candidate.model, placed).SerializeToString()
         points.append(_point(network, candidate, name))
     metric = replace(
         manifest.metric,
@@ -202,6 +284,7 @@ def save(network: Network, found: Found, path: Path) -> Artifact:
             "from": source.digest,
             "host": asdict(Host.here()),
             "correction": asdict(found.correction),
+            "dense_when_whole": sorted(found.dense_when_whole),
         },
     }
     of_host = replace(manifest, points=tuple(points), metric=metric, provenance=provenance)
@@ -242,29 +325,39 @@ def _is_graph(manifest: artifact.Manifest, name: str) -> bool:
     return name in {point.graph for point in manifest.points}
 
 
+def _referring(model: ModelProto, placed: Mapping[str, TensorProto]) -> ModelProto:
+    """Return a graph that reads tensors from the weights file instead of holding them."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    for tensor in copy.graph.initializer:
+        if tensor.name in placed:
+            tensor.CopyFrom(placed[tensor.name])
+    return copy
+
+
 def _point(network: Network, candidate: Candidate, name: str) -> OperatingPoint:
     """Return a point; what no rank changes costs what it does in the artifact's own points."""
     known = network.artifact.points[-1]
-    cost: dict[str, int] = {}
-    for field in ("macs", "params"):
-        of = {
-            ranks: sum(
-                getattr(layer, field)(rank)
-                for layer, rank in zip(network.layers, ranks, strict=True)
-            )
-            for ranks in (known.ranks, candidate.ranks)
-        }
-        cost[field] = getattr(known, field) - of[known.ranks] + of[candidate.ranks]
-    return OperatingPoint(
-        candidate.ranks, "fp32", candidate.score, cost["macs"], cost["params"], name
-    )
+    macs, params = known.macs, known.params
+    by_layer = zip(network.layers, known.ranks, candidate.ranks, strict=True)
+    for layer, before, rank in by_layer:
+        size = layer.out_features * layer.fan_in
+        factors = rank * (layer.out_features + layer.fan_in)
+        more = (size if layer.name in candidate.plan.dense else factors) - layer.params(before)
+        params += more
+        macs += more * layer.positions
+    return OperatingPoint(candidate.ranks, "fp32", candidate.score, macs, params, name)
 
 
-def _grid(layer: Layer, table: ErrorTable) -> Ranks:
-    """Return the ranks whose error is known, and those between where latency may step."""
-    steps = range(_STEP, layer.max_rank, _STEP)
-    inside = (r for r in steps if table.ranks[0] < r and not layer.is_dense(r))
-    return tuple(sorted({*table.ranks, *inside}))
+def _factor_ranks(layer: Layer, table: ErrorTable) -> Ranks:
+    """Return the ranks at which two factors may be worth running.
+
+    Those whose error is known, those between where latency may step, up to where factors have so
+    many more MACs than the dense layer that they can't be faster.
+    """
+    steps = (r for r in range(_STEP, layer.max_rank, _STEP) if r > table.ranks[0])
+    most = _MOST_MACS * layer.out_features * layer.fan_in / (layer.out_features + layer.fan_in)
+    return tuple(sorted(rank for rank in {*table.ranks, *steps} if rank <= most))
 
 
 def _cost(tables: Sequence[RankTable], ranks: Ranks) -> float:
@@ -280,7 +373,7 @@ def _correction(network: Network, tables: Sequence[RankTable], measuring: Measur
         at = np.clip(share + rng.uniform(-0.25, 0.25, len(tables)), 0.0, 1.0)
         pairs = zip(tables, at.tolist(), strict=True)
         chosen.append(tuple(t.ranks[round(a * (len(t.ranks) - 1))] for t, a in pairs))
-    models = [graph.build(network.template, network.layers, ranks) for ranks in chosen]
+    models = [network.graph(network.plan(ranks)) for ranks in chosen]
     runs = [runner(model, network.folder, measuring) for model in models]
     whole_ms = measuring.p50_ms(lambda i: runs[i](), len(runs))
     return fit([_cost(tables, ranks) for ranks in chosen], whole_ms)
@@ -288,8 +381,8 @@ def _correction(network: Network, tables: Sequence[RankTable], measuring: Measur
 
 def _affordable(network: Network, evaluations: int, measuring: Measuring) -> Network:
     """Return the network with as many samples as can be judged so often within the budget."""
-    few, whole = network.head(_BATCH), tuple(layer.max_rank for layer in network.layers)
-    model = few.build(whole, measuring)
+    few = network.head(_BATCH)
+    model = few.build(few.plan(few.whole), measuring)
     began_s = time.perf_counter()
     few.correct(model, measuring)
     per_sample_s = (time.perf_counter() - began_s) / _BATCH
@@ -300,7 +393,7 @@ def _first_as_good(network: Network, chain: Sequence[Ranks], measuring: Measurin
     """Return where the chain gets as accurate as the artifact's cheapest point, by bisection."""
 
     def correct(ranks: Ranks) -> int:
-        return network.correct(network.build(ranks, measuring), measuring)
+        return network.correct(network.build(network.plan(ranks), measuring), measuring)
 
     wanted = correct(network.artifact.points[0].ranks)
     low, high = 0, len(chain) - 1
@@ -313,11 +406,13 @@ def _first_as_good(network: Network, chain: Sequence[Ranks], measuring: Measurin
     return low
 
 
-def _best(candidates: Sequence[Candidate], points: int) -> list[Candidate]:
+def _best(candidates: Sequence[Candidate], all_dense: Candidate, points: int) -> list[Candidate]:
     """Return those that no other beats, nested, spread over the latencies; the best is kept.
 
-    Noise may make a larger point seem faster than a smaller one; both can't be of one chain.
+    None is slower than the dense network. Noise may make a larger point seem faster than a smaller
+    one; both can't be of one chain.
     """
+    candidates = [c for c in (*candidates, all_dense) if c.p50_ms <= all_dense.p50_ms]
     kept = pareto([c.p50_ms for c in candidates], [c.correct for c in candidates])
     chain: list[Candidate] = []
     for candidate in (candidates[i] for i in reversed(kept)):

@@ -1,11 +1,12 @@
-"""Measures each layer alone, by rank: what a search needs to know of a host.
+"""Measures each layer alone, as two factors by rank and dense: what a search needs of a host.
 
 Layers alike in all that latency depends on are measured once.
 """
 
+import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from server.engine import session_options
 
 # To the end of the budget, all of them: one that left early would have seen another host.
 _UNTIL_TIME = Precision(relative=0.0, absolute_ms=0.0)
+_DENSE = -1  # in the place of a rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +74,30 @@ class Measuring:
         return [latency.p50_ms for latency in measured.latencies]
 
 
+@dataclass(frozen=True, slots=True)
+class LayerLatency:
+    """A layer alone: ms in two factors, by rank and never falling, and ms dense."""
+
+    factors_ms: Mapping[int, float]
+    dense_ms: float
+
+    def is_dense(self, rank: int) -> bool:
+        """Return whether dense is faster than factors of this rank, or those were not measured."""
+        return self.dense_ms < self.factors_ms.get(rank, math.inf)
+
+
 def layer_latencies(
     template: ModelProto,
     layers: Sequence[Layer],
     grids: Sequence[Sequence[int]],
+    dense: Mapping[str, TensorProto],
     folder: Path,
     measuring: Measuring,
-) -> list[tuple[float, ...]]:
-    """Return ms of each layer at each rank of its grid; `folder` holds the weights file.
+) -> list[LayerLatency]:
+    """Return the latency of each layer, dense and as factors of each rank of its grid.
 
-    Two factors never get faster as rank grows: what is measured is made so. The dense layer may
-    well be faster than factors of a high rank.
+    `folder` holds the weights file, `dense` the dense weights that are not in it. Two factors never
+    get faster as rank grows: what is measured is made so.
     """
     shapes = input_shapes(template, layers, measuring.batch)
     nodes = {node.input[1]: node for node in template.graph.node if node.domain == graph.DOMAIN}
@@ -93,16 +108,19 @@ def layer_latencies(
         node = nodes[f"{layer.name}.down"]
         alone.setdefault(signature, (_alone(template, node, layer, shape), layer))
         signatures.append(signature)
-    pairs = zip(signatures, grids, strict=True)
-    cells = sorted({(s, rank) for s, grid in pairs for rank in grid}, key=repr)
+    pairs = list(zip(signatures, grids, strict=True))
+    cells = sorted({(s, rank) for s, grid in pairs for rank in (*grid, _DENSE)}, key=repr)
     runs = []
     for signature, rank in cells:
         model, layer = alone[signature]
-        runs.append(runner(graph.build(model, [layer], [rank]), folder, measuring))
+        ranks, names = ([layer.max_rank], [layer.name]) if rank == _DENSE else ([rank], [])
+        runs.append(runner(graph.build(model, [layer], ranks, dense, names), folder, measuring))
     found = dict(zip(cells, measuring.p50_ms(lambda i: runs[i](), len(runs)), strict=True))
     return [
-        _rising(layer, grid, [found[signature, rank] for rank in grid])
-        for layer, grid, signature in zip(layers, grids, signatures, strict=True)
+        LayerLatency(
+            _rising({rank: found[signature, rank] for rank in grid}), found[signature, _DENSE]
+        )
+        for signature, grid in pairs
     ]
 
 
@@ -162,7 +180,9 @@ def _window(layer: Layer) -> tuple[object, ...]:
     return layer.kind, layer.kernel, layer.stride, layer.padding, layer.dilation
 
 
-def _rising(layer: Layer, grid: Sequence[int], times_ms: Sequence[float]) -> tuple[float, ...]:
-    factors = [ms for rank, ms in zip(grid, times_ms, strict=True) if not layer.is_dense(rank)]
-    rising = np.exp(isotonic(np.log(factors))).tolist() if factors else []
-    return (*rising, *times_ms[len(factors) :])
+def _rising(times_ms: Mapping[int, float]) -> dict[int, float]:
+    if not times_ms:
+        return {}
+    ranks = sorted(times_ms)
+    rising = np.exp(isotonic(np.log([times_ms[rank] for rank in ranks])))
+    return dict(zip(ranks, rising.tolist(), strict=True))

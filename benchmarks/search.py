@@ -6,7 +6,7 @@ energy of its singular values. Points of all ways run in interleaved random orde
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +65,18 @@ def compared(
     """Return the verified points of each way, and how well layers alone predicted whole points."""
     found = host_points.search(network, host_points.POINTS, measuring)
     ranks = {
-        "searched": [candidate.ranks for candidate in found.points],
         "by_macs": [point.ranks for point in network.artifact.points],
         "uniform": uniform_chain(network.artifact.manifest.layers),
         "energy": energy_chain(network),
     }
-    every = list(dict.fromkeys(r for chain in ranks.values() for r in chain))
+    network = replace(network, dense_when_whole=found.dense_when_whole)
+    plans = {
+        "searched": [candidate.plan for candidate in found.points],
+        **{way: [network.plan(r) for r in chain] for way, chain in ranks.items()},
+    }
+    every = list(dict.fromkeys(plan for chain in plans.values() for plan in chain))
     known = dict(zip(every, host_points.verified(network, every, measuring), strict=True))
-    ways = {way: [known[r] for r in chain] for way, chain in ranks.items()}
+    ways = {way: [known[plan] for plan in chain] for way, chain in plans.items()}
     return ways, asdict(found.correction)
 
 

@@ -3,12 +3,14 @@
 The template is the trained network with one node per factorised layer, `maestro::LowRankLinear` or
 `maestro::LowRankConv2d`, and the index of the weights file: an initializer for each tensor in it.
 A point is plain ONNX: those nodes replaced by two factors of the point's rank, or by the dense
-layer where that is cheaper. Factors are rank-major, so a smaller rank is the same offset into the
-weights file and a shorter length.
+layer where that is cheaper: by MACs, or as the caller says. Factors are rank-major, so a smaller
+rank is the same offset into the weights file and a shorter length.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import onnx
@@ -63,15 +65,20 @@ def build(
     layers: Sequence[Layer],
     ranks: Sequence[int],
     private: Mapping[str, TensorProto] = MappingProxyType({}),
+    dense: Collection[str] | None = None,
 ) -> ModelProto:
     """Return the plain ONNX graph of the point with these ranks, one per layer.
 
-    `private` initializers take the place of the template's: the point's own normalisation.
+    `private` initializers are added, or take the place of the template's: the point's own
+    normalisation. `dense` names the layers to run dense, at their full rank; None stands for those
+    that have fewer MACs so.
 
     Raises:
-        ValueError: a rank out of range, or one at which the layer should be dense but is not whole.
+        ValueError: a rank out of range, a layer to be dense that is not whole, or without weights.
     """
-    _check(layers, ranks)
+    if dense is None:
+        dense = {n.name for n, rank in zip(layers, ranks, strict=False) if n.is_dense(rank)}
+    _check(layers, ranks, dense)
     tensors = {**{t.name: t for t in template.graph.initializer}, **private}
     dims = {
         value.name: len(value.type.tensor_type.shape.dim)
@@ -86,8 +93,13 @@ def build(
             nodes.append(node)
             continue
         layer, rank = by_down[node.input[1]]
+        if layer.name in dense:
+            if f"{layer.name}.dense" not in tensors:
+                raise ValueError(f"layer '{layer.name}' has no dense weights here")
+            nodes.extend(_dense(node, layer, dims[node.output[0]]))
+            continue
         _truncate(tensors, layer, rank)
-        nodes.extend(_expand(node, layer, rank, dims[node.output[0]]))
+        nodes.extend(_factors(node, layer, dims[node.output[0]]))
     return _assemble(template, nodes, tensors)
 
 
@@ -96,21 +108,46 @@ def _derived(tensors: Mapping[str, np.ndarray], layers: Iterable[Layer]) -> dict
     for layer in layers:
         down, up = tensors[f"{layer.name}.down"], tensors[f"{layer.name}.up"]
         if layer.is_dense(layer.max_rank):
-            dense = up.T.astype(np.float64) @ down.reshape(layer.max_rank, layer.fan_in)
-            shape = (layer.out_features, *down.shape[1:])
-            derived[f"{layer.name}.dense"] = dense.astype(np.float32).reshape(shape)
+            derived[f"{layer.name}.dense"] = _product(down, up)
         for name, factor in (("down", down), ("up", up)):
             derived[f"{layer.name}.{name}.zeros"] = np.zeros((1, *factor.shape[1:]), np.float32)
     return derived
 
 
-def _check(layers: Sequence[Layer], ranks: Sequence[int]) -> None:
+def dense_weights(
+    template: ModelProto, layers: Iterable[Layer], folder: Path
+) -> dict[str, TensorProto]:
+    """Return `LAYER.dense` for the layers of a packed template that have none, to be `private`.
+
+    `folder` holds the weights file.
+    """
+    tensors = {tensor.name: tensor for tensor in template.graph.initializer}
+
+    def read(name: str) -> np.ndarray:
+        return numpy_helper.to_array(tensors[name], str(folder))
+
+    names = (layer.name for layer in layers if f"{layer.name}.dense" not in tensors)
+    return {
+        f"{name}.dense": numpy_helper.from_array(
+            _product(read(f"{name}.down"), read(f"{name}.up")), f"{name}.dense"
+        )
+        for name in names
+    }
+
+
+def _product(down: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """Return the dense weights, (out, in, …), of factors (rank, in, …) and (rank, out)."""
+    dense: np.ndarray = up.T.astype(np.float64) @ down.reshape(len(down), -1)
+    return dense.astype(np.float32).reshape(up.shape[1], *down.shape[1:])
+
+
+def _check(layers: Sequence[Layer], ranks: Sequence[int], dense: Collection[str]) -> None:
     if len(ranks) != len(layers):
         raise ValueError(f"{len(ranks)} ranks for {len(layers)} layers")
     for layer, rank in zip(layers, ranks, strict=True):
         if not 0 <= rank <= layer.max_rank:
             raise ValueError(f"layer '{layer.name}' has ranks 0..{layer.max_rank}, not {rank}")
-        if layer.is_dense(rank) and rank != layer.max_rank:
+        if layer.name in dense and rank != layer.max_rank:
             raise ValueError(
                 f"layer '{layer.name}' is cheaper dense than at rank {rank}: "
                 f"use its full rank {layer.max_rank}"
@@ -144,53 +181,71 @@ def _renamed(tensor: TensorProto, name: str) -> TensorProto:
     return copy
 
 
-def _expand(node: NodeProto, layer: Layer, rank: int, dims: int) -> list[NodeProto]:
-    x, down, up, *bias = node.input
-    y = node.output[0]
+def _dense(node: NodeProto, layer: Layer, dims: int) -> list[NodeProto]:
+    """Return the nodes of a dense layer whose output has so many dimensions."""
+    x, _, _, *bias = node.input
+    y, dense = node.output[0], f"{layer.name}.dense"
     if layer.kind == "conv2d":
-        return _conv(node, layer, rank)
-    dense = f"{layer.name}.dense"
-    h = f"{layer.name}.h"
+        return [helper.make_node("Conv", [x, dense, *bias], [y], layer.name, **_window(node))]
     if dims == 2:
-        if layer.is_dense(rank):
-            return [helper.make_node("Gemm", [x, dense, *bias], [y], layer.name, transB=1)]
-        return [
-            helper.make_node("Gemm", [x, down], [h], f"{layer.name}/down", transB=1),
-            helper.make_node("Gemm", [h, up, *bias], [y], f"{layer.name}/up"),
-        ]
-    # More than two dimensions: Gemm takes two only. The transposes are of constants, done at load.
-    product = f"{layer.name}.product" if bias else y
-    add = [helper.make_node("Add", [product, *bias], [y], f"{layer.name}/bias")] if bias else []
-    matrix = dense if layer.is_dense(rank) else down
-    turned = f"{matrix}.T"
-    first = helper.make_node("Transpose", [matrix], [turned], perm=[1, 0])
-    if layer.is_dense(rank):
-        return [first, helper.make_node("MatMul", [x, turned], [product], layer.name), *add]
+        return [helper.make_node("Gemm", [x, dense, *bias], [y], layer.name, transB=1)]
+    turned = f"{dense}.T"
+    product, add = _biased(node, layer)
     return [
-        first,
-        helper.make_node("MatMul", [x, turned], [h], f"{layer.name}/down"),
-        helper.make_node("MatMul", [h, up], [product], f"{layer.name}/up"),
+        helper.make_node("Transpose", [dense], [turned], perm=[1, 0]),
+        helper.make_node("MatMul", [x, turned], [product], layer.name),
         *add,
     ]
 
 
-def _conv(node: NodeProto, layer: Layer, rank: int) -> list[NodeProto]:
+def _factors(node: NodeProto, layer: Layer, dims: int) -> list[NodeProto]:
+    """Return the nodes of a layer in two factors whose output has so many dimensions."""
     x, down, up, *bias = node.input
-    y = node.output[0]
-    window = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    if layer.is_dense(rank):
-        dense = f"{layer.name}.dense"
-        return [helper.make_node("Conv", [x, dense, *bias], [y], layer.name, **window)]
+    y, h = node.output[0], f"{layer.name}.h"
+    names = f"{layer.name}/down", f"{layer.name}/up"
+    if layer.kind == "conv2d":
+        return _conv_factors(node, layer)
+    if dims == 2:
+        return [
+            helper.make_node("Gemm", [x, down], [h], names[0], transB=1),
+            helper.make_node("Gemm", [h, up, *bias], [y], names[1]),
+        ]
+    # More than two dimensions: Gemm takes two only. The transposes are of constants, done at load.
+    turned = f"{down}.T"
+    product, add = _biased(node, layer)
+    return [
+        helper.make_node("Transpose", [down], [turned], perm=[1, 0]),
+        helper.make_node("MatMul", [x, turned], [h], names[0]),
+        helper.make_node("MatMul", [h, up], [product], names[1]),
+        *add,
+    ]
+
+
+def _conv_factors(node: NodeProto, layer: Layer) -> list[NodeProto]:
+    x, down, up, *bias = node.input
     h, turned, kernel = f"{layer.name}.h", f"{up}.T", f"{up}.kernel"
     axes = helper.make_tensor("axes", TensorProto.INT64, [2], [2, 3])
     # The 1×1 kernel is (out, rank, 1, 1); from rank-major it needs a transpose, done at load.
     return [
-        helper.make_node("Conv", [x, down], [h], f"{layer.name}/down", **window),
+        helper.make_node("Conv", [x, down], [h], f"{layer.name}/down", **_window(node)),
         helper.make_node("Transpose", [up], [turned], perm=[1, 0]),
         helper.make_node("Constant", [], [f"{kernel}.axes"], value=axes),
         helper.make_node("Unsqueeze", [turned, f"{kernel}.axes"], [kernel]),
-        helper.make_node("Conv", [h, kernel, *bias], [y], f"{layer.name}/up"),
+        helper.make_node("Conv", [h, kernel, *bias], [node.output[0]], f"{layer.name}/up"),
     ]
+
+
+def _window(node: NodeProto) -> dict[str, Any]:
+    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
+
+
+def _biased(node: NodeProto, layer: Layer) -> tuple[str, list[NodeProto]]:
+    """Return what a product is to be called, and what adds the bias to it."""
+    bias, y = node.input[3:], node.output[0]
+    if not bias:
+        return y, []
+    product = f"{layer.name}.product"
+    return product, [helper.make_node("Add", [product, *bias], [y], f"{layer.name}/bias")]
 
 
 def _assemble(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from onnx import ModelProto, numpy_helper
 
-from benchmarks.host_points import Candidate, Network
+from benchmarks.host_points import Candidate, Network, Plan
 from benchmarks.search import against, energy_chain, singular_values, uniform_chain
 from maestro_core import artifact, held_out
 from maestro_core.frontier import RankTable
@@ -17,7 +17,7 @@ TABLES = (RankTable((1, 6), (1.0, 6.0), (2.0, 1.0)), RankTable((1, 10), (1.0, 9.
 
 
 def candidate(correct: int, p50_ms: float) -> Candidate:
-    return Candidate((1, 1), ModelProto(), correct, 1000, p50_ms)
+    return Candidate(Plan((1, 1), frozenset()), ModelProto(), correct, 1000, p50_ms)
 
 
 @pytest.fixture

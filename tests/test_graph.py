@@ -1,6 +1,7 @@
 """Every point's graph, run by plain ONNX Runtime, against numpy at the same ranks."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,45 @@ def test_smaller_ranks_are_prefixes_of_the_same_tensor(tiny_artifact: Artifact) 
 def test_ranks_that_no_point_can_have_are_refused(ranks: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         graph.build(tiny_template(), TINY_LAYERS, ranks)
+
+
+@pytest.mark.parametrize("dense", [(), ("conv",), ("fc",), ("conv", "fc")])
+def test_the_caller_says_what_is_dense(tiny_artifact: Artifact, dense: tuple[str, ...]) -> None:
+    x = np.random.default_rng(1).standard_normal((3, 1, 8, 8), dtype=np.float32)
+    template = onnx.load(tiny_artifact.template_path, load_external_data=False)
+    path = tiny_artifact.path / "points/other.onnx"
+    model = graph.build(template, TINY_LAYERS, (6, 10), dense=dense)
+    path.write_bytes(model.SerializeToString())
+
+    read = {tensor.name for tensor in model.graph.initializer}
+    for layer in TINY_LAYERS:
+        assert (f"{layer.name}.dense" in read) == (layer.name in dense)
+        assert (f"{layer.name}.down" in read) == (layer.name not in dense)
+    np.testing.assert_allclose(run(path, x), tiny_forward(x, (6, 10)), rtol=1e-4, atol=1e-3)
+
+
+def test_dense_weights_that_the_file_lacks_are_made_from_factors(tmp_path: Path) -> None:
+    x = np.random.default_rng(1).standard_normal((3, 1, 8, 8), dtype=np.float32)
+    cut = (replace(TINY_LAYERS[0], max_rank=2), replace(TINY_LAYERS[1], max_rank=5))
+    shrunk = tiny_template()
+    for tensor in shrunk.graph.initializer:
+        for layer in cut:
+            if tensor.name in (f"{layer.name}.down", f"{layer.name}.up"):
+                value = numpy_helper.to_array(tensor)[: layer.max_rank]
+                tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+    packed, blob = graph.pack(shrunk, cut)
+    (tmp_path / "weights.bin").write_bytes(blob)
+
+    with pytest.raises(ValueError, match="layer 'fc' has no dense weights here"):
+        graph.build(packed, cut, (2, 5), dense=("fc",))
+    made = graph.dense_weights(packed, cut, tmp_path)
+    path = tmp_path / "dense.onnx"
+    model = graph.build(packed, cut, (2, 5), made, ("conv", "fc"))
+    path.write_bytes(model.SerializeToString())
+
+    assert set(made) == {"conv.dense", "fc.dense"}
+    np.testing.assert_allclose(run(path, x), tiny_forward(x, (2, 5)), rtol=1e-4, atol=1e-3)
+    assert graph.dense_weights(graph.pack(tiny_template(), TINY_LAYERS)[0], TINY_LAYERS, path) == {}
 
 
 @pytest.mark.parametrize("rank", [0, 2, 5])

@@ -1,15 +1,17 @@
 """Points found on this host for the tiny network: nested, verified, served like the others."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import ModelProto
 
 from benchmarks import host_points, layer_latencies, networks
 from benchmarks.correction import Correction
-from benchmarks.host_points import Candidate, Found, Network
-from benchmarks.layer_latencies import Measuring
+from benchmarks.host_points import Candidate, Found, Network, Plan
+from benchmarks.layer_latencies import LayerLatency, Measuring
 from benchmarks.profiler import CancelledError
 from maestro_core import artifact, graph, held_out
 from maestro_core.artifact import Artifact
@@ -22,6 +24,7 @@ TABLES = (
     RankTable((1, 5, 9, 10), (1.0, 5.0, 9.0, 10.0), (3.0, 1.6, 0.8, 0.5)),
 )
 MEASURING = Measuring(budget_s=0.6)
+CORRECTION = Correction(0.0, 1.0, 0.0, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -77,25 +80,86 @@ def test_saved_points_compute_what_their_graphs_do_from_the_same_file(
 def test_a_point_known_before_costs_what_it_did(source: Artifact, network: Network) -> None:
     ranks = [point.ranks for point in source.points]
     candidates = [
-        Candidate(r, network.build(r, MEASURING), 1, 150, 1.0 + i) for i, r in enumerate(ranks)
+        Candidate(network.plan(r), network.graph(network.plan(r)), 1, 150, 1.0 + i)
+        for i, r in enumerate(ranks)
     ]
-    correction = Correction(0.0, 1.0, 0.0, 1.0)
 
     saved = host_points.save(
-        network, Found(tuple(candidates), correction), source.path.parent / "same.maestro"
+        network,
+        Found(tuple(candidates), CORRECTION, frozenset()),
+        source.path.parent / "same.maestro",
     )
 
     for old, new in zip(source.points, saved.points, strict=True):
         assert (old.macs, old.params, old.ranks) == (new.macs, new.params, new.ranks)
 
 
-def test_what_noise_puts_out_of_order_is_left_out_and_the_best_stays(network: Network) -> None:
-    model = network.template
-    seen = [((1, 1), 5, 1.0), ((3, 9), 8, 2.0), ((2, 5), 9, 3.0), ((6, 10), 9, 4.0)]
+def candidate(ranks: tuple[int, int], correct: int, p50_ms: float, *dense: str) -> Candidate:
+    return Candidate(Plan(ranks, frozenset(dense)), ModelProto(), correct, 10, p50_ms)
 
-    best = host_points._best([Candidate(r, model, c, 10, ms) for r, c, ms in seen], 9)
+
+ALL_DENSE = candidate((6, 10), 9, 5.0, "conv", "fc")
+
+
+def test_what_noise_puts_out_of_order_is_left_out_and_the_best_stays() -> None:
+    seen = [
+        candidate((1, 1), 5, 1.0),
+        candidate((3, 9), 8, 2.0),
+        candidate((2, 5), 9, 3.0),
+        candidate((6, 10), 9, 4.0),
+    ]
+
+    best = host_points._best(seen, ALL_DENSE, 9)
 
     assert [candidate.ranks for candidate in best] == [(1, 1), (2, 5)]
+
+
+def test_no_point_is_slower_than_the_dense_network() -> None:
+    slow = [candidate((1, 1), 5, 1.0), candidate((3, 9), 10, 6.0), candidate((6, 10), 9, 5.1)]
+
+    assert host_points._best(slow, ALL_DENSE, 9) == [slow[0], ALL_DENSE]
+
+
+def test_a_layer_is_whole_in_the_form_that_is_faster(network: Network) -> None:
+    latencies = [
+        LayerLatency({2: 1.0, 6: 3.0}, dense_ms=2.0),
+        LayerLatency({5: 1.0, 10: 1.5}, dense_ms=2.0),
+    ]
+
+    tables = host_points.rank_tables(network, latencies)
+    dense = host_points.dense_when_whole(network, latencies)
+    measured = replace(network, dense_when_whole=dense)
+
+    assert [table.costs for table in tables] == [(1.0, 2.0), (1.0, 1.5)]
+    assert measured.plan((6, 10)).dense == {"conv"}
+    assert measured.plan((2, 10)).dense == set()
+
+
+def test_dense_weights_that_the_file_lacks_are_kept_behind_the_others(
+    source: Artifact, network: Network, tmp_path: Path
+) -> None:
+    """As where training has shrunk a layer so far that by MACs it is never dense."""
+    lacking = graph.load_template(source.template_path.read_bytes())
+    kept = [tensor for tensor in lacking.graph.initializer if tensor.name != "fc.dense"]
+    del lacking.graph.initializer[:]
+    lacking.graph.initializer.extend(kept)
+    made = graph.dense_weights(lacking, TINY_LAYERS, network.folder)
+    shrunk = replace(network, template=lacking, dense=made)
+    plan = Plan((6, 10), frozenset({"fc"}))
+    (found,) = host_points.verified(shrunk, [plan], MEASURING)
+
+    saved = host_points.save(
+        shrunk, Found((found,), CORRECTION, frozenset()), tmp_path / "host.maestro"
+    )
+
+    x = network.samples.x[:5]
+    whole = Engine(source).run(x, len(source.points) - 1)
+    weights = source.weights_path.read_bytes()
+    assert saved.weights_path.read_bytes()[: len(weights)] == weights
+    assert saved.weights_path.stat().st_size >= len(weights) + 4 * 10 * 384
+    assert saved.graph_path(0).stat().st_size < 4096
+    assert Engine(saved).run(x, 0) == pytest.approx(whole, rel=1e-4)
+    assert saved.points[0].macs == 64 * 6 * (6 + 9) + 10 * 384
 
 
 def test_layers_alike_are_measured_once(tmp_path: Path) -> None:
@@ -104,7 +168,9 @@ def test_layers_alike_are_measured_once(tmp_path: Path) -> None:
     (tmp_path / graph.LOCATION).write_bytes(weights)
     grids = [(layer.max_rank,) for layer in network.layers]
 
-    found = layer_latencies.layer_latencies(template, network.layers, grids, tmp_path, MEASURING)
+    found = layer_latencies.layer_latencies(
+        template, network.layers, grids, {}, tmp_path, MEASURING
+    )
 
     at = {layer.name: ms for layer, ms in zip(network.layers, found, strict=True)}
     assert at["layer1.0.conv1"] == at["layer1.1.conv2"]
@@ -118,11 +184,10 @@ def test_layers_read_the_shapes_they_have_in_the_network(network: Network) -> No
 
 
 def test_factors_never_get_faster_as_rank_grows(network: Network) -> None:
-    for table, layer in zip(host_points.rank_tables(network, MEASURING), TINY_LAYERS, strict=True):
-        factors = [
-            c for r, c in zip(table.ranks, table.costs, strict=True) if not layer.is_dense(r)
-        ]
-        assert factors == sorted(factors)
+    for latency in host_points.measured(network, MEASURING):
+        assert list(latency.factors_ms) == sorted(latency.factors_ms)
+        assert list(latency.factors_ms.values()) == sorted(latency.factors_ms.values())
+        assert latency.dense_ms > 0
 
 
 def test_a_search_can_be_cancelled(network: Network) -> None:
