@@ -27,13 +27,14 @@ class State:
     """Where training stands: finished epochs, and the rank of every factorised layer.
 
     `run` says what is being trained (recipe, hyper-parameters, data): plain JSON. `chain` holds the
-    points that consolidation trains, once it has begun.
+    points that consolidation trains, once it has begun. `lasso` is the weight of the group lasso.
     """
 
     epoch: int
     ranks: dict[str, int]
     run: dict[str, Any]
     chain: list[tuple[int, ...]]
+    lasso: float = 0.0
 
 
 def save(root: Path, model: nn.Module, optimizer: Optimizer, state: State) -> Path:
@@ -83,9 +84,10 @@ def read_state(path: Path) -> State:
     try:
         content: Any = json.loads((path / STATE).read_text())
         chain = [tuple(ranks) for ranks in content["chain"]]
-        state = State(content["epoch"], content["ranks"], content["run"], chain)
+        state = State(content["epoch"], content["ranks"], content["run"], chain, content["lasso"])
         if not (
             isinstance(state.epoch, int)
+            and isinstance(state.lasso, float)
             and isinstance(state.run, dict)
             and all(isinstance(rank, int) and rank >= 0 for rank in state.ranks.values())
         ):

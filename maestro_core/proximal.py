@@ -19,15 +19,29 @@ def proximal_step_(layers: Sequence[LowRankLayer], weight: float) -> None:
     last rank alone to all ranks, is exact (Jenatton et al., JMLR 2011). After a step of SGD the
     weight is λ · rate / (1 − momentum): then loss + λ · lasso is what comes to rest.
     """
-    factors = [factor for layer in layers if layer.rank for factor in (layer.down, layer.up)]
-    if not factors or weight <= 0:
-        return
+    if weight > 0:
+        apply_(layers, scales(layers, weight))
+
+
+def scales(layers: Sequence[LowRankLayer], weight: float) -> list[tuple[Tensor, Tensor]]:
+    """Return for each layer by what the rows of `down` and `up` are multiplied, (rank,) each.
+
+    They never rise, and are zero where a rank ends.
+    """
     with torch.no_grad():
+        factors = [factor for layer in layers for factor in (layer.down, layer.up)]
         rows = [factor.flatten(1).square().sum(1) for factor in factors]
-        scales = _scales(pad_sequence(rows, batch_first=True), weight)
-        for factor, scale in zip(factors, scales, strict=True):
-            kept = scale[: len(factor)]
-            factor.mul_(kept.view(-1, *(1 for _ in factor.shape[1:])))
+        found = _scales(pad_sequence(rows, batch_first=True), weight) if rows else torch.zeros(0)
+    both = zip(found[::2], found[1::2], strict=True)
+    return [(d[: layer.rank], u[: layer.rank]) for layer, (d, u) in zip(layers, both, strict=True)]
+
+
+def apply_(layers: Sequence[LowRankLayer], found: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Multiply the rows of all factors by `scales`."""
+    with torch.no_grad():
+        for layer, (down, up) in zip(layers, found, strict=True):
+            layer.down.mul_(down.view(-1, *(1 for _ in layer.down.shape[1:])))
+            layer.up.mul_(up[:, None])
 
 
 def _scales(squares: Tensor, weight: float) -> Tensor:
@@ -36,7 +50,7 @@ def _scales(squares: Tensor, weight: float) -> Tensor:
     Rows of zeros after a factor's last leave it as it is. All factors go at once: their number of
     ranks, not of layers, is how many steps there are, and no value is looked at by the host.
     """
-    suffix = torch.zeros_like(squares[:, 0])  # of the rows that came before, as they now are
+    suffix = squares.new_zeros(len(squares))  # of the rows that came before, as they now are
     shrunk = []
     for b in range(squares.shape[1] - 1, -1, -1):
         norm = (squares[:, b] + suffix).sqrt()
@@ -44,4 +58,4 @@ def _scales(squares: Tensor, weight: float) -> Tensor:
         suffix = (scale * norm).square()
         shrunk.append(scale)
     # A row is in its own group and in those of all earlier ones.
-    return torch.stack(shrunk[::-1], dim=1).cumprod(1)
+    return torch.stack(shrunk[::-1], dim=1).cumprod(1) if shrunk else squares

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from maestro_core import checkpoint
+from maestro_core.accounting import measure
 from maestro_core.consolidation import consolidation_loss
 from maestro_core.data import Data, Pictures
 from maestro_core.evaluation import evaluate
@@ -22,6 +23,7 @@ from maestro_core.frontier import Chain
 from maestro_core.lod import group_lasso, shrink_, truncate_
 from maestro_core.proximal import proximal_step_
 from maestro_core.sampling import Sampling, draw
+from maestro_core.target import FALLING, Pursuit, Target, first_weight
 from maestro_core.whitening import sample_inputs, whiten_
 
 Kind = Literal["dense", "ordered", "nested"]
@@ -54,6 +56,7 @@ class HyperParameters:
     share of a phase in which its rate rises. `precision` is that of forward and backward;
     parameters are float32 always. `sampling` is of the ordered phase (sampling.py). With
     `whitened` a network that was trained dense is factorised by its activations (whitening.py).
+    With a `target` the ordered phase ends at that size, whatever `lasso` (target.py).
     """
 
     phases: tuple[Phase, ...]
@@ -70,12 +73,15 @@ class HyperParameters:
     precision: Literal["float32", "bfloat16"] = "float32"
     sampling: Sampling = "pairs"
     proximal: bool = False
+    target: Target | None = None
     whitened: bool = False
 
     def __post_init__(self) -> None:
         kinds = [phase.kind for phase in self.phases]
         if kinds != sorted(kinds, key=("dense", "ordered", "nested").index):
             raise ValueError(f"phases come as dense, ordered, nested, not as {', '.join(kinds)}")
+        if self.target and kinds.count("ordered") != 1:
+            raise ValueError("a target needs one ordered phase, in which the network shrinks")
 
     def at(self, epoch: int) -> tuple[Phase, int]:
         """Return the phase of `epoch`, and how many of its epochs came before.
@@ -115,6 +121,7 @@ def train_(
     Raises:
         Diverged: the loss is not finite; the last checkpoint stays.
         CheckpointError: `root` holds another run, or can't be written.
+        TargetMissed: the target can't be reached, or was not.
     """
     last = checkpoint.latest(root)
     state = checkpoint.read_state(last) if last else checkpoint.State(0, {}, run, [])
@@ -135,19 +142,34 @@ def train_(
             cut_(model, chain[-1])
         if before == 0:
             optimizer = _optimizer(model, hyper)
+        pursuit = None
+        if phase.kind == "ordered" and hyper.target:
+            pursuit = _pursuit(model, data, hyper, hyper.target, epoch, state.lasso)
         try:
             train_epoch_(
-                model, optimizer, data.train, hyper, epoch, chain, lambda: progress.advance(task)
+                model,
+                optimizer,
+                data.train,
+                hyper,
+                epoch,
+                chain,
+                lambda: progress.advance(task),
+                pursuit,
             )
             result = evaluate(model, data.validation)
             if not math.isfinite(result.loss):  # the last step's harm shows in no training loss
                 raise Diverged(f"the validation loss is {result.loss} after epoch {epoch + 1}")
         except Diverged as error:
             raise Diverged(f"{error}; last good checkpoint: {last or 'none'}") from None
-        if phase.kind == "ordered":
+        if phase.kind == "ordered" and not pursuit:
             shrink_(model, optimizer, hyper.threshold)
+        if pursuit and before + 1 >= FALLING * phase.epochs:
+            layers = list(low_rank_layers(model).values())
+            for layer, rank in zip(layers, pursuit.landing(layers), strict=True):
+                truncate_(layer, rank, optimizer)
         ranks = {name: layer.rank for name, layer in low_rank_layers(model).items()}
-        state = checkpoint.State(epoch + 1, ranks, run, chain)
+        lasso = pursuit.weight if pursuit else hyper.lasso
+        state = checkpoint.State(epoch + 1, ranks, run, chain, lasso)
         last = checkpoint.save(root, model, optimizer, state)
         progress.update(
             task,
@@ -169,8 +191,11 @@ def train_epoch_(
     epoch: int,
     chain: Chain,
     on_step: Callable[[], None],
+    pursuit: Pursuit | None = None,
 ) -> None:
     """Go once through `pictures` in random order, in the phase that `epoch` is of.
+
+    A `pursuit` says how the lasso is weighed, in place of `hyper`.
 
     Raises:
         Diverged: the loss is not finite.
@@ -188,7 +213,7 @@ def train_epoch_(
             if phase.kind == "nested":
                 loss = consolidation_loss(model, chain, x, labels, rng, hyper.label_smoothing)
             elif phase.kind == "ordered":
-                lasso = 0.0 if hyper.proximal else hyper.lasso
+                lasso = 0.0 if hyper.proximal or pursuit else hyper.lasso
                 loss = ordered_loss(
                     model, x, labels, lasso, rng, hyper.label_smoothing, hyper.sampling
                 )
@@ -201,9 +226,14 @@ def train_epoch_(
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
-        if phase.kind == "ordered" and hyper.proximal:
-            rate = optimizer.param_groups[0]["lr"] / (1 - hyper.momentum)
-            proximal_step_(list(low_rank_layers(model).values()), hyper.lasso * rate)
+        layers = list(low_rank_layers(model).values())
+        rate = optimizer.param_groups[0]["lr"] / (1 - hyper.momentum)
+        if pursuit:
+            del loss  # its graph remembers the shapes, and ranks may go
+            done = (before + (step + 1) / len(batches)) / phase.epochs
+            pursuit.step_(layers, optimizer, rate, done)
+        elif phase.kind == "ordered" and hyper.proximal:
+            proximal_step_(layers, hyper.lasso * rate)
         on_step()
 
 
@@ -244,6 +274,25 @@ def _start_(model: nn.Module, data: Data, hyper: HyperParameters, epoch: int) ->
     _factorize_(model, hyper)
     if hyper.whitened and epoch:
         whiten_(model, sample_inputs(data.train))
+
+
+def _pursuit(
+    model: nn.Module,
+    data: Data,
+    hyper: HyperParameters,
+    target: Target,
+    epoch: int,
+    weight: float,
+) -> Pursuit:
+    """Return the pursuit of `target` at an epoch of the ordered phase; `weight` is the last λ."""
+    cost = measure(model, data.train.batch(slice(0, 1))[0])
+    target.check(cost)
+    phase, before = hyper.at(epoch)
+    if before == 0:
+        rate = phase.learning_rate / (1 - hyper.momentum)
+        steps = phase.epochs * math.ceil(len(data.train) / hyper.batch_size)
+        weight = first_weight(list(low_rank_layers(model).values()), rate, steps)
+    return Pursuit(target, cost, weight, before / phase.epochs)
 
 
 def _factorize_(model: nn.Module, hyper: HyperParameters) -> None:

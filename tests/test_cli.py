@@ -102,3 +102,11 @@ def test_train_names_what_is_missing(environment: dict[str, str], tmp_path: Path
     check_error(maestro(environment, "train", "mnist", *data), "mnist-lenet")
     check_error(maestro(environment, "train", "mnist-lenet", *data), "none.npz")
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.maestro"))
+
+
+def test_targets_that_make_no_sense_are_one_line(environment: dict[str, str]) -> None:
+    def train(*options: str) -> "subprocess.CompletedProcess[str]":
+        return maestro(environment, "train", "mnist-lenet", "--data", "none.npz", *options)
+
+    check_error(train("--target-macs", "0.3", "--target-params", "0.3"), "not both")
+    check_error(train("--target-macs", "35"), "a share of the dense network, 0..1, not 35")

@@ -13,6 +13,7 @@ from maestro_core import artifact, checkpoint, held_out
 from maestro_core.data import DataError
 from maestro_core.recipes import running
 from maestro_core.recipes.mnist_lenet import RECIPE
+from maestro_core.target import Target
 from maestro_core.training import Phase
 
 SMALL = replace(
@@ -122,3 +123,22 @@ def test_an_unknown_recipe_or_missing_data_is_named(tmp_path: Path) -> None:
 
 def test_recipes_say_what_they_are() -> None:
     assert "digits" in running.summaries()["mnist-lenet"]
+
+
+@pytest.mark.slow
+def test_a_recipe_with_a_target_makes_points_up_to_it_and_is_exported_alone(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "RECIPES", {SMALL.name: SMALL})
+
+    path = running.run(SMALL.name, data, tmp_path, Target("macs", 0.5))
+
+    made = artifact.load(path)
+    last = checkpoint.latest(tmp_path / "mnist-lenet-checkpoints")
+    assert last is not None
+    ranks = checkpoint.read_state(last).ranks
+    macs = sum(layer.macs(ranks[layer.name]) for layer in made.manifest.layers)
+    assert 0.95 <= macs / (0.5 * 281_640) <= 1.05
+    assert all(point.macs <= macs for point in made.points)
+    alone = running.export(last, data, tmp_path / "alone.maestro")
+    assert artifact.load(alone).digest == made.digest

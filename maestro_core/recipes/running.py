@@ -1,6 +1,7 @@
 """Run a recipe: train, search, export. The steps are elsewhere; here they are joined."""
 
 import platform
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from maestro_core.recipes.cifar10_small import RECIPE as CIFAR10_SMALL
 from maestro_core.recipes.mnist_lenet import RECIPE as MNIST_LENET
 from maestro_core.recipes.recipe import Recipe
 from maestro_core.search import error_tables, find_chain, make_points
+from maestro_core.target import Target
 from maestro_core.training import cut_, train_
 
 RECIPES = {recipe.name: recipe for recipe in (MNIST_LENET, CIFAR10_SMALL)}
@@ -30,17 +32,19 @@ def summaries() -> dict[str, str]:
     return {name: recipe.summary for name, recipe in RECIPES.items()}
 
 
-def run(name: str, data_path: Path, out: Path) -> Path:
+def run(name: str, data_path: Path, out: Path, target: Target | None = None) -> Path:
     """Train the recipe `name`, or go on where it stopped; return the artifact, in `out`.
 
+    With a target the network is trained to that size, and its points are all up to it.
     Checkpoints are in `out/NAME-checkpoints`. Progress is shown on standard error.
 
     Raises:
         ValueError: no such recipe, wrong data, another run's checkpoint, or a disk that is full;
             each says which.
         Diverged: the loss is no longer finite.
+        TargetMissed: the target can't be reached, or was not.
     """
-    return run_recipe(_recipe(name), data_path, out, _progress())
+    return run_recipe(_aimed(_recipe(name), target), data_path, out, _progress())
 
 
 def export(path: Path, data_path: Path, out: Path) -> Path:
@@ -49,7 +53,9 @@ def export(path: Path, data_path: Path, out: Path) -> Path:
     Raises:
         ValueError: the checkpoint is of no recipe here, or of other data or hyper-parameters.
     """
-    recipe = _recipe(str(checkpoint.read_state(path).run.get("recipe")))
+    trained = checkpoint.read_state(path).run
+    aim = trained.get("target")
+    recipe = _aimed(_recipe(str(trained.get("recipe"))), Target(**aim) if aim else None)
     with _progress() as progress:
         loaded = _load(recipe, data_path)
         model = _network(recipe)
@@ -154,6 +160,17 @@ def _for_hosts(
 def _cost(model: nn.Module, loaded: Data) -> Cost:
     x, _ = loaded.validation.batch(slice(0, 1))
     return measure(model, x)
+
+
+def _aimed(recipe: Recipe, target: Target | None) -> Recipe:
+    """Return the recipe with that target, which alone then says how large the network is."""
+    if target is None:
+        return recipe
+    return replace(
+        recipe,
+        training=replace(recipe.training, target=target),
+        search=replace(recipe.search, most_macs=1.0),
+    )
 
 
 def _recipe(name: str) -> Recipe:
