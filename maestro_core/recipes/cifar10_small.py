@@ -36,6 +36,7 @@ RECIPE = Recipe(
         nesterov=True,
         weight_decay=5e-4,
         warmup=0.15,
+        whitened=True,
         label_smoothing=0.1,
         lasso=0.0,
         threshold=1e-5,
