@@ -31,12 +31,22 @@ errors = Console(stderr=True, highlight=False)
 BENCHES = {
     "engine": "memory, speed against each point alone, switching",
     "layers": "each layer as two factors, dense, or in the gauge form, by rank",
+    "slots": "one batch on all cores against several at once on fewer",
     "calibration": "serving while calibrating, and calibrating while serving",
     "prediction": "whether measured latencies are what the profile says",
     "policies": "our policy and its rivals, simulated under load",
     "frontier": "our points against dense, narrower, cut by SVD, low-rank and 8-bit networks",
     "training": "a step of low-rank ordered training against a dense one",
+    "load": "our policy and its rivals on live servers, over HTTP, beside the simulator",
     "search": "points found by this host's milliseconds, by MACs, and by other rules",
+}
+
+# Modules that not every installation has -> the extra that brings them.
+_EXTRAS = {
+    "torch": "train",
+    "safetensors": "train",
+    "matplotlib": "train",
+    "aiohttp": "bench",
 }
 
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A NAME.maestro directory.")]
@@ -249,13 +259,14 @@ def _target(macs: float | None, params: float | None) -> Any:  # noqa: ANN401  t
 
 
 def _train_side(module: str) -> Any:  # noqa: ANN401  a module
-    """Return a module that needs the extra `train`."""
+    """Return a module that needs an extra."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name and error.name.split(".")[0] in ("torch", "safetensors", "matplotlib"):
+        extra = _EXTRAS.get((error.name or "").split(".")[0])
+        if extra:
             raise CommandError(
-                f"this needs {error.name}: pip install 'maestro-serve[train]'"
+                f"this needs {error.name}: pip install 'maestro-serve[{extra}]'"
             ) from error
         raise
 

@@ -1,0 +1,296 @@
+"""`maestro bench load`: policies on live servers, over HTTP, beside what the simulator says.
+
+A server of each policy runs in a process of its own, kept from the core that sends. All answer the
+same requests, one server at a time, in random order in each round. Latency counts from when a
+request should have been sent. The simulator draws from the profile that the servers use.
+"""
+
+import argparse
+import asyncio
+import io
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any, get_args
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks import report
+from benchmarks.open_loop import Sent, send_all
+from benchmarks.simulator import scenarios
+from benchmarks.simulator.events import Outcome
+from benchmarks.simulator.figures import Figures, figures, over_seeds
+from benchmarks.simulator.host import Quantiles
+from benchmarks.simulator.rivals import RIVALS
+from benchmarks.simulator.scenarios import ARRIVALS, Scenario
+from maestro_core import artifact
+from maestro_core.artifact import Artifact
+from maestro_core.host import Elsewhere
+from maestro_core.profile import Profile
+from server.settings import OURS, PolicyName, shipped_artifact
+from server.tables import Tables
+
+POLICIES = (OURS, "largest", "smallest", "slackfit", "infaas")
+START_S = 180.0
+WARM_UP = 100  # requests, one after another, that also tell what the way there and back takes
+AGREE = 0.02  # of targets met, live and simulated
+
+Row = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run, print the result, write it and its plot where `--out` says."""
+    parser = argparse.ArgumentParser(prog="maestro bench load", description=__doc__)
+    parser.add_argument("artifact", type=Path, nargs="?", default=shipped_artifact())
+    parser.add_argument(
+        "--policies", nargs="+", choices=get_args(PolicyName), default=list(POLICIES)
+    )
+    parser.add_argument("--arrivals", nargs="+", choices=ARRIVALS, default=["poisson", "gamma4"])
+    parser.add_argument("--loads", nargs="+", type=float, default=[0.6, 1.5])
+    parser.add_argument("--trace", type=Path, help="arrivals to replay, a time in seconds a line")
+    parser.add_argument("--requests", type=int, default=1000, help="of each run")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--quick", action="store_true", help="300 requests, one round, a quick profile"
+    )
+    parser.add_argument("--out", type=Path, default=report.RESULTS / "load.json")
+    chosen = parser.parse_args(argv)
+    if chosen.quick:
+        chosen.requests, chosen.rounds = 300, 1
+    if chosen.requests < 100 or chosen.rounds < 1 or min(chosen.loads) <= 0:
+        raise ValueError("--requests must be at least 100, --rounds at least 1, --loads above 0")
+    arrivals = [*chosen.arrivals, *(["trace"] if chosen.trace else [])]
+    cases = [Scenario(*case) for case in product(dict.fromkeys(arrivals), chosen.loads)]
+    model = artifact.load(chosen.artifact)
+    elsewhere = Elsewhere()
+    with cores_apart() as (sending, serving), ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        profile = profiled(model, folder, serving, quick=chosen.quick)
+        addresses = {
+            policy: stack.enter_context(server(model, folder, policy, serving))
+            for policy in chosen.policies
+        }
+        bench = Bench(model, profile, addresses, chosen.requests, chosen.trace)
+        rows = bench.compared(cases, chosen.rounds)
+    result = {
+        **report.conditions(),
+        "model": model.manifest.name,
+        "cores": {"sending": sorted(sending), "serving": sorted(serving)},
+        "cores_used_by_others_and_us": elsewhere.share(),
+        "requests": chosen.requests,
+        "rounds": chosen.rounds,
+        "way_ms": bench.way_ms,
+        "overhead_ms": profile.overhead_ms,
+        "agree_within": AGREE,
+        "agreeing": sum(abs(row["difference"]) <= AGREE for row in rows),
+        "rows": rows,
+    }
+    report.write(result, chosen.out)
+    draw(rows, chosen.out.with_suffix(".png"))
+
+
+class Bench:
+    """Live servers by policy, and the simulator of the host that they run on.
+
+    way_ms: what a request takes beyond what the server counts; clients ask for that much less.
+    """
+
+    def __init__(
+        self,
+        model: Artifact,
+        profile: Profile,
+        addresses: dict[str, str],
+        requests: int,
+        trace: Path | None,
+    ) -> None:
+        accuracy = [point.score.value for point in model.manifest.points]
+        self._quantiles = Quantiles.from_profile(profile, accuracy)
+        self._latencies = self._quantiles.latencies()
+        self._addresses = addresses
+        self._requests = requests
+        self._trace = trace
+        file = io.BytesIO()
+        shape = (1, *model.manifest.input.shape[1:])
+        np.save(file, np.random.default_rng(0).standard_normal(shape, np.float32))
+        self._body = file.getvalue()
+        self.way_ms = median(self._warm_up(address) for address in addresses.values())
+
+    def compared(self, cases: Sequence[Scenario], rounds: int) -> list[Row]:
+        """Return a row per case and policy: live and simulated figures over the rounds."""
+        live: dict[tuple[Scenario, str], list[Figures]] = {}
+        simulated: dict[tuple[Scenario, str], list[Figures]] = {}
+        todo = [(seed, case) for seed in range(rounds) for case in cases]
+        for seed, case in track(todo, "load", console=Console(stderr=True), transient=True):
+            order = list(self._addresses)
+            random.Random(f"{seed}/{case.name}").shuffle(order)
+            for policy in order:
+                live.setdefault((case, policy), []).append(self._live(case, policy, seed))
+                found = self._simulated(case, policy, seed)
+                simulated.setdefault((case, policy), []).append(found)
+        return [
+            {
+                "arrivals": case.arrivals,
+                "load": case.load,
+                "policy": policy,
+                "live": over_seeds(live[case, policy]),
+                "simulated": over_seeds(simulated[case, policy]),
+                "difference": _met(live[case, policy]) - _met(simulated[case, policy]),
+            }
+            for case, policy in live
+        ]
+
+    def _warm_up(self, address: str) -> float:
+        """Return the median of what a lone request takes beyond what the server counts, in ms."""
+        apart = [i * 0.02 for i in range(WARM_UP)]
+        sent = self._send(address, apart, [1e4] * WARM_UP)
+        return median(one.latency_ms - one.server_ms for one in sent if one.status == 200)
+
+    def _send(
+        self, address: str, arrivals_s: Sequence[float], targets_ms: Sequence[float]
+    ) -> list[Sent]:
+        sending = send_all(
+            f"{address}/infer", self._body, "application/x-npy", arrivals_s, targets_ms
+        )
+        return asyncio.run(sending)
+
+    def _live(self, case: Scenario, policy: str, seed: int) -> Figures:
+        workload = case.workload(self._latencies, self._requests, seed, self._trace)
+        sent = self._send(
+            self._addresses[policy], workload.arrivals_s.tolist(), workload.targets_ms.tolist()
+        )
+        outcome = Outcome(
+            replace(workload, targets_ms=workload.targets_ms + self.way_ms),
+            np.array([one.latency_ms for one in sent]),
+            np.array([one.accuracy for one in sent]),
+        )
+        late_ms = np.array([one.late_ms for one in sent])
+        return {
+            **figures(outcome, self._latencies),
+            "sent_late_p50_ms": float(np.quantile(late_ms, 0.5)),
+            "sent_late_p99_ms": float(np.quantile(late_ms, 0.99)),
+        }
+
+    def _simulated(self, case: Scenario, policy: str, seed: int) -> Figures:
+        workload = case.workload(self._latencies, self._requests, seed, self._trace)
+        tables = Tables(self._latencies)
+        chosen = None if policy == OURS else RIVALS[policy](tables, len(tables.unit_ms) // 2)
+        outcome = scenarios.run(self._quantiles, workload, chosen, seed)
+        return figures(outcome, self._latencies)
+
+
+def _met(runs: Sequence[Figures]) -> float:
+    return sum(run["met"] for run in runs) / len(runs)
+
+
+@contextmanager
+def cores_apart() -> Iterator[tuple[set[int], set[int]]]:
+    """Keep this process to one core; yield that, and the cores for servers (all, if only one)."""
+    cores = os.sched_getaffinity(0)
+    sending = {min(cores)}
+    os.sched_setaffinity(0, sending)
+    try:
+        yield sending, cores - sending or cores
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def profiled(model: Artifact, folder: Path, cores: set[int], *, quick: bool) -> Profile:
+    """Return the profile of the host that servers in `folder` will find there."""
+    given = ["profile", str(model.path), *(["--quick"] if quick else [])]
+    _run(given, folder, cores).wait()
+    (path,) = (folder / "profiles").glob("*/profile.json")
+    return Profile.from_json(path.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def server(model: Artifact, folder: Path, policy: str, cores: set[int]) -> Iterator[str]:
+    """Serve by a policy on `cores`; yield the address once it is ready.
+
+    Raises:
+        TimeoutError: it isn't after three minutes.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    given = ["serve", str(model.path), "--port", str(port), "--policy", policy]
+    process = _run(given, folder, cores)
+    try:
+        until_s = time.monotonic() + START_S
+        while not _is_ready(address):
+            if process.poll() is not None or time.monotonic() > until_s:
+                raise TimeoutError(f"the server with policy {policy} did not start")
+            time.sleep(0.2)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _run(arguments: Sequence[str], folder: Path, cores: set[int]) -> "subprocess.Popen[bytes]":
+    """Start the program on `cores`; a child has the cores of the thread that makes it."""
+    ours = os.sched_getaffinity(0)
+    settings = {
+        "MAESTRO_STATE_DIR": str(folder),
+        "MAESTRO_THREADS": str(len(cores)),
+        "MAESTRO_MAX_QUEUE": str(scenarios.MAX_QUEUE),
+    }
+    program = [sys.executable, "-c", "from maestro_core.cli import main; main()"]
+    os.sched_setaffinity(0, cores)
+    try:
+        return subprocess.Popen(  # noqa: S603  our own program
+            [*program, *arguments],
+            env=os.environ | settings,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+    finally:
+        os.sched_setaffinity(0, ours)
+
+
+def _is_ready(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/readyz", timeout=2):  # noqa: S310  our own server
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Write a picture: targets met, and accuracy of those, simulated against live."""
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    for axes, name, what in zip(
+        figure.subplots(1, 2),
+        ("met", "accuracy"),
+        ("targets met, %", "accuracy of targets met, %"),
+        strict=True,
+    ):
+        for policy in dict.fromkeys(row["policy"] for row in rows):
+            own = [row for row in rows if row["policy"] == policy]
+            pairs = [(row["simulated"][name], row["live"][name]) for row in own]
+            known = [(100 * a[0], 100 * b[0]) for a, b in pairs if a and b]
+            axes.plot(*zip(*known, strict=True), "o", label=policy, alpha=0.7)
+        ends = axes.get_xlim()
+        axes.plot(ends, ends, color="gray", linewidth=0.8, zorder=0)
+        axes.set_xlabel(f"simulated: {what}")
+        axes.set_ylabel(f"live: {what}")
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

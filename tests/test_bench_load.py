@@ -1,0 +1,106 @@
+"""Requests at their times over HTTP, and live servers beside the simulator."""
+
+import asyncio
+import json
+import math
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from benchmarks import load
+from benchmarks.open_loop import Sent, send_all
+from maestro_core.artifact import Artifact
+
+ANSWER = {"total_ms": 1.0, "accuracy": 0.9}
+Handler = Callable[[web.Request], Awaitable[web.Response]]
+
+
+def sent_to(handler: Handler, arrivals_s: list[float]) -> list[Sent]:
+    """Return what becomes of requests with a target of 10 ms at a server with one handler."""
+
+    async def run() -> list[Sent]:
+        app = web.Application()
+        app.router.add_post("/infer", handler)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        port = runner.addresses[0][1]
+        try:
+            url = f"http://127.0.0.1:{port}/infer"
+            return await send_all(url, b"x", "text/plain", arrivals_s, [10.0] * len(arrivals_s))
+        finally:
+            await runner.cleanup()
+
+    return asyncio.run(run())
+
+
+def test_requests_go_out_at_their_times_whatever_the_answers_take() -> None:
+    async def slow(request: web.Request) -> web.Response:
+        assert request.headers["x-max-latency-ms"] == "10.0000"
+        await asyncio.sleep(0.1)
+        return web.json_response(ANSWER)
+
+    sent = sent_to(slow, [0.0, 0.01, 0.02, 0.03])
+
+    assert all(one.late_ms < 50 for one in sent), "one waited for the answer before it"
+    assert all(100 < one.latency_ms < 300 for one in sent)
+    assert {(one.status, one.accuracy, one.server_ms) for one in sent} == {(200, 0.9, 1.0)}
+
+
+def test_latency_counts_from_when_a_request_should_have_been_sent() -> None:
+    import time
+
+    async def blocking(_: web.Request) -> web.Response:
+        time.sleep(0.05)  # it holds up the generator too, which runs here
+        return web.json_response(ANSWER)
+
+    sent = sent_to(blocking, [0.0, 0.001, 0.002, 0.003])
+
+    assert max(one.late_ms for one in sent) > 40
+    assert all(one.latency_ms > one.late_ms for one in sent)
+    assert max(one.latency_ms for one in sent) > 190
+
+
+def test_a_refused_request_has_a_status_and_no_latency() -> None:
+    async def refusing(_: web.Request) -> web.Response:
+        return web.json_response({"error": "full"}, status=503)
+
+    (one,) = sent_to(refusing, [0.0])
+
+    assert one.status == 503
+    assert math.isnan(one.latency_ms)
+
+
+def test_a_server_that_is_not_there_is_an_error() -> None:
+    async def run() -> list[Sent]:
+        return await send_all("http://127.0.0.1:9/infer", b"", "text/plain", [0.0], [1.0])
+
+    with pytest.raises(OSError, match=r"127\.0\.0\.1"):
+        asyncio.run(run())
+
+
+@pytest.mark.slow
+def test_live_servers_are_set_beside_the_simulator(tiny_artifact: Artifact, tmp_path: Path) -> None:
+    out = tmp_path / "load.json"
+    few = ["--policies", "maestro", "smallest", "--arrivals", "poisson", "--loads", "0.3"]
+
+    load.main([str(tiny_artifact.path), "--quick", *few, "--out", str(out)])
+
+    result = json.loads(out.read_text())
+    assert [row["policy"] for row in result["rows"]].count("smallest") == 1
+    for row in result["rows"]:
+        assert row["live"]["accuracy"] is not None
+        assert row["difference"] == pytest.approx(
+            row["live"]["met"][0] - row["simulated"]["met"][0]
+        )
+    assert result["way_ms"] > 0
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("wrong", [["--requests", "5"], ["--rounds", "0"], ["--loads", "-1"]])
+def test_numbers_that_make_no_sense_are_refused(wrong: list[str]) -> None:
+    with pytest.raises(ValueError, match="--requests must be at least 100"):
+        load.main(wrong)
