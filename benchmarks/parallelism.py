@@ -1,11 +1,14 @@
-"""How many threads compute a batch, and how many batches at once: measured on the host, once."""
+"""How many threads compute a batch: measured on the host, once.
+
+One batch computes at a time (`maestro bench slots`: two at once, on half the threads each, answer
+some per cent more requests and take twice as long for each).
+"""
 
 import json
 import random
-import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from statistics import geometric_mean
@@ -19,24 +22,14 @@ from maestro_core.profile_store import write_atomically
 from server.engine import Engine
 
 _BUDGET_S = 2.0
-_LOAD_S = 0.25
 # A thread more must pay: what it leaves is needed to read requests and write answers.
 _TOLERANCE = 0.05
 
 
-@dataclass(frozen=True, slots=True)
-class Parallelism:
-    """`compute_threads` batches at once, each on `intra_op_threads` cores."""
-
-    intra_op_threads: int
-    compute_threads: int
-
-
-def parallelism(artifact: Artifact, state_dir: Path | None, cores: int = 0) -> Parallelism:
+def best_threads(artifact: Artifact, state_dir: Path | None, cores: int = 0) -> int:
     """Return the best for an artifact on this host's cores (0: all), from the store or measured.
 
-    First the threads of one batch: the fewest with the lowest latency at the cheapest, middle and
-    dearest point. Then the batches at once: the fewest with the highest throughput.
+    The fewest with the lowest latency at the cheapest, middle and dearest point.
     """
     cores = cores or usable_cores()
     engine = Engine(artifact, state_dir=state_dir, memory_budget_bytes=0)
@@ -56,9 +49,9 @@ def fewest(costs: Mapping[int, float]) -> int:
     return min(count for count, cost in costs.items() if cost <= lowest * (1 + _TOLERANCE))
 
 
-def _measured(artifact: Artifact, state_dir: Path | None, cores: int) -> Parallelism:
+def _measured(artifact: Artifact, state_dir: Path | None, cores: int) -> int:
     if cores == 1:
-        return Parallelism(1, 1)
+        return 1
     counts = batch_sizes_to(cores)
     engines = [Engine(artifact, intra_op_threads=n, state_dir=state_dir) for n in counts]
     last = len(artifact.points) - 1
@@ -81,50 +74,25 @@ def _measured(artifact: Artifact, state_dir: Path | None, cores: int) -> Paralle
     p50 = [latency.p50_ms for latency in latencies]
     width = len(points)
     costs = {n: geometric_mean(p50[i * width : (i + 1) * width]) for i, n in enumerate(counts)}
-    threads = fewest(costs)
-    engine = engines[counts.index(threads)]
-    slots = batch_sizes_to(max(1, cores // threads))
-    middle = points[len(points) // 2]
-    seconds_per_run = {n: 1 / _rate(lambda: engine.run(x, middle), n) for n in slots}
-    return Parallelism(threads, fewest(seconds_per_run))
+    return fewest(costs)
 
 
-def _rate(run: Callable[[], object], threads: int) -> float:
-    """Return the runs per second of so many threads that do nothing else."""
-    end_s = time.perf_counter() + _LOAD_S
-    counts = [0] * threads
-
-    def work(i: int) -> None:
-        while time.perf_counter() < end_s:
-            run()
-            counts[i] += 1
-
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(threads)]
-    began_s = time.perf_counter()
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return max(1, sum(counts)) / (time.perf_counter() - began_s)
-
-
-def _stored(path: Path | None, cores: int) -> Parallelism | None:
+def _stored(path: Path | None, cores: int) -> int | None:
     """Return what was measured before; what is missing or damaged is measured again."""
     if path is None:
         return None
     try:
-        found = Parallelism(**json.loads(path.read_text(encoding="utf-8")))
-        fits = 1 <= found.intra_op_threads * found.compute_threads <= cores
-    except (OSError, ValueError, TypeError):
+        found = json.loads(path.read_text(encoding="utf-8"))["intra_op_threads"]
+    except (OSError, ValueError, TypeError, KeyError):
         return None
-    return found if fits else None
+    return found if isinstance(found, int) and 1 <= found <= cores else None
 
 
-def _store(path: Path | None, found: Parallelism) -> None:
+def _store(path: Path | None, found: int) -> None:
     if path is None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(asdict(found)).encode())
+        write_atomically(path, json.dumps({"intra_op_threads": found}).encode())
     except OSError:
         return  # measured again at the next start

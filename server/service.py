@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from benchmarks import host_points, profiler
 from benchmarks.layer_latencies import Measuring
-from benchmarks.parallelism import parallelism
+from benchmarks.parallelism import best_threads
 from benchmarks.profiler import QUICK, Effort, Progress
 from maestro_core import artifact, held_out
 from maestro_core.artifact import Artifact
@@ -369,7 +369,7 @@ def threads_of(points: Artifact, settings: Settings) -> int:
         return settings.threads
     if settings.provider != "cpu":
         return usable_cores()
-    return parallelism(points, settings.state_dir).intra_op_threads
+    return best_threads(points, settings.state_dir)
 
 
 def engine_of(points: Artifact, settings: Settings) -> Engine:

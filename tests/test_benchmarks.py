@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import layers, prediction, report
+from benchmarks import layers, prediction, report, slots
 from benchmarks.memory import grown_mib
 from benchmarks.profiler import Effort, Precision, profile
 from maestro_core.artifact import Artifact
@@ -48,6 +48,14 @@ def test_the_fastest_form_is_the_one_of_least_time() -> None:
     for row in rows:
         times = {form: row[f"{form}_ms"] for form in layers.FORMS}
         assert times[row["fastest"]] == min(times.values())
+
+
+def test_every_split_of_the_cores_is_compared(tiny_artifact: Artifact, tmp_path: Path) -> None:
+    rows = slots.compared(tiny_artifact, tmp_path, cores=2, seconds=0.02, rounds=1)
+
+    assert [(row["slots"], row["threads"]) for row in rows] == [(2, 1), (1, 2)] * 4
+    assert {(row["point"], row["batch"]) for row in rows} == {(0, 1), (0, 8), (4, 1), (4, 8)}
+    assert all(row["n"] > 0 and row["samples_per_s"] > 0 for row in rows)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
