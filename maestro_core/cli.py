@@ -93,6 +93,8 @@ def train(
     if recipe is None or data is None:
         raise CommandError("train: give a RECIPE and --data PATH; --list names the recipes")
     path = running.run(recipe, data, out, _target(target_macs, target_params))
+    if path is None:
+        return  # another process of torchrun has it
     show(path)
     console.print(f"serve it: maestro serve {path}")
 

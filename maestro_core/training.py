@@ -13,7 +13,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from maestro_core import checkpoint
+from maestro_core import checkpoint, distributed
 from maestro_core.accounting import measure
 from maestro_core.consolidation import consolidation_loss
 from maestro_core.data import Data, Pictures
@@ -138,7 +138,7 @@ def train_(
         if phase.kind != "dense":
             _start_(model, data, hyper, epoch)
         if phase.kind == "nested" and not chain:
-            chain = find()
+            chain = distributed.agreed(find())
             cut_(model, chain[-1])
         if before == 0:
             optimizer = _optimizer(model, hyper)
@@ -156,6 +156,7 @@ def train_(
                 lambda: progress.advance(task),
                 pursuit,
             )
+            distributed.share_buffers_(model)
             result = evaluate(model, data.validation)
             if not math.isfinite(result.loss):  # the last step's harm shows in no training loss
                 raise Diverged(f"the validation loss is {result.loss} after epoch {epoch + 1}")
@@ -170,7 +171,8 @@ def train_(
         ranks = {name: layer.rank for name, layer in low_rank_layers(model).items()}
         lasso = pursuit.weight if pursuit else hyper.lasso
         state = checkpoint.State(epoch + 1, ranks, run, chain, lasso)
-        last = checkpoint.save(root, model, optimizer, state)
+        if distributed.rank() == 0:
+            last = checkpoint.save(root, model, optimizer, state)
         progress.update(
             task,
             description=f"epoch {epoch + 1}/{hyper.epochs}, validation {result.accuracy:.2%}, "
@@ -178,7 +180,7 @@ def train_(
         )
     _start_(model, data, hyper, hyper.epochs)
     if not chain:
-        chain = find()
+        chain = distributed.agreed(find())
         cut_(model, chain[-1])
     return chain
 
@@ -195,7 +197,9 @@ def train_epoch_(
 ) -> None:
     """Go once through `pictures` in random order, in the phase that `epoch` is of.
 
-    A `pursuit` says how the lasso is weighed, in place of `hyper`.
+    Each of several processes takes its part of a batch, and all make the same step; a rest of
+    pictures too few for all is left out. A `pursuit` says how the lasso is weighed, in place of
+    `hyper`.
 
     Raises:
         Diverged: the loss is not finite.
@@ -205,7 +209,12 @@ def train_epoch_(
     model.train()
     phase, before = hyper.at(epoch)
     batches = torch.split(torch.randperm(len(pictures)), hyper.batch_size)
-    for step, indices in enumerate(batches):
+    if distributed.size() > 1:  # each augments and drops in its own way
+        torch.manual_seed(Random(f"{hyper.seed}/{epoch}/{distributed.rank()}").getrandbits(63))
+    for step, batch in enumerate(batches):
+        indices = distributed.part(batch)
+        if not len(indices):
+            continue
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(phase, hyper.warmup, before + step / len(batches))
         x, labels = pictures.augmented(indices)
@@ -219,12 +228,13 @@ def train_epoch_(
                 )
             else:
                 loss = F.cross_entropy(model(x), labels, label_smoothing=hyper.label_smoothing)
-        if not loss.isfinite():
-            raise Diverged(
-                f"the loss is {loss.item()} at epoch {epoch + 1}, step {step + 1} of {len(batches)}"
-            )
         optimizer.zero_grad()
         torch.autograd.backward(loss)
+        mean = distributed.average_(model, loss)
+        if not mean.isfinite():
+            raise Diverged(
+                f"the loss is {mean.item()} at epoch {epoch + 1}, step {step + 1} of {len(batches)}"
+            )
         optimizer.step()
         layers = list(low_rank_layers(model).values())
         rate = optimizer.param_groups[0]["lr"] / (1 - hyper.momentum)

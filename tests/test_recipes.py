@@ -46,7 +46,9 @@ def write_digits(path: Path, labels_of_test: int = 1) -> Path:
 
 
 def run(data: Path, out: Path) -> artifact.Artifact:
-    return artifact.load(running.run_recipe(SMALL, data, out, Progress(disable=True)))
+    path = running.run_recipe(SMALL, data, out, Progress(disable=True))
+    assert path is not None
+    return artifact.load(path)
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +135,7 @@ def test_a_recipe_with_a_target_makes_points_up_to_it_and_is_exported_alone(
 
     path = running.run(SMALL.name, data, tmp_path, Target("macs", 0.5))
 
+    assert path is not None
     made = artifact.load(path)
     last = checkpoint.latest(tmp_path / "mnist-lenet-checkpoints")
     assert last is not None

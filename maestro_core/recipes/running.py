@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from maestro_core import checkpoint, data, held_out
+from maestro_core import checkpoint, data, distributed, held_out
 from maestro_core.accounting import Cost, measure
 from maestro_core.data import Data
 from maestro_core.export import Description
@@ -32,10 +32,11 @@ def summaries() -> dict[str, str]:
     return {name: recipe.summary for name, recipe in RECIPES.items()}
 
 
-def run(name: str, data_path: Path, out: Path, target: Target | None = None) -> Path:
+def run(name: str, data_path: Path, out: Path, target: Target | None = None) -> Path | None:
     """Train the recipe `name`, or go on where it stopped; return the artifact, in `out`.
 
-    With a target the network is trained to that size, and its points are all up to it.
+    With a target the network is trained to that size, and its points are all up to it. Of several
+    processes the first makes the artifact, and the others return None.
     Checkpoints are in `out/NAME-checkpoints`. Progress is shown on standard error.
 
     Raises:
@@ -44,7 +45,9 @@ def run(name: str, data_path: Path, out: Path, target: Target | None = None) -> 
         Diverged: the loss is no longer finite.
         TargetMissed: the target can't be reached, or was not.
     """
-    return run_recipe(_aimed(_recipe(name), target), data_path, out, _progress())
+    recipe = _aimed(_recipe(name), target)
+    with distributed.joined():
+        return run_recipe(recipe, data_path, out, _progress())
 
 
 def export(path: Path, data_path: Path, out: Path) -> Path:
@@ -66,10 +69,10 @@ def export(path: Path, data_path: Path, out: Path) -> Path:
         return _export(recipe, model, loaded, chain, out, progress)
 
 
-def run_recipe(recipe: Recipe, data_path: Path, out: Path, progress: Progress) -> Path:
+def run_recipe(recipe: Recipe, data_path: Path, out: Path, progress: Progress) -> Path | None:
     """Train `recipe`, or go on where it stopped; return the artifact, in `out`.
 
-    Raises as `run` does.
+    Returns and raises as `run` does.
     """
     with progress:
         loaded = _load(recipe, data_path)
@@ -83,6 +86,8 @@ def run_recipe(recipe: Recipe, data_path: Path, out: Path, progress: Progress) -
             recipe.identity(loaded.sha256),
             progress,
         )
+        if distributed.rank() > 0:
+            return None
         return _export(recipe, model, loaded, chain, out / f"{recipe.name}.maestro", progress)
 
 
@@ -202,4 +207,5 @@ def _progress() -> Progress:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
+        disable=distributed.rank() > 0,
     )

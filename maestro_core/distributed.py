@@ -1,0 +1,79 @@
+"""Training in several processes (torchrun), each with its part of every batch.
+
+Networks are the same in all of them after every step: ranks are drawn from one seed, gradients are
+averaged in one message, and what shrinks follows from both. Not torch's DistributedDataParallel,
+whose messages are laid out once, for parameters that keep their shapes.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from maestro_core.frontier import Chain
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Join the other processes that torchrun started, if it did, until the block ends."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def size() -> int:
+    """Return how many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return which of them this is, from 0; the first alone writes files."""
+    return dist.get_rank() if size() > 1 else 0
+
+
+def part(indices: Tensor) -> Tensor:
+    """Return this process' part of a batch, (n,); all are of one size, so a rest is left out."""
+    return indices[: len(indices) // size() * size()][rank() :: size()]
+
+
+def average_(model: nn.Module, loss: Tensor) -> Tensor:
+    """Set the gradients to their means over all processes; return the mean of the losses.
+
+    It is not finite in any process if it is not in one, so that all stop together.
+    """
+    if size() == 1:
+        return loss.detach()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    message = torch.cat([value.flatten() for value in (*gradients, loss.detach().float())])
+    dist.all_reduce(message)
+    message /= size()
+    *means, mean = torch.split(message, [*(g.numel() for g in gradients), 1])
+    for gradient, value in zip(gradients, means, strict=True):
+        gradient.copy_(value.view_as(gradient))
+    return mean[0]
+
+
+def share_buffers_(model: nn.Module) -> None:
+    """Give every process the first one's buffers: each normalised by its own part of a batch."""
+    if size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def agreed(chain: Chain) -> Chain:
+    """Return the first process' chain in all of them."""
+    if size() == 1:
+        return chain
+    shape = torch.tensor([len(chain), len(chain[0])])
+    dist.broadcast(shape, 0)
+    table = torch.tensor(chain) if rank() == 0 else torch.zeros(*shape.tolist(), dtype=torch.int64)
+    dist.broadcast(table, 0)
+    return [tuple(ranks) for ranks in table.tolist()]

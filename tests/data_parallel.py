@@ -1,0 +1,44 @@
+"""What each process of tests/test_distributed.py does: `torchrun … -m tests.data_parallel OUT`."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+from safetensors.torch import save_file
+
+from maestro_core import distributed
+from maestro_core.data import Data
+from maestro_core.frontier import Chain
+from maestro_core.training import HyperParameters, Phase, train_
+from tests.test_target import HYPER, network
+from tests.test_training import pictures
+
+# Divides into batches of 32, and those by two.
+SHRINKING: HyperParameters = replace(
+    HYPER,
+    phases=(Phase("ordered", 4, 0.05), Phase("nested", 2, 0.05)),
+    lasso=2e-2,
+    proximal=True,
+)
+CHAIN: Chain = [(1, 1, 1), (4, 4, 2), (8, 8, 3)]
+
+
+def main(out: Path) -> None:
+    """Train, and write the parameters and the number of pictures seen under this process' rank."""
+    torch.set_num_threads(1)
+    data = Data(pictures(320, 0), pictures(100, 1), pictures(100, 2), "blobs", "0")
+    model = network()
+    with distributed.joined():
+        # Each finds another chain; all must train the first one's.
+        found = [tuple(min(r + distributed.rank(), 3) for r in CHAIN[0]), *CHAIN[1:]]
+        bar = Progress(disable=True)
+        chain = train_(model, data, SHRINKING, lambda: found, out / "checkpoints", {}, bar)
+        tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+        tensors["chain"] = torch.tensor(chain)
+        save_file(tensors, out / f"{distributed.rank()}-of-{distributed.size()}.safetensors")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,53 @@
+"""Two processes under torchrun, over gloo: the same network in both, and the one that one makes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from maestro_core import checkpoint, distributed
+from tests import data_parallel
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_network_that_one_does(tmp_path: Path) -> None:
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    for path in (together, alone):
+        path.mkdir()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    worker = ["--nproc-per-node", "2", "-m", "tests.data_parallel", str(together)]
+
+    done = subprocess.run([*torchrun, *worker], cwd=ROOT, capture_output=True, text=True)
+    data_parallel.main(alone)
+
+    assert done.returncode == 0, done.stderr
+    first, second = (load_file(together / f"{rank}-of-2.safetensors") for rank in (0, 1))
+    one = load_file(alone / "0-of-1.safetensors")
+    assert first.keys() == second.keys() == one.keys()
+    assert first["chain"].tolist() == [list(ranks) for ranks in data_parallel.CHAIN]
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+        torch.testing.assert_close(value, one[name], rtol=1e-3, atol=1e-3)
+    states = [checkpoint.latest(path / "checkpoints") for path in (together, alone)]
+    ranks = [checkpoint.read_state(path).ranks for path in states if path]
+    assert ranks[0] == ranks[1]
+    assert any(r < full for r, full in zip(ranks[0].values(), (36, 30, 3), strict=True))
+
+
+def test_one_process_alone_has_it_all() -> None:
+    model, indices = torch.nn.Linear(2, 1), torch.arange(7)
+    loss = model(torch.ones(3, 2)).sum()
+    torch.autograd.backward(loss)
+    before = model.weight.grad
+
+    with distributed.joined():
+        assert (distributed.rank(), distributed.size()) == (0, 1)
+        assert torch.equal(distributed.part(indices), indices)
+        assert distributed.average_(model, loss) == loss
+        assert distributed.agreed([(1, 2)]) == [(1, 2)]
+    assert model.weight.grad is before
