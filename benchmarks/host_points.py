@@ -3,21 +3,18 @@
 Layer by layer the host says what a rank costs, and whether two factors or the dense layer are
 faster, and the artifact what a rank saves in error; a sweep over convex hulls joins both to a
 nested chain, whose points are then verified as wholes: accuracy on the artifact's own samples,
-latency on the host. What comes out is an artifact over the same weights.
+latency on the host.
 """
 
-import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, numpy_helper
+from onnx import ModelProto, TensorProto
 
 from benchmarks.correction import Correction, fit
 from benchmarks.layer_latencies import (
@@ -28,15 +25,12 @@ from benchmarks.layer_latencies import (
     session_of,
 )
 from benchmarks.normalisation import recalibrated
-from maestro_core import artifact, graph, held_out
-from maestro_core.artifact import Artifact, ArtifactError, Layer, OperatingPoint, Score
+from maestro_core import graph, held_out
+from maestro_core.artifact import Artifact, Layer, Score
 from maestro_core.frontier import RankTable, nested_chain, pareto, spread
 from maestro_core.held_out import ErrorTable, Samples
-from maestro_core.host import Host
 
 Ranks = tuple[int, ...]
-
-POINTS = 16
 
 _STEP = 16  # ranks between these cost as much as the next one where vectors have 16 lanes
 _WHOLE_POINTS = 20  # for the correction
@@ -84,13 +78,6 @@ class Found(NamedTuple):
     points: tuple[Candidate, ...]
     correction: Correction
     dense_when_whole: frozenset[str]  # layers that are faster dense than in factors of full rank
-
-
-class Kept(NamedTuple):
-    """The artifact to serve, and why it is not that of this host, where there is a reason."""
-
-    artifact: Artifact
-    note: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,105 +235,6 @@ def verified(network: Network, plans: Sequence[Plan], measuring: Measuring) -> l
         Candidate(plan, model, right, samples, ms)
         for plan, model, right, ms in zip(plans, models, correct, p50_ms, strict=True)
     ]
-
-
-def save(network: Network, found: Found, path: Path) -> Artifact:
-    """Write the points as an artifact over the same weights, and return it.
-
-    Dense weights that a point needs and the file lacks are put behind the others.
-
-    Raises:
-        ArtifactError: the disk does not take it.
-    """
-    manifest, source = network.artifact.manifest, network.artifact
-    contents: dict[str, bytes | Path] = {
-        name: source.path / name for name in manifest.files if not _is_graph(manifest, name)
-    }
-    placed: dict[str, TensorProto] = {}
-    needed = {f"{name}.dense" for candidate in found.points for name in candidate.plan.dense}
-    if added := {n: numpy_helper.to_array(t) for n, t in network.dense.items() if n in needed}:
-        weights = bytearray(source.weights_path.read_bytes())
-        placed = graph.place_(weights, added)
-        contents[artifact.WEIGHTS] = bytes(weights)
-    points = []
-    for i, candidate in enumerate(found.points):
-        name = f"points/{i:02}.onnx"
-        contents[name] = _referring(candidate.model, placed).SerializeToString()
-        points.append(_point(network, candidate, name))
-    metric = replace(
-        manifest.metric,
-        data_set=f"{held_out.EVAL} of {manifest.name}",
-        samples=found.points[0].samples,
-    )
-    provenance = {
-        **manifest.provenance,
-        "searched": {
-            "from": source.digest,
-            "host": asdict(Host.here()),
-            "correction": asdict(found.correction),
-            "dense_when_whole": sorted(found.dense_when_whole),
-        },
-    }
-    of_host = replace(manifest, points=tuple(points), metric=metric, provenance=provenance)
-    return artifact.save(path, of_host, contents)
-
-
-def searched(source: Artifact, state_dir: Path, measuring: Measuring) -> Artifact:
-    """Find the points of this host and keep them; return them as an artifact.
-
-    Raises:
-        ArtifactError: the artifact can't be searched, or the state directory not be written.
-        CancelledError: the measuring was cancelled.
-    """
-    network = Network.of(source)
-    found = search(network, POINTS, measuring)
-    return save(network, found, host_path(source, state_dir, measuring.intra_op_threads))
-
-
-def of_host(source: Artifact, state_dir: Path, intra_op_threads: int) -> Kept:
-    """Return the points found earlier for this host, or else those of the artifact itself."""
-    path = host_path(source, state_dir, intra_op_threads)
-    if not path.exists():
-        return Kept(source, None)
-    try:
-        return Kept(artifact.load(path), None)
-    except ArtifactError as error:
-        return Kept(source, f"points of this host not used: {error}; search again")
-
-
-def host_path(source: Artifact, state_dir: Path, intra_op_threads: int) -> Path:
-    """Return where the points of an artifact for this host and runtime are kept."""
-    key = [source.digest, asdict(Host.here()), ort.__version__, intra_op_threads]
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return state_dir / "points" / f"{name}.maestro"
-
-
-def _is_graph(manifest: artifact.Manifest, name: str) -> bool:
-    return name in {point.graph for point in manifest.points}
-
-
-def _referring(model: ModelProto, placed: Mapping[str, TensorProto]) -> ModelProto:
-    """Return a graph that reads tensors from the weights file instead of holding them."""
-    copy = ModelProto()
-    copy.CopyFrom(model)
-    for tensor in copy.graph.initializer:
-        if tensor.name in placed:
-            tensor.CopyFrom(placed[tensor.name])
-    return copy
-
-
-def _point(network: Network, candidate: Candidate, name: str) -> OperatingPoint:
-    """Return a point; what no rank changes costs what it does in the artifact's own points."""
-    known = network.artifact.points[-1]
-    macs, params = known.macs, known.params
-    by_layer = zip(network.layers, known.ranks, candidate.ranks, strict=True)
-    for layer, before, rank in by_layer:
-        size = layer.out_features * layer.fan_in
-        factors = rank * (layer.out_features + layer.fan_in)
-        more = (size if layer.name in candidate.plan.dense else factors) - layer.params(before)
-        params += more
-        macs += more * layer.positions
-    return OperatingPoint(candidate.ranks, "fp32", candidate.score, macs, params, name)
 
 
 def _factor_ranks(layer: Layer, table: ErrorTable) -> Ranks:

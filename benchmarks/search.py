@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from benchmarks import host_points, report
+from benchmarks import host_artifact, host_points, report
 from benchmarks.host_points import Candidate, Network, Ranks
 from benchmarks.layer_latencies import Measuring
 from maestro_core import artifact
@@ -63,7 +63,7 @@ def compared(
     network: Network, measuring: Measuring
 ) -> tuple[dict[str, list[Candidate]], dict[str, float]]:
     """Return the verified points of each way, and how well layers alone predicted whole points."""
-    found = host_points.search(network, host_points.POINTS, measuring)
+    found = host_points.search(network, host_artifact.POINTS, measuring)
     ranks = {
         "by_macs": [point.ranks for point in network.artifact.points],
         "uniform": uniform_chain(network.artifact.manifest.layers),

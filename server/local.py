@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import host_points, profiler
+from benchmarks import host_artifact, profiler
 from benchmarks.layer_latencies import Measuring
 from benchmarks.profiler import Effort, Progress
 from maestro_core.artifact import Artifact, Tensor
@@ -32,7 +32,7 @@ Floats = NDArray[np.float32]
 def of_host(artifact: Artifact, settings: Settings) -> Artifact:
     """Return the points found for this host where there are any, as the server would."""
     threads = threads_of(artifact, settings)
-    return host_points.of_host(artifact, settings.state_dir, threads).artifact
+    return host_artifact.of_host(artifact, settings.state_dir, threads).artifact
 
 
 def profile(
@@ -51,7 +51,7 @@ def profile(
     if effort.search:
         threads = threads_of(artifact, settings)
         measuring = Measuring(effort.budget_s * SEARCH_SHARE, threads, progress=progress)
-        served = host_points.searched(artifact, settings.state_dir, measuring)
+        served = host_artifact.searched(artifact, settings.state_dir, measuring)
     else:
         served = of_host(artifact, settings)
     engine = engine_of(served, settings)

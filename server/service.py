@@ -14,7 +14,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from benchmarks import host_points, profiler
+from benchmarks import host_artifact, profiler
 from benchmarks.layer_latencies import Measuring
 from benchmarks.parallelism import best_threads
 from benchmarks.profiler import QUICK, Effort, Progress
@@ -79,7 +79,7 @@ class Service:
         self.version = version("maestro-serve")
         self._source = artifact.load(settings.artifact)
         self._threads = threads_of(self._source, settings)
-        kept = host_points.of_host(self._source, settings.state_dir, self._threads)
+        kept = host_artifact.of_host(self._source, settings.state_dir, self._threads)
         if kept.note:
             log.warning("%s", kept.note)
         self.artifact = kept.artifact
@@ -321,7 +321,7 @@ class Service:
             cancelled=cancelled,
         )
         return self._engine_of(
-            host_points.searched(self._source, self.settings.state_dir, measuring)
+            host_artifact.searched(self._source, self.settings.state_dir, measuring)
         )
 
     def _engine_of(self, points: Artifact) -> Engine:

@@ -1,5 +1,6 @@
 """Points found on this host for the tiny network: nested, verified, served like the others."""
 
+import os
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from onnx import ModelProto
 
-from benchmarks import host_points, layer_latencies, networks
+from benchmarks import host_artifact, host_points, layer_latencies, networks
 from benchmarks.correction import Correction
 from benchmarks.host_points import Candidate, Found, Network, Plan
 from benchmarks.layer_latencies import LayerLatency, Measuring
@@ -64,7 +65,7 @@ def test_the_best_point_is_as_accurate_as_the_whole_network(found: Found) -> Non
 def test_saved_points_compute_what_their_graphs_do_from_the_same_file(
     source: Artifact, network: Network, found: Found, tmp_path: Path
 ) -> None:
-    saved = host_points.save(network, found, source.path.parent / "host.maestro")
+    saved = host_artifact.save(network, found, source.path.parent / "host.maestro")
 
     x = network.samples.x[:5]
     engine = Engine(saved, state_dir=tmp_path)
@@ -84,7 +85,7 @@ def test_a_point_known_before_costs_what_it_did(source: Artifact, network: Netwo
         for i, r in enumerate(ranks)
     ]
 
-    saved = host_points.save(
+    saved = host_artifact.save(
         network,
         Found(tuple(candidates), CORRECTION, frozenset()),
         source.path.parent / "same.maestro",
@@ -148,7 +149,7 @@ def test_dense_weights_that_the_file_lacks_are_kept_behind_the_others(
     plan = Plan((6, 10), frozenset({"fc"}))
     (found,) = host_points.verified(shrunk, [plan], MEASURING)
 
-    saved = host_points.save(
+    saved = host_artifact.save(
         shrunk, Found((found,), CORRECTION, frozenset()), tmp_path / "host.maestro"
     )
 
@@ -196,24 +197,35 @@ def test_a_search_can_be_cancelled(network: Network) -> None:
 
 
 def test_the_place_depends_on_artifact_and_threads(source: Artifact, tmp_path: Path) -> None:
-    one, two = (host_points.host_path(source, tmp_path, threads) for threads in (1, 2))
+    one, two = (host_artifact.host_path(source, tmp_path, threads) for threads in (1, 2))
 
     assert one != two
-    assert one == host_points.host_path(source, tmp_path, 1)
+    assert one == host_artifact.host_path(source, tmp_path, 1)
 
 
 def test_points_found_are_kept_and_found_again(source: Artifact, tmp_path: Path) -> None:
-    made = host_points.searched(source, tmp_path, MEASURING)
+    made = host_artifact.searched(source, tmp_path, MEASURING)
 
-    assert host_points.of_host(source, tmp_path, 1) == (made, None)
-    assert host_points.of_host(source, tmp_path, 2) == (source, None)
+    assert host_artifact.of_host(source, tmp_path, 1) == (made, None)
+    assert host_artifact.of_host(source, tmp_path, 2) == (source, None)
+
+
+def test_points_of_artifacts_served_long_ago_give_way(source: Artifact, tmp_path: Path) -> None:
+    for i in range(4):
+        (tmp_path / "points" / str(i)).mkdir(parents=True)
+        os.utime(tmp_path / "points" / str(i), (i, i))
+
+    made = host_artifact.searched(source, tmp_path, MEASURING)
+
+    left = {path.name for path in (tmp_path / "points").iterdir()}
+    assert left == {"1", "2", "3", made.path.name}
 
 
 def test_damaged_points_are_reported_and_not_used(source: Artifact, tmp_path: Path) -> None:
-    made = host_points.searched(source, tmp_path, MEASURING)
+    made = host_artifact.searched(source, tmp_path, MEASURING)
     made.graph_path(0).write_bytes(b"half")
 
-    kept = host_points.of_host(source, tmp_path, 1)
+    kept = host_artifact.of_host(source, tmp_path, 1)
 
     assert kept.artifact == source
     assert kept.note is not None
