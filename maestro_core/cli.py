@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -169,15 +168,14 @@ def serve(
     ] = None,
 ) -> None:
     """Start the server; without ARTIFACT, for the model that ships with the project."""
-    from server import running
+    from server import logs, running, tracing
     from server.service import Service
     from server.settings import read_settings
 
     given: dict[str, Any] = {"artifact": path, "host": host, "port": port, "policy": policy}
     settings = read_settings(**{name: v for name, v in given.items() if v is not None})
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.set_up(settings.log_format)
+    tracing.export_spans("maestro")
     with _progress("calibrating") as progress:
         service = Service(settings, progress)
         name = service.artifact.manifest.name

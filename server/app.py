@@ -16,6 +16,7 @@ from server.page import page
 from server.schemas import Problem
 from server.service import Service
 from server.settings import Settings
+from server.tracing import Tracing
 
 _CLIENT_GONE = 499
 
@@ -45,6 +46,7 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
         app.include_router(router(served))
     app.include_router(page(served.artifact.manifest))
     _add_errors(app, served)
+    app.add_middleware(Tracing, access_log=settings.access_log)
     app.add_middleware(Arrival)
     return app
 

@@ -13,6 +13,7 @@ from server.errors import NotFoundError
 from server.http import ARRIVED, Json, header_targets_ms, read_body
 from server.schemas import parse_parameters
 from server.service import Service
+from server.tracing import ANSWER
 
 PLATFORM = "onnxruntime_onnx"
 # Of an answer, what goes into its parameters: the protocol allows scalars only.
@@ -102,6 +103,7 @@ def protocol_v2(service: Service) -> APIRouter:
         result = await service.infer(wanted.x, parameters, arrived_s, request.receive)
         content = infer_answer(served, parameters, result, time.monotonic() - arrived_s)
         service.count(result, content)
+        request.scope[ANSWER] = content
         answer, headers = protocol.write(
             wanted,
             manifest.name,

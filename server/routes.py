@@ -27,6 +27,7 @@ from server.schemas import (
 )
 from server.service import Service
 from server.settings import Settings
+from server.tracing import ANSWER
 
 _JSON = "application/json"
 _NPY = ("application/x-npy", "application/npy")
@@ -55,6 +56,7 @@ def inference(service: Service) -> APIRouter:
         result = await service.infer(x, parameters, arrived_s, request.receive)
         content = infer_answer(served, parameters, result, time.monotonic() - arrived_s)
         service.count(result, content)
+        request.scope[ANSWER] = content
         timing = ", ".join(
             f"{name};dur={content[f'{name}_ms']}" for name in ("queue", "compute", "total")
         )

@@ -53,6 +53,9 @@ class Settings(BaseSettings):
     calibration_budget_s: Annotated[float, Field(gt=0, le=120)] = 10.0
     # After SIGTERM: not ready, but serving, for so long.
     drain_s: Annotated[float, Field(ge=0, le=3600)] = 0.0
+    log_format: Literal["text", "json"] = "text"
+    # A line for every request: what was asked for and how it went, nothing of the input.
+    access_log: bool = False
     admin_token: SecretStr | None = None
 
 

@@ -1,0 +1,54 @@
+"""What the log looks like: a line of text, or a JSON object, with the request that it is about."""
+
+import logging
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import orjson
+
+from server.tracing import CURRENT
+
+LogFormat = Literal["text", "json"]
+
+_TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class JsonFormatter(logging.Formatter):
+    """One object a line: time, level, logger, message, what `extra={"facts": …}` adds, the ids."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as JSON."""
+        entry: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "facts", {}),
+        }
+        trace = CURRENT.get()
+        if trace is not None:
+            entry |= {"request_id": trace.request_id, "trace_id": trace.trace_id}
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return orjson.dumps(entry, default=str).decode()
+
+
+class TextFormatter(logging.Formatter):
+    """A line for people, which ends with the request's id where there is one."""
+
+    def __init__(self) -> None:
+        super().__init__(_TEXT)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as text."""
+        facts = "".join(f" {name}={value}" for name, value in getattr(record, "facts", {}).items())
+        trace = CURRENT.get()
+        about = f" request_id={trace.request_id}" if trace is not None else ""
+        return super().format(record) + facts + about
+
+
+def set_up(log_format: LogFormat) -> None:
+    """Send every log of this process to standard error in one format."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

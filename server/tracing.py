@@ -1,0 +1,178 @@
+"""Which request this is: its id and its place in a W3C trace, from the client or made here.
+
+`traceparent` is that of W3C Trace Context (2021). With the extra `tracing` each request is an
+OpenTelemetry span as well, exported as OTEL_… variables say.
+"""
+
+import logging
+import os
+import re
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+try:
+    from opentelemetry import propagate, trace
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    HAS_SPANS = True
+except ModuleNotFoundError:  # without the extra there are none
+    HAS_SPANS = False
+
+log = logging.getLogger(__name__)
+
+# What a route leaves in the scope of an answered inference, for spans and the access log.
+ANSWER = "maestro.answer"
+FACTS = ("point", "accuracy", "predicted_ms", "queue_ms", "compute_ms", "total_ms", "target_met")
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_PARENT = re.compile(rb"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
+_EXPORTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+_NO_TRACE, _NO_SPAN = b"0" * 32, b"0" * 16
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A request's id, and the trace and span that it is, in lower-case hexadecimal."""
+
+    request_id: str
+    trace_id: str
+    span_id: str
+    flags: str
+
+    @property
+    def traceparent(self) -> str:
+        """Return the header that names this span as the parent of what follows."""
+        return f"00-{self.trace_id}-{self.span_id}-{self.flags}"
+
+
+CURRENT: ContextVar[Trace | None] = ContextVar("maestro_trace", default=None)
+
+
+def read(headers: Headers) -> Trace:
+    """Return the request's place in its client's trace, or in a new one; ids that are ill-formed
+    are replaced, as the client can't be told."""
+    given = dict(headers)
+    request_id = given.get(b"x-request-id", b"")
+    parent = _PARENT.fullmatch(given.get(b"traceparent", b""))
+    if parent is None or parent[1] == _NO_TRACE or parent[2] == _NO_SPAN:
+        trace_id, flags = os.urandom(16).hex(), "00"
+    else:
+        trace_id, flags = parent[1].decode(), parent[3].decode()
+    known = _REQUEST_ID.fullmatch(request_id) is not None
+    return Trace(
+        request_id.decode() if known else os.urandom(16).hex(),
+        trace_id,
+        os.urandom(8).hex(),
+        flags,
+    )
+
+
+def export_spans(service_name: str) -> bool:
+    """Send spans where OTEL_EXPORTER_OTLP_ENDPOINT says; return whether any are sent."""
+    if not any(os.environ.get(name) for name in _EXPORTS):
+        return False
+    if not HAS_SPANS:
+        log.warning("no spans are sent: pip install 'maestro-serve[tracing]'")
+        return False
+    named = os.environ.get("OTEL_SERVICE_NAME") or service_name
+    provider = TracerProvider(resource=Resource.create({"service.name": named}))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    trace.set_tracer_provider(provider)
+    return True
+
+
+class Tracing:
+    """Give each request its ids, return them, and log it if asked to."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]], access_log: bool = False) -> None:
+        self._app = app
+        self._access_log = access_log
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:  # noqa: ANN401
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began_s = time.monotonic()
+        here = read(scope["headers"])
+        status = 500
+
+        with _span(scope) as span:
+            here = _of_span(span, here)
+            CURRENT.set(here)
+            own = [
+                (b"x-request-id", here.request_id.encode()),
+                (b"traceparent", here.traceparent.encode()),
+            ]
+
+            async def send_with_ids(message: dict[str, Any]) -> None:
+                nonlocal status
+                if message["type"] == "http.response.start":
+                    status = message["status"]
+                    message = {**message, "headers": [*message["headers"], *own]}
+                await send(message)
+
+            try:
+                await self._app(scope, receive, send_with_ids)
+            finally:
+                _finish(span, scope, status)
+                if self._access_log:
+                    self._log(scope, status, time.monotonic() - began_s)
+
+    def _log(self, scope: dict[str, Any], status: int, seconds: float) -> None:
+        facts = {"status": status, "ms": round(1e3 * seconds, 3), **_facts(scope)}
+        log.info("%s %s", scope["method"], scope["path"], extra={"facts": facts})
+
+
+def _facts(scope: dict[str, Any]) -> dict[str, Any]:
+    """Return what is known of the answer; nothing of what was asked."""
+    answer = scope.get(ANSWER, {})
+    return {name: answer[name] for name in FACTS if answer.get(name) is not None}
+
+
+def _span(scope: dict[str, Any]) -> AbstractContextManager[Any]:
+    if not HAS_SPANS:
+        return nullcontext()
+    carrier = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+    return trace.get_tracer("maestro").start_as_current_span(
+        scope["method"],
+        context=propagate.extract(carrier),
+        kind=trace.SpanKind.SERVER,
+        record_exception=False,
+    )
+
+
+def _of_span(span: Any, here: Trace) -> Trace:  # noqa: ANN401  a Span, where there are any
+    """Return `here` with the ids of a span that is recorded."""
+    if span is None or not span.is_recording():
+        return here
+    context = span.get_span_context()
+    return Trace(
+        here.request_id,
+        f"{context.trace_id:032x}",
+        f"{context.span_id:016x}",
+        f"{int(context.trace_flags):02x}",
+    )
+
+
+def _finish(span: Any, scope: dict[str, Any], status: int) -> None:  # noqa: ANN401
+    if span is None or not span.is_recording():
+        return
+    route = getattr(scope.get("route"), "path", "")
+    span.update_name(f"{scope['method']} {route}".strip())
+    span.set_attribute("http.request.method", scope["method"])
+    span.set_attribute("http.response.status_code", status)
+    if route:
+        span.set_attribute("http.route", route)
+    for name, value in _facts(scope).items():
+        span.set_attribute(f"maestro.{name}", value)
+    if status >= 500:
+        span.set_status(trace.StatusCode.ERROR)
