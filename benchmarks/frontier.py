@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import report
-from benchmarks.methods import METHODS, Bench, Task
+from benchmarks.methods import ABLATIONS, METHODS, Bench, Task
 from benchmarks.profiler import Precision, measure
 from maestro_core import data
 from maestro_core.host import Elsewhere
@@ -53,6 +53,7 @@ TASKS = {
         samples=20_000,
     ),
 }
+DEFAULT = [name for name in METHODS if name not in ABLATIONS]
 COSTS = {
     "macs": "MACs",
     "params": "parameters",
@@ -66,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--task", choices=TASKS, default="mnist")
     parser.add_argument("--data", type=Path, required=True, help="the .npz of the task's recipe")
     parser.add_argument("--work", type=Path, help="for checkpoints and results; out/frontier-TASK")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=DEFAULT)
+    parser.add_argument("--ablations", action="store_true", help="other ways to sample ranks, too")
     parser.add_argument("--epochs", type=int, help="of every method")
     parser.add_argument("--samples", type=int, help="training pictures of every method; 0: all")
     parser.add_argument("--threads", type=int, default=1)
@@ -81,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     root = chosen.work or Path("out") / f"frontier-{chosen.task}"
     with Progress(console=Console(stderr=True)) as progress:
         bench = Bench(task, load(task, chosen.data), root, progress)
-        made = {name: kept(bench, name) for name in chosen.methods}
+        names = [*chosen.methods, *(ABLATIONS if chosen.ablations else ())]
+        made = {name: kept(bench, name) for name in dict.fromkeys(names)}
     elsewhere = Elsewhere()
     rows = with_latencies(root, made, chosen.threads, chosen.budget_s)
     result = {

@@ -29,6 +29,7 @@ from maestro_core.frontier import Chain, pareto
 from maestro_core.host import Host
 from maestro_core.normalisation import scratch
 from maestro_core.recipes.recipe import Recipe
+from maestro_core.sampling import Sampling
 from maestro_core.search import Point, by_name, find_chain, make_points
 from maestro_core.training import HyperParameters, Kind, Phase, train_
 from maestro_core.whitening import sample_inputs, whiten_
@@ -174,6 +175,22 @@ def maestro(bench: Bench) -> list[Row]:
     return _scored(bench, "maestro", model, chain or _searched(bench, model), recalibrated=True)
 
 
+def paper(bench: Bench) -> list[Row]:
+    """Return the paper's training for all epochs, without a lasso: one layer cut in each step."""
+    return _ordered(bench, "paper", "pairs")
+
+
+def paper_by_layers(bench: Bench) -> list[Row]:
+    """Return the same, but each layer is as likely to be cut, whatever its rank."""
+    return _ordered(bench, "paper_by_layers", "layers")
+
+
+def paper_by_ratio(bench: Bench) -> list[Row]:
+    """Return the same, but all layers are cut by one ratio; points by our search, not uniform."""
+    return _ordered(bench, "paper_by_ratio", "ratio")
+
+
+ABLATIONS = ("paper", "paper_by_layers", "paper_by_ratio")
 METHODS: dict[str, Callable[[Bench], list[Row]]] = {
     method.__name__: method
     for method in (
@@ -187,6 +204,9 @@ METHODS: dict[str, Callable[[Bench], list[Row]]] = {
         pufferfish,
         int8,
         maestro,
+        paper,
+        paper_by_layers,
+        paper_by_ratio,
     )
 }
 
@@ -222,6 +242,12 @@ def scaled(phases: Sequence[Phase], epochs: int) -> tuple[Phase, ...]:
         free = [i for i, n in enumerate(counts) if n + step >= 1]
         counts[max(free, key=lambda i: wanted[i])] += step
     return tuple(replace(p, epochs=n) for p, n in zip(phases, counts, strict=True))
+
+
+def _ordered(bench: Bench, name: str, sampling: Sampling) -> list[Row]:
+    hyper = replace(_hyper(bench, _phases(bench, "ordered")), sampling=sampling, lasso=0.0)
+    model = _trained(bench, name, hyper, _whole_ranks)
+    return _scored(bench, name, model, _searched(bench, model), recalibrated=True)
 
 
 def _phases(bench: Bench, kind: Kind) -> tuple[Phase, ...]:

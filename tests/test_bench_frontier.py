@@ -13,7 +13,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from benchmarks import frontier
-from benchmarks.methods import METHODS, Bench, Task, correct, scaled, uniform_chain
+from benchmarks.methods import ABLATIONS, METHODS, Bench, Task, correct, scaled, uniform_chain
 from maestro_core import checkpoint
 from maestro_core.accounting import Cost
 from maestro_core.evaluation import evaluate
@@ -79,7 +79,8 @@ def rows(made: dict[str, dict[str, object]], name: str) -> list[dict[str, Any]]:
 def test_all_methods_train_for_as_many_epochs_on_as_many_pictures(bench: Bench) -> None:
     runs = {path.parent.name: path for path in bench.root.glob("*/epoch-*")}
 
-    assert set(runs) == {"dense-1", "dense-0.5", "ordered_dropout", "pufferfish", "maestro"}
+    trained = {"dense-1", "dense-0.5", "ordered_dropout", "pufferfish", "maestro"}
+    assert set(runs) == {*trained, *ABLATIONS}
     assert {path.name for path in runs.values()} == {"epoch-0003"}
     states = [checkpoint.read_state(path).run for path in runs.values()]
     assert {state["samples"] for state in states} == {800}
