@@ -39,11 +39,13 @@ class Phase:
 
     `dense`: the network before it is factorised. `ordered`: one layer cut at random in each step
     (Maestro, ICML 2024). `nested`: the points of the chain together (consolidation.py).
+    With `milestones`, rising shares of the epochs, the rate is divided by 10 at each instead.
     """
 
     kind: Kind
     epochs: int
     learning_rate: float
+    milestones: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,11 +270,15 @@ def ordered_loss(
 def learning_rate(phase: Phase, warmup: float, epoch: float) -> float:
     """Return the rate at `epoch` of the phase, 0..phase.epochs.
 
-    It rises in a line, then falls along half a cosine (Loshchilov and Hutter, SGDR, 2017).
+    It rises in a line, then falls in steps of 10, or along half a cosine (Loshchilov and Hutter,
+    SGDR, 2017).
     """
     done = epoch / phase.epochs
     if done < warmup:
         return phase.learning_rate * done / warmup
+    if phase.milestones:
+        passed = sum(done >= milestone for milestone in phase.milestones)
+        return float(phase.learning_rate * 0.1**passed)
     fallen = (done - warmup) / (1 - warmup)
     return phase.learning_rate * 0.5 * (1 + math.cos(math.pi * fallen))
 

@@ -8,6 +8,7 @@ from maestro_core.accounting import Cost, measure
 from maestro_core.factorize import factorize_
 from maestro_core.models.lenet import LeNet
 from maestro_core.models.resnet import ResNet18
+from maestro_core.models.vgg import VGG19
 
 # Ranks of stem, then conv1, conv2, [shortcut] of each block, then the head: (name, ranks,
 # million parameters, GMACs). Read off the rank plot of the Maestro poster (ICML 2024), ±1.
@@ -73,6 +74,22 @@ def test_the_dense_resnet18_is_that_of_the_paper(resnet: Cost) -> None:
     assert round(resnet.dense_macs / 1e9, 3) == 0.555
     # At full rank each layer is cheaper dense, so the point costs what the dense network does.
     assert resnet.macs_at(full) == resnet.dense_macs
+
+
+def test_the_dense_vgg19_is_that_of_the_paper() -> None:
+    model = VGG19()
+    parameters = sum(p.numel() for p in model.parameters())
+    shapes = {
+        name: (module.out_channels, module.in_channels * 9)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d)
+    }
+
+    cost = measure(nn.Sequential(model), torch.zeros(1, 3, 32, 32))
+
+    assert round(parameters / 1e6, 2) == 20.04
+    assert round(cost.dense_macs / 1e9, 3) == 0.398
+    assert [min(shape) for shape in shapes.values()] == [27, 64, 128, 128, *[256] * 4, *[512] * 8]
 
 
 def test_lenet_is_that_of_the_paper() -> None:

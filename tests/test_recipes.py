@@ -10,11 +10,12 @@ import torch
 from rich.progress import Progress
 
 from maestro_core import artifact, checkpoint, held_out
-from maestro_core.data import DataError
+from maestro_core.data import DataError, load
+from maestro_core.factorize import factorize_
 from maestro_core.recipes import running
 from maestro_core.recipes.mnist_lenet import RECIPE
 from maestro_core.target import Target
-from maestro_core.training import Phase
+from maestro_core.training import Phase, train_epoch_
 
 SMALL = replace(
     RECIPE,
@@ -145,3 +146,32 @@ def test_a_recipe_with_a_target_makes_points_up_to_it_and_is_exported_alone(
     assert all(point.macs <= macs for point in made.points)
     alone = running.export(last, data, tmp_path / "alone.maestro")
     assert artifact.load(alone).digest == made.digest
+
+
+@pytest.mark.parametrize("name", ["cifar10-small", "cifar10-resnet18", "cifar10-vgg19"])
+def test_a_recipe_for_larger_networks_starts_and_takes_steps(name: str, tmp_path: Path) -> None:
+    recipe = running.RECIPES[name]
+    rng = np.random.default_rng(0)
+    arrays: dict[str, Any] = {
+        f"{kind}_{part}": rng.integers(0, top, shape).astype(np.uint8)
+        for part in ("train", "test")
+        for kind, top, shape in (("x", 256, (12, 32, 32, 3)), ("y", 10, (12,)))
+    }
+    np.savez(tmp_path / "noise.npz", **arrays)
+    loaded = load(tmp_path / "noise.npz", recipe.image, 10, 4, 0, recipe.augmentation)
+    hyper = replace(recipe.training, batch_size=4)
+    model = recipe.network()
+    factorize_(model)
+    ordered = next(phase for phase in hyper.phases if phase.kind == "ordered")
+    first = sum(p.epochs for p in hyper.phases[: hyper.phases.index(ordered)])
+    optimizer = torch.optim.SGD(model.parameters(), momentum=hyper.momentum)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    steps: list[int] = []
+
+    # Halfway, where no rate is 0.
+    epoch = first + ordered.epochs // 2
+    train_epoch_(model, optimizer, loaded.train, hyper, epoch, [], lambda: steps.append(0))
+
+    assert len(steps) == 2
+    assert any(not torch.equal(before[k], value) for k, value in model.state_dict().items())
+    assert all(value.isfinite().all() for value in model.state_dict().values())

@@ -324,6 +324,14 @@ def test_the_rate_falls_from_the_first_to_nearly_nothing() -> None:
     assert rates == sorted(rates, reverse=True)
 
 
+def test_the_rate_falls_by_10_at_each_milestone_instead() -> None:
+    phase = Phase("ordered", 300, 0.01, milestones=(0.5, 0.75))
+
+    rates = [learning_rate(phase, 0.0, epoch) for epoch in (0, 149.9, 150, 224.9, 225, 299.9)]
+
+    assert rates == pytest.approx([0.01, 0.01, 1e-3, 1e-3, 1e-4, 1e-4])
+
+
 def test_the_rate_first_rises_where_there_is_a_warm_up() -> None:
     rates = [learning_rate(Phase("dense", 4, RATE), 0.25, epoch / 10) for epoch in range(40)]
 

@@ -1,8 +1,7 @@
 """A nine-layer residual network on CIFAR-10: the model that ships, two hours on two cores."""
 
-from maestro_core.artifact import Image
-from maestro_core.data import Augmentation
 from maestro_core.models.resnet9 import ResNet9
+from maestro_core.recipes import cifar10
 from maestro_core.recipes.recipe import Recipe
 from maestro_core.search import SearchParameters
 from maestro_core.training import HyperParameters, Phase
@@ -11,24 +10,13 @@ RECIPE = Recipe(
     name="cifar10-small",
     summary="ResNet-9 on CIFAR-10, two hours on two cores; --data cifar10.npz",
     network=ResNet9,
-    data_set="CIFAR-10",
-    source="Krizhevsky, 2009",
-    image=Image("RGB", 32, 32, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)),
-    labels=(
-        "airplane",
-        "automobile",
-        "bird",
-        "cat",
-        "deer",
-        "dog",
-        "frog",
-        "horse",
-        "ship",
-        "truck",
-    ),
+    data_set=cifar10.DATA_SET,
+    source=cifar10.SOURCE,
+    image=cifar10.IMAGE,
+    labels=cifar10.LABELS,
     validation=2_500,
     kept_samples=1_000,
-    augmentation=Augmentation(shift=4, flip=True),
+    augmentation=cifar10.AUGMENTATION,
     training=HyperParameters(
         phases=(Phase("dense", 8, 0.1), Phase("ordered", 1, 0.02), Phase("nested", 5, 0.05)),
         batch_size=128,

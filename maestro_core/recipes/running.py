@@ -17,14 +17,18 @@ from maestro_core.export import Description
 from maestro_core.export import export as export_artifact
 from maestro_core.factorize import factorize_
 from maestro_core.frontier import Chain
+from maestro_core.recipes.cifar10_resnet18 import RECIPE as CIFAR10_RESNET18
 from maestro_core.recipes.cifar10_small import RECIPE as CIFAR10_SMALL
+from maestro_core.recipes.cifar10_vgg19 import RECIPE as CIFAR10_VGG19
 from maestro_core.recipes.mnist_lenet import RECIPE as MNIST_LENET
 from maestro_core.recipes.recipe import Recipe
 from maestro_core.search import error_tables, find_chain, make_points
 from maestro_core.target import Target
 from maestro_core.training import cut_, train_
 
-RECIPES = {recipe.name: recipe for recipe in (MNIST_LENET, CIFAR10_SMALL)}
+RECIPES = {
+    recipe.name: recipe for recipe in (MNIST_LENET, CIFAR10_SMALL, CIFAR10_RESNET18, CIFAR10_VGG19)
+}
 
 
 def summaries() -> dict[str, str]:
