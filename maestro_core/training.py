@@ -29,6 +29,10 @@ from maestro_core.whitening import sample_inputs, whiten_
 Kind = Literal["dense", "ordered", "nested"]
 
 
+# A loss is looked at after so many steps: to look makes the host wait for the device.
+CHECKED = 20
+
+
 class Diverged(ValueError):  # noqa: N818  it says what happened
     """The loss is no longer a finite number; the message names the step."""
 
@@ -213,6 +217,7 @@ def train_epoch_(
     batches = torch.split(torch.randperm(len(pictures)), hyper.batch_size)
     if distributed.size() > 1:  # each augments and drops in its own way
         torch.manual_seed(Random(f"{hyper.seed}/{epoch}/{distributed.rank()}").getrandbits(63))
+    losses: dict[int, Tensor] = {}
     for step, batch in enumerate(batches):
         indices = distributed.part(batch)
         if not len(indices):
@@ -232,11 +237,9 @@ def train_epoch_(
                 loss = F.cross_entropy(model(x), labels, label_smoothing=hyper.label_smoothing)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
-        mean = distributed.average_(model, loss)
-        if not mean.isfinite():
-            raise Diverged(
-                f"the loss is {mean.item()} at epoch {epoch + 1}, step {step + 1} of {len(batches)}"
-            )
+        losses[step] = distributed.average_(model, loss)
+        if (step + 1) % CHECKED == 0:
+            _check(losses, epoch, len(batches))
         optimizer.step()
         layers = list(low_rank_layers(model).values())
         rate = optimizer.param_groups[0]["lr"] / (1 - hyper.momentum)
@@ -247,6 +250,7 @@ def train_epoch_(
         elif phase.kind == "ordered" and hyper.proximal:
             proximal_step_(layers, hyper.lasso * rate)
         on_step()
+    _check(losses, epoch, len(batches))
 
 
 def ordered_loss(
@@ -281,6 +285,14 @@ def learning_rate(phase: Phase, warmup: float, epoch: float) -> float:
         return float(phase.learning_rate * 0.1**passed)
     fallen = (done - warmup) / (1 - warmup)
     return phase.learning_rate * 0.5 * (1 + math.cos(math.pi * fallen))
+
+
+def _check(losses: dict[int, Tensor], epoch: int, steps: int) -> None:
+    """Raise Diverged if a loss, by step, is not finite; else forget them."""
+    if losses and not torch.stack(list(losses.values())).isfinite().all():
+        step, loss = next((s, v.item()) for s, v in losses.items() if not v.isfinite())
+        raise Diverged(f"the loss is {loss} at epoch {epoch + 1}, step {step + 1} of {steps}")
+    losses.clear()
 
 
 def _start_(model: nn.Module, data: Data, hyper: HyperParameters, epoch: int) -> None:
