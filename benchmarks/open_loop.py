@@ -47,13 +47,13 @@ async def send_all(
         tasks = []
         for arrival_s, target_ms in zip(arrivals_s, targets_ms, strict=True):
             due_s = began_s + arrival_s
-            await _until(due_s)
+            await until(due_s)
             sending = _send(session, url, body, media_type, target_ms, due_s)
             tasks.append(asyncio.ensure_future(sending))
         return await asyncio.gather(*tasks)
 
 
-async def _until(due_s: float) -> None:
+async def until(due_s: float) -> None:
     """Return at `due_s`, or at once when it has passed, having let others go on."""
     left_s = due_s - time.perf_counter()
     await asyncio.sleep(max(0.0, left_s - SPIN_S))

@@ -37,6 +37,7 @@ BENCHES = {
     "frontier": "our points against dense, narrower, cut by SVD, low-rank and 8-bit networks",
     "training": "a step of low-rank ordered training against a dense one",
     "load": "our policy and its rivals on live servers, over HTTP, beside the simulator",
+    "overhead": "what a server adds to a network: ours, a handler by hand, and other servers",
     "search": "points found by this host's milliseconds, by MACs, and by other rules",
 }
 
@@ -46,6 +47,7 @@ _EXTRAS = {
     "safetensors": "train",
     "matplotlib": "train",
     "aiohttp": "bench",
+    "httptools": "bench",
 }
 
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A NAME.maestro directory.")]

@@ -1,0 +1,273 @@
+"""`maestro bench overhead`: what a server adds to a network, ours beside others with the same one.
+
+The floor is a FastAPI handler written by hand around ONNX Runtime. Every server is up all along, on
+cores apart from the one that sends, and each round takes all of them in random order: one
+connection, sixteen, and Poisson arrivals at a share of what the floor answers over sixteen. All run
+the same point, from the same file, with as many threads. Ours answers from `/infer` with that point
+named, everything else as it comes: prediction, queue, metrics and headers included. Rivals stand
+still while others are asked.
+"""
+
+import argparse
+import asyncio
+import io
+import random
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import orjson
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks import report
+from benchmarks.http_load import Call, Latencies, closed_loop, open_loop
+from benchmarks.load import cores_apart, profiled
+from benchmarks.load import server as our_server
+from benchmarks.rival_server import FLOOR, PROGRAMS, MissingError, Started, rival
+from maestro_core import artifact
+from maestro_core.artifact import Artifact
+from maestro_core.host import Elsewhere
+from server.settings import OURS, shipped_artifact
+
+FORMS = ("json", "npy")
+MANY = 16
+LOADS = ("one", "many", "poisson")
+# Where a server takes an input, by form; those that are not here take no binary body.
+PATHS: Mapping[tuple[str, str], str] = {
+    (FLOOR, "json"): "/infer",
+    (FLOOR, "npy"): "/infer",
+    (OURS, "json"): "/infer",
+    (OURS, "npy"): "/infer",
+    ("mosec", "json"): "/inference",
+    ("mosec", "npy"): "/inference",
+    ("litserve", "json"): "/predict",
+    ("bentoml", "json"): "/infer",
+    ("mlserver", "json"): "/v2/models/model/infer",
+}
+
+Row = dict[str, Any]
+Cell = tuple[str, str, str]  # server, form, load
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run, print the result and a table, write the result where `--out` says."""
+    parser = argparse.ArgumentParser(prog="maestro bench overhead", description=__doc__)
+    parser.add_argument("artifact", type=Path, nargs="?", default=shipped_artifact())
+    parser.add_argument(
+        "--rival",
+        action="append",
+        default=[],
+        metavar="NAME=PYTHON",
+        help=f"a Python that has a rival, of {', '.join(PROGRAMS)}; else this one is tried",
+    )
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each load in each round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--share", type=float, default=0.6, help="of the floor's throughput")
+    parser.add_argument("--quick", action="store_true", help="one round of half a second each")
+    parser.add_argument("--out", type=Path, default=report.RESULTS / "overhead.json")
+    chosen = parser.parse_args(argv)
+    if chosen.quick:
+        chosen.seconds, chosen.rounds = 0.5, 1
+    if chosen.seconds <= 0 or chosen.rounds < 1 or not 0 < chosen.share < 1:
+        raise ValueError("--seconds must be above 0, --rounds at least 1, --share in (0, 1)")
+    pythons = {FLOOR: sys.executable, **dict.fromkeys(PROGRAMS, sys.executable)}
+    pythons |= _pythons(chosen.rival)
+    model = artifact.load(chosen.artifact)
+    point = max(range(len(model.points)), key=lambda i: model.points[i].score.value)
+    elsewhere = Elsewhere()
+    missing: dict[str, str] = {}
+    rivals: dict[str, Started] = {}
+    with cores_apart() as (sending, serving), ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        profiled(model, folder, serving, quick=chosen.quick)
+        addresses = {OURS: stack.enter_context(our_server(model, folder, OURS, serving))}
+        file = model.path / model.points[point].graph
+        for name, python in pythons.items():
+            try:
+                rivals[name] = stack.enter_context(rival(name, python, file, serving))
+            except MissingError as error:
+                missing[name] = str(error)
+        addresses |= {name: started.address for name, started in rivals.items()}
+        calls = {
+            (name, form): Call(address + _path(point, name, form), *_body(model, name, form))
+            for name, address in addresses.items()
+            for form in FORMS
+            if (name, form) in PATHS
+        }
+        bench = Bench(calls, rivals, chosen.seconds, chosen.share)
+        rows = bench.compared(chosen.rounds)
+    result = {
+        **report.conditions(),
+        "model": model.manifest.name,
+        "point": point,
+        "cores": {"sending": sorted(sending), "serving": sorted(serving)},
+        "cores_used_by_others_and_us": elsewhere.share(),
+        "seconds": chosen.seconds,
+        "rounds": chosen.rounds,
+        "poisson_share_of_floor": chosen.share,
+        "servers": {name: started.version for name, started in rivals.items()},
+        "missing": missing,
+        "rows": rows,
+    }
+    report.write(result, chosen.out)
+    Console(stderr=True, width=120).print(table(rows))
+
+
+class Bench:
+    """Servers that are up, and what they are sent."""
+
+    def __init__(
+        self,
+        calls: Mapping[tuple[str, str], Call],
+        rivals: Mapping[str, Started],
+        seconds: float,
+        share: float,
+    ) -> None:
+        self._calls = calls
+        self._rivals = rivals
+        self._seconds = seconds
+        self._share = share
+        for started in rivals.values():
+            started.pause()
+        with self._awake(FLOOR):
+            self._rates = {form: share * self._capacity(form) for form in FORMS}
+
+    def compared(self, rounds: int) -> list[Row]:
+        """Return a row per server, form and load; quantiles over all rounds, in ms."""
+        found: dict[Cell, list[tuple[Latencies, float]]] = {}
+        todo = [
+            (seed, cell)
+            for seed in range(rounds)
+            for cell in random.Random(seed).sample(self._cells(), len(self._cells()))
+        ]
+        for seed, cell in track(todo, "load", console=Console(stderr=True), transient=True):
+            with self._awake(cell[0]):
+                found.setdefault(cell, []).append(self._run(cell, seed))
+        rows = [row(cell, found[cell]) for cell in self._cells()]
+        for one in rows:
+            one.update(against_floor(one, rows))
+        return rows
+
+    def _cells(self) -> list[Cell]:
+        return [(name, form, load) for name, form in self._calls for load in LOADS]
+
+    @contextmanager
+    def _awake(self, name: str) -> Iterator[None]:
+        if name not in self._rivals:  # ours does nothing when nobody asks
+            yield
+            return
+        self._rivals[name].resume()
+        try:
+            yield
+        finally:
+            self._rivals[name].pause()
+
+    def _capacity(self, form: str) -> float:
+        """Return how many requests a second the floor answers over many connections."""
+        call = self._calls[FLOOR, form]
+        asyncio.run(closed_loop(call, MANY, self._seconds / 2))
+        latencies, seconds = asyncio.run(closed_loop(call, MANY, self._seconds))
+        return len(latencies.ms) / seconds
+
+    def _run(self, cell: Cell, seed: int) -> tuple[Latencies, float]:
+        """Return what came of one load, after a short one to warm up, and its seconds."""
+        name, form, load = cell
+        call = self._calls[name, form]
+        asyncio.run(closed_loop(call, 1 if load == "one" else MANY, self._seconds / 10))
+        if load != "poisson":
+            return asyncio.run(closed_loop(call, 1 if load == "one" else MANY, self._seconds))
+        rng = np.random.default_rng(seed)  # the same arrivals for every server
+        count = max(1, round(self._rates[form] * self._seconds))
+        arrivals_s = rng.exponential(1 / self._rates[form], count).cumsum()
+        return asyncio.run(open_loop(call, arrivals_s.tolist())), float(arrivals_s[-1])
+
+
+def row(cell: Cell, runs: Sequence[tuple[Latencies, float]]) -> Row:
+    """Return the figures of one server, form and load; throughput is the median over rounds."""
+    name, form, load = cell
+    ms = [one for latencies, _ in runs for one in latencies.ms]
+    p50, p95, p99 = np.quantile(ms, (0.5, 0.95, 0.99)).tolist() if ms else (None, None, None)
+    return {
+        "server": name,
+        "form": form,
+        "load": load,
+        "n": len(ms),
+        "failed": sum(latencies.failed for latencies, _ in runs),
+        "per_s": median(len(latencies.ms) / seconds for latencies, seconds in runs),
+        "p50_ms": p50,
+        "p95_ms": p95,
+        "p99_ms": p99,
+    }
+
+
+def against_floor(one: Row, rows: Sequence[Row]) -> dict[str, float | None]:
+    """Return p50, p99 and throughput over those of the floor at the same form and load."""
+    (floor,) = (
+        other
+        for other in rows
+        if other["server"] == FLOOR and (other["form"], other["load"]) == (one["form"], one["load"])
+    )
+    return {
+        f"{figure}_over_floor": one[figure] / floor[figure]
+        if one[figure] and floor[figure]
+        else None
+        for figure in ("p50_ms", "p99_ms", "per_s")
+    }
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Return the figures for a terminal."""
+    found = Table(title="milliseconds and answers a second; × is over the floor's")
+    found.box = box.SIMPLE_HEAD
+    heads = ("load", "form", "server", "p50", "×", "p95", "p99", "×", "per s", "×", "n", "failed")
+    for head in heads:
+        found.add_column(head, justify="right", no_wrap=True)
+    for one in sorted(rows, key=lambda one: (LOADS.index(one["load"]), one["form"])):
+        figures = ("p50_ms", "p50_ms_over_floor", "p95_ms", "p99_ms", "p99_ms_over_floor", "per_s")
+        found.add_row(
+            *(one[name] for name in ("load", "form", "server")),
+            *("-" if one[name] is None else f"{one[name]:.2f}" for name in figures),
+            "-" if one["per_s_over_floor"] is None else f"{one['per_s_over_floor']:.2f}",
+            *(str(one[name]) for name in ("n", "failed")),
+        )
+    return found
+
+
+def _path(point: int, name: str, form: str) -> str:
+    return PATHS[name, form] + (f"?point={point}" if name == OURS else "")
+
+
+def _body(model: Artifact, name: str, form: str) -> tuple[str, bytes]:
+    """Return the type and the bytes of one sample, the same numbers in every form."""
+    tensor = model.manifest.input
+    x = np.random.default_rng(0).standard_normal((1, *tensor.shape[1:]), np.float32)
+    if form == "npy":
+        file = io.BytesIO()
+        np.save(file, x)
+        return "application/x-npy", file.getvalue()
+    content: dict[str, Any] = {"inputs": x}
+    if name == "mlserver":
+        flat = x.reshape(-1)
+        entry = {"name": tensor.name, "datatype": "FP32", "shape": x.shape, "data": flat}
+        content = {"inputs": [entry]}
+    return "application/json", orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _pythons(given: Sequence[str]) -> dict[str, str]:
+    found = dict(one.partition("=")[::2] for one in given)
+    for name, python in found.items():
+        if name not in PROGRAMS or not python:
+            raise ValueError(f"--rival {name}={python}: give NAME=PYTHON, of {', '.join(PROGRAMS)}")
+    return found
+
+
+if __name__ == "__main__":
+    main()

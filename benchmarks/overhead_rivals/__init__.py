@@ -1,0 +1,1 @@
+"""Other servers with the same model, each a program for a Python that has that server."""
