@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -86,7 +87,8 @@ class Pursuit:
         """Move λ, shrink `layers` by a proximal step, and remove what is zero.
 
         `rate` is SGD's over (1 − momentum), `done` the share of the phase that is over. No step is
-        made that would end below the target. Looks at values of the network.
+        made that would end below the target, and none by which a layer would lose its last rank:
+        nothing would get through it any more. Looks at values of the network.
         """
         share = self.target.of(self.cost, [layer.rank for layer in layers])
         passed, self.done = done - self.done, done
@@ -94,8 +96,12 @@ class Pursuit:
         self.weight = dual_ascent(self.weight, excess, passed)
         if share <= self.target.most or done > FALLING:
             return
-        shrunk = scales(layers, self.weight * math.exp(PENALTY * excess) * rate)
-        ranks = alive_after(shrunk)
+        weight = self.weight * math.exp(PENALTY * excess) * rate
+        shrunk = [
+            pair if rank else (torch.ones_like(pair[0]), torch.ones_like(pair[1]))
+            for pair, rank in with_ranks(scales(layers, weight))
+        ]
+        ranks = [rank for _, rank in with_ranks(shrunk)]
         if self.target.of(self.cost, ranks) < self.target.least:
             self.weight /= 2
             return
@@ -157,9 +163,11 @@ def planned(share: float, done: float) -> float:
     return 1 - (1 - share) * min(1.0, done / FALLING)
 
 
-def alive_after(shrunk: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
-    """Return how many ranks of each layer a proximal step would leave (proximal.scales)."""
-    return [int(((down > 0) & (up > 0)).sum()) for down, up in shrunk]
+def with_ranks(
+    shrunk: Sequence[tuple[Tensor, Tensor]],
+) -> list[tuple[tuple[Tensor, Tensor], int]]:
+    """Return the scales of each layer, and how many ranks a step by them would leave."""
+    return [(pair, int(((pair[0] > 0) & (pair[1] > 0)).sum())) for pair in shrunk]
 
 
 def _less(ranks: Sequence[int], i: int) -> list[int]:
