@@ -1,12 +1,17 @@
-# Two stages: the first has pip and what it needs, the second has only what serving needs. No torch.
+# Two stages: the first installs what the lock files pin, the second has only what serving needs.
+# No torch. Run it read-only, with one volume for the profiles (deploy/compose.yaml).
 FROM python:3.11-slim AS build
 WORKDIR /src
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY deploy/requirements.lock deploy/build.lock ./
+RUN python -m venv /opt/maestro && python -m venv /opt/build \
+ && /opt/maestro/bin/pip install --no-cache-dir --disable-pip-version-check --require-hashes -r requirements.lock \
+ && /opt/build/bin/pip install --no-cache-dir --disable-pip-version-check --require-hashes -r build.lock
+COPY pyproject.toml README.md LICENSE ./
 COPY maestro_core maestro_core
 COPY server server
 COPY benchmarks benchmarks
-RUN python -m venv /opt/maestro \
- && /opt/maestro/bin/pip install --no-cache-dir --disable-pip-version-check -c constraints.txt . \
+RUN /opt/build/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir dist . \
+ && /opt/maestro/bin/pip install --no-cache-dir --no-deps --disable-pip-version-check dist/*.whl \
  && /opt/maestro/bin/pip uninstall --yes pip setuptools
 
 FROM python:3.11-slim

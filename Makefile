@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test lint clean
+LOCK := --quiet --constraint constraints.txt --generate-hashes --python-version 3.11 --universal --no-header
+
+.PHONY: serve test lint lock clean
 
 serve: $(VENV)/.serve  ## install what serving needs (no torch) and start the server
 	$(BIN)/maestro serve
@@ -15,6 +17,13 @@ lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+lock: | $(BIN)/python  ## pin what the image installs, with hashes (needs the network)
+	$(BIN)/pip install --quiet --disable-pip-version-check uv
+	printf '# the serving dependencies of pyproject.toml, as tested, with hashes. Made by '"'make lock'"'.\n' >deploy/requirements.lock
+	$(BIN)/uv pip compile pyproject.toml $(LOCK) >>deploy/requirements.lock
+	printf '# what builds the package (hatchling), as tested, with hashes. Made by '"'make lock'"'.\n' >deploy/build.lock
+	echo hatchling | $(BIN)/uv pip compile - --no-annotate $(LOCK) >>deploy/build.lock
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

@@ -1,0 +1,127 @@
+"""What ships: pinned dependencies, the image's recipe, and manifests that their schemas accept."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.settings import Settings
+
+yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "deploy"
+KUBERNETES = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
+PIN = re.compile(r"^([A-Za-z0-9._-]+)==(\S+?)(?: ;.*)? \\$", re.MULTILINE)
+
+
+def pins(path: Path) -> dict[str, str]:
+    """Return version by name; a name has two where platforms differ, and then the first counts."""
+    found: dict[str, str] = {}
+    for name, version in PIN.findall(path.read_text()):
+        found.setdefault(name.lower().replace("_", "-"), version)
+    return found
+
+
+def constraints() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pairs = (line.split("==") for line in lines if "==" in line)
+    return {name.lower().replace("_", "-"): version for name, version in pairs}
+
+
+def test_the_lock_holds_what_serving_needs_as_it_is_tested() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {re.split(r"[<>=]", line)[0].lower() for line in project["dependencies"]}
+    locked, tested = pins(DEPLOY / "requirements.lock"), constraints()
+
+    assert needed <= locked.keys()
+    differ = {name for name, version in locked.items() if tested.get(name, version) != version}
+    assert differ == set(), "run 'make lock'"
+
+
+@pytest.mark.parametrize("name", ["requirements.lock", "build.lock"])
+def test_every_pin_has_its_hash_and_none_is_torch(name: str) -> None:
+    text = (DEPLOY / name).read_text()
+    entries = [part for part in re.split(r"\n(?=[a-z])", text, flags=re.I) if "==" in part]
+
+    assert len(entries) == len(PIN.findall(text)) > 0
+    assert all("--hash=sha256:" in entry for entry in entries)
+    assert "torch" not in pins(DEPLOY / name)
+
+
+def test_the_image_installs_from_the_locks_and_runs_as_nobody_much() -> None:
+    recipe = (ROOT / "Dockerfile").read_text()
+    installs = re.findall(r"pip install (?:(?!&&).)*", recipe, re.DOTALL)
+
+    for line in installs:
+        assert "--require-hashes -r" in line or "--no-deps" in line, line
+    assert re.search(r"^USER maestro$", recipe, re.MULTILINE)
+
+
+def documents(path: Path) -> list[dict[str, Any]]:
+    return [document for document in yaml.safe_load_all(path.read_text()) if document]
+
+
+def container() -> dict[str, Any]:
+    every = [document for path in KUBERNETES for document in documents(path)]
+    (deployment,) = [document for document in every if document["kind"] == "Deployment"]
+    (only,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert isinstance(only, dict)
+    return only
+
+
+@pytest.mark.parametrize("path", KUBERNETES, ids=lambda path: path.name)
+def test_kubernetes_accepts_the_manifests(path: Path) -> None:
+    validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is missing")
+
+    for document in documents(path):
+        if document["apiVersion"].startswith("keda.sh/"):
+            continue  # a custom resource: its schema is not Kubernetes' own
+        validate.validate(document, validate.latest_version(), strict=True)
+
+
+def test_compose_accepts_its_file() -> None:
+    pytest.importorskip("check_jsonschema", reason="check-jsonschema is not installed")
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+
+    finished = subprocess.run(
+        [*command, str(DEPLOY / "compose.yaml")], capture_output=True, text=True, check=False
+    )
+
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+def test_settings_that_the_manifests_give_exist() -> None:
+    (service,) = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"].values()
+    given = {*service["environment"], *(entry["name"] for entry in container()["env"])}
+
+    assert {name.removeprefix("MAESTRO_").lower() for name in given} <= set(Settings.model_fields)
+
+
+def test_a_pod_has_longer_to_end_than_it_drains_and_to_start_than_it_measures() -> None:
+    (deployment,) = [d for path in KUBERNETES for d in documents(path) if d["kind"] == "Deployment"]
+    pod = deployment["spec"]["template"]["spec"]
+    drain_s = float(next(e["value"] for e in container()["env"] if e["name"] == "MAESTRO_DRAIN_S"))
+    startup = container()["startupProbe"]
+
+    assert pod["terminationGracePeriodSeconds"] > drain_s + 5
+    budget_s = Settings.model_fields["calibration_budget_s"].default
+    assert startup["periodSeconds"] * startup["failureThreshold"] > 3 * budget_s
+
+
+def test_a_container_can_write_to_its_volumes_alone() -> None:
+    assert container()["securityContext"]["readOnlyRootFilesystem"] is True
+    (service,) = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"].values()
+    assert service["read_only"] is True
+
+
+def test_scaling_asks_for_a_metric_that_the_server_has() -> None:
+    (scaled,) = [d for path in KUBERNETES for d in documents(path) if d["kind"] == "ScaledObject"]
+    query = scaled["spec"]["triggers"][0]["metadata"]["query"]
+
+    assert "maestro_queue_seconds_bucket" in query
+    assert '"queue", "From arrival' in (ROOT / "server" / "metrics.py").read_text()
