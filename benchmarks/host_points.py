@@ -35,6 +35,7 @@ Ranks = tuple[int, ...]
 _STEP = 16  # ranks between these cost as much as the next one where vectors have 16 lanes
 _WHOLE_POINTS = 20  # for the correction
 _LEAST_SAMPLES = 200
+_LEAST_TRIES = 8
 _INPUTS = 4  # one in so many samples sets normalisation, the others judge
 _BATCH = 16  # as large as what requests wait for anyway
 _Z_95 = 1.959963984540054
@@ -169,25 +170,31 @@ def search(network: Network, points: int, measuring: Measuring) -> Found:
     """Return at most `points` points for this host, each slower and more accurate than the last.
 
     None is less accurate than the artifact's cheapest point, and none slower than the network with
-    every layer dense; the dearest is the best found. A quarter of the budget each goes to layers,
-    to their sums, to accuracy and to whole points: a slow network is judged on fewer samples.
+    every layer dense; the dearest is the best found. Layers, their sums, accuracy and whole points
+    share the budget alike: of a slow network fewer points are tried, on fewer samples.
 
     Raises:
         CancelledError: the measuring was cancelled.
     """
-    share = replace(measuring, budget_s=measuring.budget_s / 4)
-    latencies = measured(network, share)
+    end_s = time.perf_counter() + measuring.budget_s
+
+    def share(parts: int) -> Measuring:
+        left_s = max(0.0, end_s - time.perf_counter())
+        return replace(measuring, budget_s=left_s / parts)
+
+    latencies = measured(network, share(4))
     tables = rank_tables(network, latencies)
     network = replace(network, dense_when_whole=dense_when_whole(network, latencies))
     chain = nested_chain(tables)
-    network = _affordable(network, 2 * points + len(chain).bit_length(), share)
-    correction = _correction(network, tables, share)
+    correction = _correction(network, tables, share(3))
     predicted = [correction.ms(_cost(tables, ranks)) for ranks in chain]
+    half = share(2)
+    network, tries = _affordable(network, 2 * points, len(chain).bit_length(), half)
     first = _first_as_good(network, chain, measuring)
-    picked = [first + i for i in spread(predicted[first:], 2 * points)]
+    picked = [first + i for i in spread(predicted[first:], tries)]
     dense = Plan(network.whole, frozenset(layer.name for layer in network.layers))
     *candidates, all_dense = verified(
-        network, [*(network.plan(chain[i]) for i in picked), dense], share
+        network, [*(network.plan(chain[i]) for i in picked), dense], half
     )
     best = _best(candidates, all_dense, points)
     return Found(tuple(best), correction, network.dense_when_whole)
@@ -267,14 +274,33 @@ def _correction(network: Network, tables: Sequence[RankTable], measuring: Measur
     return fit([_cost(tables, ranks) for ranks in chosen], whole_ms)
 
 
-def _affordable(network: Network, evaluations: int, measuring: Measuring) -> Network:
-    """Return the network with as many samples as can be judged so often within the budget."""
+def _affordable(
+    network: Network, tries: int, steps: int, measuring: Measuring
+) -> tuple[Network, int]:
+    """Return the network with as many samples as the budget allows, and how many tries it allows.
+
+    A bisection of so many steps goes before the tries.
+    """
     few = network.head(_BATCH)
     model = few.build(few.plan(few.whole), measuring)
     began_s = time.perf_counter()
     few.correct(model, measuring)
     per_sample_s = (time.perf_counter() - began_s) / _BATCH
-    return network.head(max(_LEAST_SAMPLES, int(measuring.budget_s / evaluations / per_sample_s)))
+    runs, inputs = measuring.budget_s / per_sample_s, len(network.inputs)
+    samples, tries = affordable(runs, inputs, len(network.samples), tries, steps)
+    return network.head(samples), tries
+
+
+def affordable(runs: float, inputs: int, samples: int, tries: int, steps: int) -> tuple[int, int]:
+    """Return how many samples and tries so many runs of one sample allow.
+
+    Each try and each step runs every sample, and every input that sets the normalisation. Samples
+    are given up first, down to 200 where there are so many; then tries, down to 8.
+    """
+    least = min(samples, _LEAST_SAMPLES)
+    samples = min(samples, max(least, int(runs / (tries + steps)) - inputs))
+    within = int(runs / (samples + inputs)) - steps
+    return samples, min(tries, max(_LEAST_TRIES, within))
 
 
 def _first_as_good(network: Network, chain: Sequence[Ranks], measuring: Measuring) -> int:

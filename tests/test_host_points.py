@@ -191,6 +191,19 @@ def test_factors_never_get_faster_as_rank_grows(network: Network) -> None:
         assert latency.dense_ms > 0
 
 
+@pytest.mark.parametrize(
+    ("runs", "afforded"),
+    [
+        (1e9, (1000, 32)),  # all of both
+        (20_000, (400, 32)),  # 40 evaluations of 500
+        (8_000, (200, 18)),  # 26 of 300
+        (1, (200, 8)),  # the least
+    ],
+)
+def test_samples_are_given_up_before_tries(runs: float, afforded: tuple[int, int]) -> None:
+    assert host_points.affordable(runs, 100, 1000, tries=32, steps=8) == afforded
+
+
 def test_a_search_can_be_cancelled(network: Network) -> None:
     with pytest.raises(CancelledError):
         host_points.search(network, 4, Measuring(budget_s=0.6, cancelled=lambda: True))
