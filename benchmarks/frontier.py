@@ -24,6 +24,7 @@ from benchmarks import report
 from benchmarks.methods import ABLATIONS, METHODS, Bench, Task
 from benchmarks.profiler import Precision, measure
 from maestro_core import data
+from maestro_core.frontier import pareto
 from maestro_core.host import Elsewhere
 from maestro_core.models.lenet import LeNet
 from maestro_core.models.resnet9 import ResNet9
@@ -54,6 +55,7 @@ TASKS = {
     ),
 }
 DEFAULT = [name for name in METHODS if name not in ABLATIONS]
+TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998)
 COSTS = {
     "macs": "MACs",
     "params": "parameters",
@@ -196,19 +198,29 @@ def against(
 
 
 def draw(methods: Mapping[str, Sequence[Mapping[str, Any]]], title: str, path: Path) -> None:
-    """Draw accuracy by each cost, a line for each method, into the picture at `path`."""
+    """Draw accuracy by each cost into the picture at `path`: all points, a line through the best.
+
+    Accuracy is on a logit scale: from 98 to 99 % is as far as from 50 to 67 %.
+    """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     figure = Figure(figsize=(15, 4.8), layout="constrained")
+    shown = {name: rows for name, rows in methods.items() if rows}
     for axes, (cost, label) in zip(figure.subplots(1, len(COSTS)), COSTS.items(), strict=True):
-        for name, rows in methods.items():
-            ordered = sorted(rows, key=lambda row: row[cost])
-            x, y = [row[cost] for row in ordered], [100 * row["accuracy"] for row in ordered]
-            own = {"linewidth": 2.5, "zorder": 3} if name == "maestro" else {"linewidth": 1}
-            axes.plot(x, y, marker="o", markersize=3.5, label=name.replace("_", " "), **own)
-        axes.set(xlabel=label, ylabel="test accuracy, %", xscale="log")
+        axes.set(xlabel=label, ylabel="test accuracy, %", xscale="log", yscale="logit")
+        for i, (name, rows) in enumerate(shown.items()):
+            x, y = [row[cost] for row in rows], [min(row["accuracy"], 0.9999) for row in rows]
+            best = pareto(x, y)
+            colour, width = ("black", 3) if name == "maestro" else (f"C{i}", 1)
+            axes.plot([x[k] for k in best], [y[k] for k in best], color=colour, linewidth=width)
+            axes.plot(x, y, "o", markersize=4, color=colour, label=name.replace("_", " "))
+        low, high = axes.get_ylim()
+        ticks = [tick for tick in TICKS if low <= tick <= high]
+        axes.set_yticks(ticks, [f"{100 * tick:g}" for tick in ticks])
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize="small")
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
