@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from server import oip_routes, routes
+from server.direct import Direct, DirectCalls
 from server.errors import PROBLEM_TYPE, InvalidError, ServiceError
 from server.http import Arrival
 from server.page import page
@@ -40,15 +41,28 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
         summary="The best accuracy that each request's deadline allows.",
         version=served.version,
         lifespan=lifespan,
+        # Spans are made in server.tracing; FastAPI would look for its own at every request.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
         responses={"default": {"model": Problem, "content": {PROBLEM_TYPE: {}}}},
     )
     for router in (routes.inference, routes.calibration, routes.health, oip_routes.protocol_v2):
         app.include_router(router(served))
     app.include_router(page(served.artifact.manifest))
     _add_errors(app, served)
+    app.add_middleware(DirectCalls, calls=_direct(served), errors=app.exception_handlers)
     app.add_middleware(Tracing, access_log=settings.access_log)
     app.add_middleware(Arrival)
     return app
+
+
+def _direct(service: Service) -> dict[str, Direct]:
+    name = service.artifact.manifest.name
+    return {
+        routes.INFER: Direct(routes.INFER, routes.infer_call(service)),
+        oip_routes.INFER.format(model=name): Direct(
+            oip_routes.INFER, oip_routes.infer_call(service)
+        ),
+    }
 
 
 def _add_errors(app: FastAPI, service: Service) -> None:

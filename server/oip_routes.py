@@ -9,12 +9,14 @@ from fastapi import APIRouter, Request, Response
 from maestro_core.artifact import Manifest, Tensor
 from server import protocol
 from server.answers import infer_answer
+from server.direct import Call
 from server.errors import NotFoundError
 from server.http import ARRIVED, Json, header_targets_ms, read_body
 from server.schemas import parse_parameters
 from server.service import Service
 from server.tracing import ANSWER
 
+INFER = "/v2/models/{model}/infer"
 PLATFORM = "onnxruntime_onnx"
 # Of an answer, what goes into its parameters: the protocol allows scalars only.
 _FACTS = (
@@ -87,10 +89,22 @@ def protocol_v2(service: Service) -> APIRouter:
         check(model, version)
         return Json(service.statistics.answer(manifest.name, manifest.version))
 
+    call = infer_call(service)
+
     @router.post("/v2/models/{model}/versions/{version}/infer", include_in_schema=False)
-    @router.post("/v2/models/{model}/infer", summary="Infer", openapi_extra=_description(manifest))
+    @router.post(INFER, summary="Infer", openapi_extra=_description(manifest))
     async def infer(request: Request, model: str, version: str | None = None) -> Response:
         check(model, version)
+        return await call(request)
+
+    return router
+
+
+def infer_call(service: Service) -> Call:
+    """Return what answers an inference of the one model that is served."""
+    manifest = service.artifact.manifest
+
+    async def infer(request: Request) -> Response:
         service.serving()
         arrived_s: float = request.scope[ARRIVED]
         body = await read_body(request, service.settings.max_body_bytes)
@@ -115,7 +129,7 @@ def protocol_v2(service: Service) -> APIRouter:
         )
         return Response(answer, headers=headers)
 
-    return router
+    return infer
 
 
 def _metadata(tensor: Tensor) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from benchmarks.profiler import FULL, QUICK
 from server import inputs
 from server.answers import infer_answer
+from server.direct import Call
 from server.errors import ForbiddenError, UnauthorizedError, UnsupportedMediaError
 from server.http import ARRIVED, Json, form_file, header_targets_ms, media_type, read_body
 from server.schemas import (
@@ -29,6 +30,8 @@ from server.service import Service
 from server.settings import Settings
 from server.tracing import ANSWER
 
+INFER = "/infer"
+
 _JSON = "application/json"
 _NPY = ("application/x-npy", "application/npy")
 _PICTURES = ("image/png", "image/jpeg", "image/jpg")
@@ -36,16 +39,9 @@ _FORM = "multipart/form-data"
 _SERVED = ", ".join((_JSON, *_PICTURES[:2], _NPY[0], _FORM))
 
 
-def inference(service: Service) -> APIRouter:
-    """Return the simple call, and the points it may be answered from."""
-    router = APIRouter()
+def infer_call(service: Service) -> Call:
+    """Return what answers the simple call."""
 
-    @router.post(
-        "/infer",
-        response_model=InferAnswer,
-        openapi_extra=_infer_description(service),
-        summary="Infer, as accurately as the target allows",
-    )
     async def infer(request: Request) -> Response:
         service.serving()
         arrived_s: float = request.scope[ARRIVED]
@@ -61,6 +57,21 @@ def inference(service: Service) -> APIRouter:
             f"{name};dur={content[f'{name}_ms']}" for name in ("queue", "compute", "total")
         )
         return Json(content, headers={"Server-Timing": timing})
+
+    return infer
+
+
+def inference(service: Service) -> APIRouter:
+    """Return the simple call, and the points it may be answered from."""
+    router = APIRouter()
+    router.add_api_route(
+        INFER,
+        infer_call(service),
+        methods=["POST"],
+        response_model=InferAnswer,
+        openapi_extra=_infer_description(service),
+        summary="Infer, as accurately as the target allows",
+    )
 
     @router.post(
         "/explain",

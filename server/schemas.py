@@ -40,19 +40,19 @@ def parse_parameters(
     Raises:
         InvalidError: a parameter is unknown, or out of its range.
     """
-    given = [_validate(query), _validate(body)]
+    own = [_validate(values) for values in (query, body) if values]
+    given = own + [_validate({"max_latency_ms": ms}) for ms in targets_ms if ms is not None]
+    if len(given) <= 1:
+        return given[0] if given else _NOTHING
     fields: dict[str, Any] = {}
-    for parameters in given:
+    for parameters in own:
         fields |= parameters.model_dump(exclude_unset=True)
-    given += [_validate({"max_latency_ms": ms}) for ms in targets_ms if ms is not None]
     targets = [p.max_latency_ms for p in given if p.max_latency_ms is not None]
     fields["max_latency_ms"] = min(targets, default=None)
     return InferParameters.model_construct(None, **fields)
 
 
 def _validate(values: Mapping[str, Any]) -> InferParameters:
-    if not values:
-        return _NOTHING
     try:
         return _PARAMETERS.validate_python(dict(values))
     except ValidationError as error:
