@@ -138,9 +138,12 @@ def show(
 def profile(
     path: ArtifactPath,
     quick: Annotated[bool, typer.Option("--quick", help="15 s at most, not 2 minutes.")] = False,
-    search: Annotated[bool, typer.Option("--search", help="First find points for this host.")] = (
-        False
-    ),
+    search: Annotated[
+        bool,
+        typer.Option(
+            "--search", help="First find points for this host: a large network needs a minute."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure every point on this host, store the profile, print the points."""
