@@ -8,11 +8,15 @@ from collections.abc import Iterator
 import uvicorn
 
 from server.app import create_app
+from server.connections import Limits, limited
 from server.service import Service
 
 # Between the end of accepting and the end of idle connections: a request that is on its way on a
 # connection just accepted still arrives.
 LINGER_S = 0.2
+
+# Connections accepted at a time, before those over the limit are closed: each takes a file.
+BACKLOG = 128
 
 
 class _Server(uvicorn.Server):
@@ -36,6 +40,8 @@ def run(service: Service) -> bool:
         port=settings.port,
         log_config=None,
         access_log=False,
+        http=limited(Limits(settings.max_connections, settings.receive_timeout_s)),
+        backlog=BACKLOG,
     )
     server = _Server(config)
     with contextlib.suppress(SystemExit):  # uvicorn's answer to a port that is taken; it says so

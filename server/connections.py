@@ -1,0 +1,70 @@
+"""What a connection may take before its request has arrived whole: time, and a place."""
+
+import asyncio
+from dataclasses import dataclass
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Connections open at once, and the seconds that each request may take to arrive."""
+
+    max_connections: int
+    receive_timeout_s: float
+
+
+def limited(limits: Limits) -> type[asyncio.Protocol]:
+    """Return uvicorn's HTTP protocol on h11, held to `limits`.
+
+    uvicorn ends connections that are silent between requests, but waits for ever for a first
+    request and for the rest of one. Here such a connection ends after the time-out. When more
+    connections than allowed are open, the one that has waited longest for a request gives up
+    its place.
+
+    h11 refuses a head over 64 KiB; uvicorn's other parser, used where it is found, does not.
+    """
+    waiting: dict[H11Protocol, None] = {}  # in the order in which they began to wait
+
+    class LimitedProtocol(H11Protocol):
+        _deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._watch()
+            if len(self.connections) > limits.max_connections and waiting:
+                oldest = next(iter(waiting))
+                oldest.transport.abort()
+                del waiting[oldest]
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_watching()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._watch()
+
+        def _watch(self) -> None:
+            """Let the time-out run while a request has not arrived whole, and no longer."""
+            cycle = self.cycle
+            arrived = cycle is not None and not (cycle.response_complete or cycle.more_body)
+            if arrived or self.transport.is_closing():
+                self._stop_watching()
+            elif self._deadline is None:
+                self._deadline = self.loop.call_later(
+                    limits.receive_timeout_s, self.transport.abort
+                )
+                waiting[self] = None
+
+        def _stop_watching(self) -> None:
+            if self._deadline is not None:
+                self._deadline.cancel()
+                self._deadline = None
+            waiting.pop(self, None)
+
+    return LimitedProtocol
