@@ -41,6 +41,9 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
         summary="The best accuracy that each request's deadline allows.",
         version=served.version,
         lifespan=lifespan,
+        # FastAPI's own pages ask another host for their scripts; server.page has one that does not.
+        docs_url=None,
+        redoc_url=None,
         # Spans are made in server.tracing; FastAPI would look for its own at every request.
         telemetry={"tracing": False, "metrics": False, "logs": False},
         responses={"default": {"model": Problem, "content": {PROBLEM_TYPE: {}}}},

@@ -1,4 +1,4 @@
-"""The page at `/`: its files, from memory, and what it has to know of the model. No decisions."""
+"""The pages at `/` and `/docs`: files, from memory, and what they show. No decisions."""
 
 from collections.abc import Iterator
 from hashlib import sha256
@@ -13,7 +13,7 @@ from server.errors import NotFoundError
 from server.http import Json
 
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _HEADERS = {
@@ -22,16 +22,19 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
 }
 _INDEX = "index.html"
+_DOCS = "docs.html"
 _TYPES = {
     "html": "text/html",
     "css": "text/css",
     "js": "text/javascript",
     "svg": "image/svg+xml",
     "png": "image/png",
+    "txt": "text/plain",
     "LICENSE": "text/plain",
+    "NOTICE": "text/plain",
 }
 # Vendored files carry their version in their path; ours are asked for anew, and mostly unchanged.
-_VENDORED = "uplot-"
+_VENDORED = ("uplot-", "swagger-ui-")
 _FOREVER = "public, max-age=31536000, immutable"
 _ANEW = "no-cache"
 _DIGITS = tuple("0123456789")
@@ -45,7 +48,7 @@ class _File(NamedTuple):
 
 
 def page(manifest: Manifest) -> APIRouter:
-    """Return the page, its files, and `/page.json`: the model that it shows."""
+    """Return the page, its files, `/page.json` (the model that it shows), and the API's `/docs`."""
     router = APIRouter(include_in_schema=False)
     found = _read(resources.files("server") / "static")
     files = {name: _file(name, body) for name, body in found if _suffix(name) in _TYPES}
@@ -62,6 +65,10 @@ def page(manifest: Manifest) -> APIRouter:
     @router.api_route("/", methods=["GET", "HEAD"])
     async def index(request: Request) -> Response:
         return answer(request, _INDEX)
+
+    @router.api_route("/docs", methods=["GET", "HEAD"])
+    async def docs(request: Request) -> Response:
+        return answer(request, _DOCS)
 
     @router.api_route("/static/{name:path}", methods=["GET", "HEAD"])
     async def static(request: Request, name: str) -> Response:

@@ -32,6 +32,9 @@ def client(tiny_artifact: Artifact, tmp_path: Path) -> TestClient:
         ("/static/icon.svg", "image/svg+xml", "no-cache"),
         ("/static/uplot-1.6.32/uPlot.iife.min.js", "text/javascript", "immutable"),
         ("/static/uplot-1.6.32/LICENSE", "text/plain", "immutable"),
+        ("/docs", "text/html", "no-cache"),
+        ("/static/swagger-ui-5.35.0/swagger-ui-bundle.js", "text/javascript", "immutable"),
+        ("/static/swagger-ui-5.35.0/LICENSE", "text/plain", "immutable"),
     ],
 )
 def test_files_say_their_type_and_how_long_they_hold(
@@ -57,8 +60,18 @@ def test_the_page_needs_no_other_host_and_no_inline_script() -> None:
 
     for file in ours:
         assert not re.search(r"https?://|[\"'(]//", file.read_text()), file.name
-    index = (STATIC / "index.html").read_text()
-    assert not re.search(r"<script(?![^>]*\ssrc=)|\son\w+=|\sstyle=|<style", index)
+    for page_file in STATIC.glob("*.html"):
+        text = page_file.read_text()
+        assert not re.search(r"<script(?![^>]*\ssrc=)|\son\w+=|\sstyle=|<style", text)
+
+
+@pytest.mark.parametrize("path", ["/", "/docs"])
+def test_what_a_page_asks_for_is_there(client: TestClient, path: str) -> None:
+    asked = re.findall(r'(?:src|href)="(/static/[^"]+)"', client.get(path).text)
+
+    assert asked
+    for file in asked:
+        assert client.get(file).status_code == 200, file
 
 
 def test_a_model_of_other_things_than_digits_has_no_example_digits() -> None:
