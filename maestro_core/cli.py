@@ -47,7 +47,6 @@ _EXTRAS = {
     "safetensors": "train",
     "matplotlib": "train",
     "aiohttp": "bench",
-    "httptools": "bench",
 }
 
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A NAME.maestro directory.")]

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 
 import uvicorn
+import uvloop
 
 from server.app import create_app
 from server.connections import Limits, limited
@@ -44,8 +45,11 @@ def run(service: Service) -> bool:
         backlog=BACKLOG,
     )
     server = _Server(config)
-    with contextlib.suppress(SystemExit):  # uvicorn's answer to a port that is taken; it says so
-        asyncio.run(_serve(server, service))
+    with (
+        contextlib.suppress(SystemExit),  # uvicorn's answer to a port that is taken; it says so
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
+        runner.run(_serve(server, service))
     return server.started
 
 

@@ -32,6 +32,7 @@ def main(model: str, threads: str, port: str) -> None:
         answer = orjson.dumps({"outputs": y}, option=orjson.OPT_SERIALIZE_NUMPY)
         return Response(answer, media_type="application/json")
 
+    # uvicorn takes uvloop and httptools where they are found, as ours does.
     uvicorn.run(app, port=int(port), log_level="warning", access_log=False)
 
 
