@@ -34,6 +34,7 @@ BENCHES = {
     "calibration": "serving while calibrating, and calibrating while serving",
     "prediction": "whether measured latencies are what the profile says",
     "policies": "our policy and its rivals, simulated under load",
+    "fleet": "how many replicas a load needs, simulated behind a balancer",
     "frontier": "our points against dense, narrower, cut by SVD, low-rank and 8-bit networks",
     "training": "a step of low-rank ordered training against a dense one",
     "load": "our policy and its rivals on live servers, over HTTP, beside the simulator",
