@@ -334,6 +334,13 @@ def test_tab_reaches_every_control_in_the_order_of_the_page(reader: Reader) -> N
     assert reached == wanted
 
 
+def test_the_calls_are_described_without_another_host(reader: Reader) -> None:
+    reader.browser.get(f"{reader.site.address}/docs")
+
+    reader.until(lambda: "/explain" in reader.text("#calls"))
+    assert reader.browser.get_log("browser") == []
+
+
 def test_the_console_stays_empty(reader: Reader) -> None:
     reader.find("#examples button").click()
     reader.until(lambda: reader.find("#answer").is_displayed())
