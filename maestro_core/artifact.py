@@ -4,6 +4,7 @@ Knows the manifest, the digests and how to write them without a half-written sta
 Does not know torch, latencies, or what is inside a graph (graph.py).
 """
 
+import ctypes
 import hashlib
 import os
 import re
@@ -22,6 +23,10 @@ MANIFEST = "manifest.json"
 # Beside the graphs, because ONNX Runtime refuses external data above a graph's own directory.
 WEIGHTS = "points/weights.bin"
 TEMPLATE = "points/template.onnx"
+
+# Of renameat2(2), which Python does not have.
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 
 
 class ArtifactError(ValueError):
@@ -305,19 +310,37 @@ def _write(path: Path, value: bytes | Path) -> None:
 
 
 def _replace_directory(new: Path, path: Path) -> None:
-    """Put `new` where `path` is: no rename covers a full directory, so the old one moves first."""
+    """Put `new` where `path` is, in one step where the system can exchange two directories.
+
+    Elsewhere the old one moves first, as no rename covers a full directory: between the two steps
+    there is none.
+    """
     old = new.with_name(f"{new.name}.old")
-    if path.exists():
-        path.rename(old)
-    try:
+    if not path.exists():
         new.rename(path)
-    except OSError:
-        if old.exists():
+    elif _exchange(new, path):
+        new.rename(old)
+    else:
+        path.rename(old)
+        try:
+            new.rename(path)
+        except OSError:
             old.rename(path)
-        raise
+            raise
     shutil.rmtree(old, ignore_errors=True)
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two directories at once; return whether the system could."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2  # Linux, with glibc 2.28 or musl 1.2.5
+    except (AttributeError, OSError, TypeError):
+        return False
+    paths = os.fsencode(one), os.fsencode(other)
+    status: int = renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE)
+    return status == 0
