@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maestro_core.artifact import Artifact
+from maestro_core.frontier import pareto
 from maestro_core.profile import Profile
 from server.schemas import InferParameters
 
@@ -84,14 +85,10 @@ def frontier_rows(
             }
         )
     if profile is not None:
-        for row in rows:
-            row["on_frontier"] = not any(_beats(other, row) for other in rows)
+        front = pareto([row["p50_ms"] for row in rows], [row["accuracy"] for row in rows])
+        for i, row in enumerate(rows):
+            row["on_frontier"] = i in front
     return rows
-
-
-def _beats(other: dict[str, Any], row: dict[str, Any]) -> bool:
-    ours, theirs = (row["accuracy"], -row["p50_ms"]), (other["accuracy"], -other["p50_ms"])
-    return theirs != ours and all(a >= b for a, b in zip(theirs, ours, strict=True))
 
 
 def top_classes(

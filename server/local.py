@@ -20,7 +20,7 @@ from server.answers import Inference, infer_answer
 from server.dispatcher import refused
 from server.engine import Engine
 from server.errors import UnsupportedMediaError
-from server.requests import Refusal, Request
+from server.requests import Refusal
 from server.scheduler import Scheduler
 from server.schemas import InferParameters
 from server.service import SEARCH_SHARE, SLOTS, engine_of, latencies_of, overhead_ms, threads_of
@@ -112,23 +112,16 @@ def infer(
         ValueError: a parameter is out of its range.
     """
     arrived_s = time.monotonic()
-    target_ms = parameters.max_latency_ms
-    request = Request(
-        "0",
-        arrived_s,
-        None if target_ms is None else arrived_s + target_ms / 1e3,
-        parameters.min_accuracy,
-        parameters.on_miss,
-        point=parameters.point,
-        rows=len(x),
-    )
+    request = parameters.request("0", arrived_s, len(x))
     scheduler = Scheduler(latencies_of(engine.artifact, profile))
     verdict = scheduler.submit(request, arrived_s)
     if isinstance(verdict, Refusal):
         raise refused(verdict)
     batch = scheduler.plan(arrived_s).batch
     if batch is None:
-        raise ValueError(f"max_latency_ms: {target_ms} passed before anything could run")
+        raise ValueError(
+            f"max_latency_ms: {parameters.max_latency_ms} passed before anything could run"
+        )
     engine.run(x, batch.point)  # a server is warm
     began_s = time.monotonic()
     output = engine.run(x, batch.point)

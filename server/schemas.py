@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from server.errors import InvalidError
+from server.requests import Request
 
 MAX_LATENCY_MS = 3_600_000.0
 
@@ -24,6 +25,27 @@ class InferParameters(BaseModel):
     point: Annotated[int, Field(ge=0)] | None = None
     priority: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     top_k: Annotated[int, Field(ge=1, le=1000)] | None = None
+
+    def request(self, request_id: str, arrived_s: float, rows: int) -> Request:
+        """Return what the scheduler is asked for `rows` samples that arrived at `arrived_s`.
+
+        Raises:
+            InvalidError: a value is out of its range.
+        """
+        target_ms = self.max_latency_ms
+        try:
+            return Request(
+                request_id,
+                arrived_s,
+                None if target_ms is None else arrived_s + target_ms / 1e3,
+                self.min_accuracy,
+                self.on_miss,
+                self.priority,
+                self.point,
+                rows,
+            )
+        except ValueError as error:
+            raise InvalidError(str(error)) from error
 
 
 _PARAMETERS = TypeAdapter(InferParameters)

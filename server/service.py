@@ -161,7 +161,7 @@ class Service:
             ServiceError: it was refused, ran out of time, or the engine failed.
         """
         serving = self.serving()
-        request = self._request(parameters, arrived_s, len(x))
+        request = parameters.request(next(self._ids), arrived_s, len(x))
         return await serving.dispatcher.infer(request, x, receive)
 
     def explain(self, parameters: InferParameters, arrived_s: float) -> dict[str, Any]:
@@ -171,25 +171,9 @@ class Service:
             ServiceError: the parameters are wrong, or nothing is served yet.
         """
         scheduler = self.serving().dispatcher.scheduler
-        request = self._request(parameters, arrived_s, 1)
+        request = parameters.request(next(self._ids), arrived_s, 1)
         try:
             return asdict(scheduler.explain(request, time.monotonic()))
-        except ValueError as error:
-            raise InvalidError(str(error)) from error
-
-    def _request(self, parameters: InferParameters, arrived_s: float, rows: int) -> Request:
-        target_ms = parameters.max_latency_ms
-        try:
-            return Request(
-                next(self._ids),
-                arrived_s,
-                None if target_ms is None else arrived_s + target_ms / 1e3,
-                parameters.min_accuracy,
-                parameters.on_miss,
-                parameters.priority,
-                parameters.point,
-                rows,
-            )
         except ValueError as error:
             raise InvalidError(str(error)) from error
 
