@@ -1,6 +1,7 @@
 # Two stages: the first installs what the lock files pin, the second has only what serving needs.
 # No torch. Run it read-only, with one volume for the profiles (deploy/compose.yaml).
-FROM python:3.11-slim AS build
+ARG BASE=python:3.11-slim
+FROM ${BASE} AS build
 WORKDIR /src
 COPY deploy/requirements.lock deploy/build.lock ./
 RUN python -m venv /opt/maestro && python -m venv /opt/build \
@@ -12,10 +13,12 @@ COPY server server
 COPY benchmarks benchmarks
 RUN /opt/build/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir dist . \
  && /opt/maestro/bin/pip install --no-cache-dir --no-deps --disable-pip-version-check dist/*.whl \
- && /opt/maestro/bin/pip uninstall --yes pip setuptools
+ && /opt/maestro/bin/pip uninstall --yes pip setuptools \
+ && cd /opt/maestro/lib/python3.*/site-packages && rm -r onnx/backend/test \
+ && find . -type d -name tests -prune -exec rm -r {} +
 
-FROM python:3.11-slim
-RUN useradd --system --uid 10001 --home-dir /nonexistent --shell /usr/sbin/nologin maestro \
+FROM ${BASE}
+RUN useradd --uid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin maestro \
  && install --directory --owner=maestro /var/lib/maestro
 COPY --from=build /opt/maestro /opt/maestro
 ENV PATH=/opt/maestro/bin:$PATH \

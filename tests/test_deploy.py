@@ -1,6 +1,7 @@
 """What ships: pinned dependencies, the image's recipe, and manifests that their schemas accept."""
 
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -125,3 +126,26 @@ def test_scaling_asks_for_a_metric_that_the_server_has() -> None:
 
     assert "maestro_queue_seconds_bucket" in query
     assert '"queue", "From arrival' in (ROOT / "server" / "metrics.py").read_text()
+
+
+@pytest.fixture(scope="module")
+def try_image() -> dict[str, Any]:
+    return runpy.run_path(str(DEPLOY / "try_image.py"))
+
+
+def test_an_image_is_searched_for_what_only_building_and_training_need(
+    tmp_path: Path, try_image: dict[str, Any]
+) -> None:
+    for name in ("usr/bin/gcc", "usr/lib/site-packages/torch/a.py", "usr/share/doc/gcc"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+
+    assert try_image["found_in"](tmp_path) == ["usr/bin/gcc", "usr/lib/site-packages/torch"]
+
+
+def test_a_file_with_two_names_counts_once(tmp_path: Path, try_image: dict[str, Any]) -> None:
+    (tmp_path / "a").write_bytes(bytes(3_000_000))
+    (tmp_path / "b").hardlink_to(tmp_path / "a")
+    (tmp_path / "c").write_bytes(bytes(500_000))
+
+    assert try_image["unpacked_mb"](tmp_path) == 3.5
