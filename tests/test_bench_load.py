@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -82,6 +83,16 @@ def test_a_server_that_is_not_there_is_an_error() -> None:
         asyncio.run(run())
 
 
+def test_a_server_that_does_not_start_says_why(tiny_artifact: Artifact, tmp_path: Path) -> None:
+    wrong = "no such policy"
+
+    with (
+        pytest.raises(ChildProcessError, match="no such policy"),
+        load.server(tiny_artifact, tmp_path, wrong, os.sched_getaffinity(0)),
+    ):
+        pass
+
+
 @pytest.mark.slow
 def test_live_servers_are_set_beside_the_simulator(tiny_artifact: Artifact, tmp_path: Path) -> None:
     out = tmp_path / "load.json"
@@ -90,12 +101,14 @@ def test_live_servers_are_set_beside_the_simulator(tiny_artifact: Artifact, tmp_
     load.main([str(tiny_artifact.path), "--quick", *few, "--out", str(out)])
 
     result = json.loads(out.read_text())
-    assert [row["policy"] for row in result["rows"]].count("smallest") == 1
+    assert {row["policy"] for row in result["rows"]} == {"maestro", "smallest"}
     for row in result["rows"]:
-        assert row["live"]["accuracy"] is not None
         assert row["difference"] == pytest.approx(
             row["live"]["met"][0] - row["simulated"]["met"][0]
         )
+        late = row["live"]["sent_late_of_target"][0]
+        assert row["kept_up"] == (late <= result["kept_up_within"])
+    assert result["agreeing"] <= result["compared"] == sum(row["kept_up"] for row in result["rows"])
     assert result["way_ms"] > 0
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
