@@ -21,7 +21,7 @@ clients: $(VENV)-clients/.installed  ## the clients of others, which pin what we
 
 audit: | $(BIN)/python  ## known vulnerabilities in what the image installs (needs the network)
 	$(BIN)/pip install --quiet --disable-pip-version-check pip-audit
-	$(BIN)/pip-audit --disable-pip --requirement deploy/requirements.lock
+	$(BIN)/pip-audit --strict --disable-pip --requirement deploy/requirements.lock
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .
