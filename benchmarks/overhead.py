@@ -4,8 +4,7 @@ The floor is a FastAPI handler written by hand around ONNX Runtime. Every server
 cores apart from the one that sends, and each round takes all of them in random order: one
 connection, sixteen, and Poisson arrivals at a share of what the floor answers over sixteen. All run
 the same point, from the same file, with as many threads. Ours answers from `/infer` with that point
-named, everything else as it comes: prediction, queue, metrics and headers included. Rivals stand
-still while others are asked.
+named, everything else as it comes: prediction, queue, metrics and headers included.
 """
 
 import argparse
@@ -14,8 +13,8 @@ import io
 import random
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -102,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for form in FORMS
             if (name, form) in PATHS
         }
-        bench = Bench(calls, rivals, chosen.seconds, chosen.share)
+        bench = Bench(calls, chosen.seconds, chosen.share)
         rows = bench.compared(chosen.rounds)
     result = {
         **report.conditions(),
@@ -127,18 +126,13 @@ class Bench:
     def __init__(
         self,
         calls: Mapping[tuple[str, str], Call],
-        rivals: Mapping[str, Started],
         seconds: float,
         share: float,
     ) -> None:
         self._calls = calls
-        self._rivals = rivals
         self._seconds = seconds
         self._share = share
-        for started in rivals.values():
-            started.pause()
-        with self._awake(FLOOR):
-            self._rates = {form: share * self._capacity(form) for form in FORMS}
+        self._rates = {form: share * self._capacity(form) for form in FORMS}
 
     def compared(self, rounds: int) -> list[Row]:
         """Return a row per server, form and load; quantiles over all rounds, in ms."""
@@ -149,8 +143,7 @@ class Bench:
             for cell in random.Random(seed).sample(self._cells(), len(self._cells()))
         ]
         for seed, cell in track(todo, "load", console=Console(stderr=True), transient=True):
-            with self._awake(cell[0]):
-                found.setdefault(cell, []).append(self._run(cell, seed))
+            found.setdefault(cell, []).append(self._run(cell, seed))
         rows = [row(cell, found[cell]) for cell in self._cells()]
         for one in rows:
             one.update(against_floor(one, rows))
@@ -158,17 +151,6 @@ class Bench:
 
     def _cells(self) -> list[Cell]:
         return [(name, form, load) for name, form in self._calls for load in LOADS]
-
-    @contextmanager
-    def _awake(self, name: str) -> Iterator[None]:
-        if name not in self._rivals:  # ours does nothing when nobody asks
-            yield
-            return
-        self._rivals[name].resume()
-        try:
-            yield
-        finally:
-            self._rivals[name].pause()
 
     def _capacity(self, form: str) -> float:
         """Return how many requests a second the floor answers over many connections."""

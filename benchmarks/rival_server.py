@@ -31,14 +31,6 @@ class Started:
     version: str
     group: int
 
-    def pause(self) -> None:
-        """Let it take no time from the others: some rivals poll while nobody asks."""
-        os.killpg(self.group, signal.SIGSTOP)
-
-    def resume(self) -> None:
-        """Let it go on."""
-        os.killpg(self.group, signal.SIGCONT)
-
 
 @contextmanager
 def rival(name: str, python: str, model: Path, cores: set[int]) -> Iterator[Started]:
@@ -106,7 +98,6 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     """End a server and the processes that it made."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
-        os.killpg(process.pid, signal.SIGCONT)  # a process that is paused does not end
     with suppress(subprocess.TimeoutExpired):
         process.wait(END_S)
     with suppress(ProcessLookupError):
