@@ -14,7 +14,7 @@ COPY benchmarks benchmarks
 RUN /opt/build/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir dist . \
  && /opt/maestro/bin/pip install --no-cache-dir --no-deps --disable-pip-version-check dist/*.whl \
  && /opt/maestro/bin/pip uninstall --yes pip setuptools \
- && cd /opt/maestro/lib/python3.*/site-packages && rm -r onnx/backend/test \
+ && cd /opt/maestro/lib/python3.*/site-packages && rm -r onnx/backend/test onnxruntime/tools onnxruntime/quantization onnxruntime/transformers \
  && find . -type d -name tests -prune -exec rm -r {} +
 
 FROM ${BASE}
