@@ -3,7 +3,10 @@
 import asyncio
 from dataclasses import dataclass
 
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+# A request's line and headers; the parser itself has no limit.
+HEAD_BYTES = 64 * 2**10
 
 
 @dataclass(frozen=True)
@@ -15,19 +18,18 @@ class Limits:
 
 
 def limited(limits: Limits) -> type[asyncio.Protocol]:
-    """Return uvicorn's HTTP protocol on h11, held to `limits`.
+    """Return uvicorn's HTTP protocol on httptools, held to `limits` and to HEAD_BYTES.
 
     uvicorn ends connections that are silent between requests, but waits for ever for a first
     request and for the rest of one. Here such a connection ends after the time-out. When more
     connections than allowed are open, the one that has waited longest for a request gives up
     its place.
-
-    h11 refuses a head over 64 KiB; uvicorn's other parser, used where it is found, does not.
     """
-    waiting: dict[H11Protocol, None] = {}  # in the order in which they began to wait
+    waiting: dict[HttpToolsProtocol, None] = {}  # in the order in which they began to wait
 
-    class LimitedProtocol(H11Protocol):
+    class LimitedProtocol(HttpToolsProtocol):
         _deadline: asyncio.TimerHandle | None = None
+        _head_bytes: int | None = None  # of the head that is arriving, if one is
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -43,7 +45,19 @@ def limited(limits: Limits) -> type[asyncio.Protocol]:
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
+            if self._head_bytes is not None:
+                self._head_bytes += len(data)
+                if self._head_bytes > HEAD_BYTES:
+                    self.send_400_response("The request's headers are over 64 KiB.")
             self._watch()
+
+        def on_message_begin(self) -> None:
+            self._head_bytes = 0
+            super().on_message_begin()
+
+        def on_headers_complete(self) -> None:
+            self._head_bytes = None
+            super().on_headers_complete()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()

@@ -143,3 +143,15 @@ def test_a_client_that_stays_is_not_cut_off_between_requests(server: tuple[str, 
         while time.monotonic() < until_s:
             assert client.get("/livez").status_code == 200
             time.sleep(TIMEOUT_S / 4)
+
+
+def test_headers_near_the_limit_and_a_body_past_it_are_served(server: tuple[str, int]) -> None:
+    address, _ = server
+    large = {"x-padding": "a" * 60_000, "content-type": "image/png"}
+
+    answers = [
+        httpx.post(f"{address}/infer", content=DIGIT + bytes(200_000), headers=large),
+        httpx.post(f"{address}/infer", content=DIGIT, headers={"content-type": "image/png"}),
+    ]
+
+    assert [answer.status_code for answer in answers] == [200, 200]
