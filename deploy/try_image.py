@@ -140,6 +140,17 @@ def trial(root: Path, image: dict[str, Any], picture: Path) -> dict[str, Any]:
     return report
 
 
+def keeps_its_limits(report: dict[str, Any]) -> bool:
+    """Return whether what `main` prints is within what an image may be."""
+    return (
+        report["unpacked_mb"] < LARGEST_MB
+        and not report["must_not_be_there"]
+        and report["start_with_profile_s"] <= LONGEST_START_S
+        and report["uid"] != 0
+        and report["exit_status"] == 0
+    )
+
+
 def main() -> None:
     """Try the image unpacked at the first argument: its `buildah inspect`, a place of pictures."""
     root, inspected, pictures = map(Path, sys.argv[1:])
@@ -152,14 +163,7 @@ def main() -> None:
         **trial(root, image, min(pictures.glob("*.png"))),
     }
     print(json.dumps(report, indent=2))
-    kept = (
-        report["unpacked_mb"] < LARGEST_MB
-        and not report["must_not_be_there"]
-        and report["start_with_profile_s"] <= LONGEST_START_S
-        and report["uid"] != 0
-        and report["exit_status"] == 0
-    )
-    sys.exit(0 if kept else "a limit is not kept")
+    sys.exit(0 if keeps_its_limits(report) else "a limit is not kept")
 
 
 if __name__ == "__main__":

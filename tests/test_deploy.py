@@ -1,5 +1,6 @@
 """What ships: pinned dependencies, the image's recipe, and manifests that their schemas accept."""
 
+import json
 import re
 import runpy
 import subprocess
@@ -141,6 +142,27 @@ def test_an_image_is_searched_for_what_only_building_and_training_need(
         (tmp_path / name).touch()
 
     assert try_image["found_in"](tmp_path) == ["usr/bin/gcc", "usr/lib/site-packages/torch"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"unpacked_mb": 350.0},
+        {"must_not_be_there": ["usr/bin/gcc"]},
+        {"start_with_profile_s": 3.01},
+        {"uid": 0},
+        {"exit_status": 1},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_the_run_that_is_shown_kept_every_limit(
+    try_image: dict[str, Any], change: dict[str, Any]
+) -> None:
+    (block,) = re.findall(r"```json\n(.*?)```", (ROOT / "docs/image.md").read_text(), re.DOTALL)
+    shown = json.loads(block)
+
+    assert try_image["keeps_its_limits"](shown)
+    assert not try_image["keeps_its_limits"](shown | change)
 
 
 def test_a_file_with_two_names_counts_once(tmp_path: Path, try_image: dict[str, Any]) -> None:

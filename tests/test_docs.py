@@ -31,7 +31,7 @@ def commands(first: str) -> list[tuple[str, str]]:
     """Return (file, line) of the commands that begin with a word."""
     return [
         (path.name, line)
-        for path in DOCS
+        for path in (*DOCS, ROOT / "benchmarks" / "README.md")
         for block in blocks(path, "sh")
         for line in block.splitlines()
         if line.split()[:1] == [first]
@@ -83,6 +83,22 @@ def test_the_guides_have_what_they_are_for() -> None:
     assert len(commands("curl")) >= 4
 
 
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_every_line_of_a_guide_is_of_a_kind_that_is_tried(path: Path) -> None:
+    lines = [line for block in blocks(path, "sh") for line in block.splitlines()]
+
+    assert {line.split()[0] for line in lines} <= {"curl", "maestro", "docker"}
+
+
+def test_the_docker_lines_run_what_they_built_as_the_image_is_made() -> None:
+    build, run = (shlex.split(line) for _, line in commands("docker"))
+    recipe = (ROOT / "Dockerfile").read_text()
+
+    assert run[-1] == build[build.index("-t") + 1]
+    assert f"VOLUME {run[run.index('-v') + 1].partition(':')[2]}\n" in recipe
+    assert f"EXPOSE {run[run.index('-p') + 1].partition(':')[2]}\n" in recipe
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 @pytest.mark.parametrize(("file", "line"), commands("curl"))
 def test_a_curl_line_gets_an_answer(folder: Path, address: str, file: str, line: str) -> None:
@@ -102,8 +118,9 @@ def test_a_curl_line_gets_an_answer(folder: Path, address: str, file: str, line:
 @pytest.mark.parametrize(("file", "line"), commands("maestro"))
 def test_a_command_of_the_program_has_these_options(file: str, line: str) -> None:
     words = shlex.split(line)[1:]
+    named = words[:2] if words[0] == "bench" else words[:1]
     shown = subprocess.run(
-        [*PROGRAM, words[0], "--help"], capture_output=True, text=True, check=False
+        [*PROGRAM, *named, "--help"], capture_output=True, text=True, check=False
     )
 
     assert shown.returncode == 0, (file, line)

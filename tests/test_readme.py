@@ -58,6 +58,20 @@ def test_a_curl_line_gets_an_answer(address: str, command: str) -> None:
         assert answer["labels"] == ["7"]
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_answer_that_is_shown_is_part_of_the_real_one(address: str) -> None:
+    (block,) = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
+    shown = json.loads(block)
+    words = [word.replace("localhost:8000", address) for word in shlex.split(CURLS[0])]
+
+    real = json.loads(run([*words, "--silent"], ROOT).stdout)
+
+    assert shown.keys() < real.keys()
+    assert shown["labels"] == real["labels"]
+    score = artifact.load(shipped_artifact()).points[shown["point"]].score
+    assert shown["accuracy"] == round(score.value, 4)
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make")])
 def test_a_make_line_has_its_target(command: str) -> None:
