@@ -24,6 +24,7 @@ COPY --from=build /opt/maestro /opt/maestro
 ENV PATH=/opt/maestro/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
+    ORT_DISABLE_TELEMETRY=1 \
     MAESTRO_HOST=0.0.0.0 \
     MAESTRO_STATE_DIR=/var/lib/maestro
 USER maestro

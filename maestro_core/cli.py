@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,6 +62,8 @@ class CommandError(Exception):
 
 def main() -> None:
     """Run the program: what is the user's to put right is one line, and exit status 1."""
+    # Else onnxruntime reports its use to Microsoft: it reads this once, when it is imported.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     from server.errors import ServiceError
 
     try:

@@ -48,6 +48,21 @@ def test_profile_then_show_then_infer(
     assert json.loads(inferred.stdout)["point"] == 4
 
 
+def test_nothing_reports_its_use_to_others(
+    environment: dict[str, str], tiny_artifact: Artifact, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    unset = {"ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME", "XDG_DATA_HOME"}
+    bare = {name: value for name, value in environment.items() if name not in unset}
+
+    profiled = maestro(bare | {"HOME": str(home)}, "profile", str(tiny_artifact.path), "--quick")
+
+    assert profiled.returncode == 0, profiled.stderr
+    # onnxruntime makes an identifier of the device there before it reports.
+    assert [path.name for path in home.rglob("*onnxruntime*")] == []
+
+
 def test_show_prints_a_table_and_draws(
     environment: dict[str, str], tiny_artifact: Artifact, tmp_path: Path
 ) -> None:
