@@ -14,8 +14,11 @@ COPY benchmarks benchmarks
 RUN /opt/build/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir dist . \
  && /opt/maestro/bin/pip install --no-cache-dir --no-deps --disable-pip-version-check dist/*.whl \
  && /opt/maestro/bin/pip uninstall --yes pip setuptools \
- && cd /opt/maestro/lib/python3.*/site-packages && rm -r onnx/backend/test onnxruntime/tools onnxruntime/quantization onnxruntime/transformers \
- && find . -type d -name tests -prune -exec rm -r {} +
+ && cd /opt/maestro/lib/python3.*/site-packages \
+ && rm -r onnxruntime/tools onnxruntime/quantization onnxruntime/transformers \
+      onnx/backend/test onnx/reference numpy/f2py PIL/_avif.* pillow.libs/libavif-* \
+ && find . -type d -name tests -prune -exec rm -r {} + \
+ && find . -type f -regex '.*\.\(h\|c\|cc\|pyx\|pxd\|proto\|a\)' -delete
 
 FROM ${BASE}
 RUN useradd --uid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin maestro \
