@@ -102,14 +102,17 @@ def test_the_show_line_shows_what_training_leaves(tmp_path: Path) -> None:
 
 
 def test_the_table_of_points_is_that_of_the_shipped_network() -> None:
-    points = artifact.load(shipped_artifact()).points
-    rows = re.findall(r"^\| (\d+) \| ([\d.]+) % \| ([\d.]+)–([\d.]+) \|", README, re.MULTILINE)
+    shipped = artifact.load(shipped_artifact())
+    dense_macs = shipped.manifest.dense_macs
+    row = r"^\| (\d+) \| ([\d.]+) % \| ([\d.]+)–([\d.]+) \| (\d+) % \| ([\d,]+) \|$"
+    rows = re.findall(row, README, re.MULTILINE)
 
     assert len(rows) >= 3
-    for number, *percents in rows:
-        score = points[int(number)].score
-        written = [f"{100 * share:.2f}" for share in (score.value, score.low, score.high)]
-        assert percents == written
+    for number, *written in rows:
+        point = shipped.points[int(number)]
+        score = point.score
+        percents = [f"{100 * share:.2f}" for share in (score.value, score.low, score.high)]
+        assert written == [*percents, f"{100 * point.macs / dense_macs:.0f}", f"{point.params:,}"]
 
 
 def test_every_setting_has_a_line_and_every_line_a_setting() -> None:
