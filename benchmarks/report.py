@@ -26,12 +26,35 @@ def conditions() -> dict[str, Any]:
 
 
 def write(result: Mapping[str, Any], path: Path | None) -> None:
-    """Print a result as one JSON object, and write it where a path is given."""
-    text = json.dumps(result, indent=1)
+    """Print a result as one JSON object, and write it where a path is given.
+
+    Numbers have six significant digits, and a row of a table has one line.
+    """
+    text = _text(_rounded(result))
     print(text)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n", encoding="utf-8")
+
+
+def _rounded(value: Any) -> Any:  # noqa: ANN401  any JSON
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {name: _rounded(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(each) for each in value]
+    return value
+
+
+def _text(result: Mapping[str, Any]) -> str:
+    lines = []
+    for name, value in result.items():
+        text = json.dumps(value)
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            text = "[\n  " + ",\n  ".join(json.dumps(row) for row in value) + "\n ]"
+        lines.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}"
 
 
 def _commit() -> str:
