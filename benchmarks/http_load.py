@@ -90,11 +90,16 @@ class Connection(asyncio.Protocol):
         Raises:
             OSError: the connection broke.
         """
-        if self._transport is None or self._transport.is_closing():
+        if self._transport is None or not self.is_open:
             raise ConnectionResetError("the server hung up")
         self._answer = asyncio.get_running_loop().create_future()
         self._transport.write(request)
         return await self._answer
+
+    @property
+    def is_open(self) -> bool:
+        """Return whether the server has not hung up, as servers do on connections long idle."""
+        return self._transport is not None and not self._transport.is_closing()
 
     def close(self) -> None:
         """Hang up."""
@@ -146,6 +151,8 @@ async def open_loop(call: Call, arrivals_s: Sequence[float]) -> Latencies:
     made = list(free)
 
     async def send(due_s: float) -> None:
+        while free and not free[-1].is_open:
+            free.pop()
         if free:
             connection = free.pop()
         else:

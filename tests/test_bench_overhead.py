@@ -96,6 +96,17 @@ def test_a_server_that_hangs_up_is_an_error() -> None:
         loaded(handler, lambda call: open_loop(call, [0.0]))
 
 
+def test_an_open_load_connects_again_where_an_idle_connection_was_ended() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        assert request.transport is not None
+        asyncio.get_running_loop().call_later(0.02, request.transport.close)
+        return web.Response()
+
+    found = loaded(handler, lambda call: open_loop(call, [0.0, 0.1, 0.2]))
+
+    assert (len(found.ms), found.failed) == (3, 0)
+
+
 def test_the_floor_answers_what_the_model_says(tiny_artifact: Artifact) -> None:
     graph = tiny_artifact.path / tiny_artifact.points[-1].graph
     shape = (1, *tiny_artifact.manifest.input.shape[1:])
