@@ -71,7 +71,8 @@ def test_rows_that_leave_lanes_empty_stay_where_they_are(tokens: int) -> None:
 
 
 def test_a_dense_layer_stays_as_it_is() -> None:
-    model = graph.build(template(16), [layer(16)], [40])
+    packed, _ = graph.pack(template(16), [layer(16)])
+    model = graph.build(packed, [layer(16)], [40])
 
     assert down_first(model) is model
 
