@@ -85,8 +85,12 @@ class Bench:
 
     def network(self, width: float) -> nn.Module:
         """Return the network, untrained, with the recipe's seed."""
-        torch.manual_seed(self.task.recipe.training.seed)
-        return self.task.network(width)
+        recipe = self.task.recipe
+        torch.manual_seed(recipe.training.seed)
+        model = self.task.network(width)
+        if recipe.prepare:
+            recipe.prepare(model, self.data.train)
+        return model
 
 
 def dense(bench: Bench) -> list[Row]:
@@ -320,7 +324,7 @@ def _cut(bench: Bench, name: str, *, whitened: bool, recalibrated: bool) -> list
     model = _dense(bench, bench.task.width)
     if recalibrated and not scratch(model):
         return []
-    factorize_(model)
+    factorize_(model, bench.task.recipe.training.keep)
     if whitened:
         whiten_(model, sample_inputs(bench.data.train))
     return _scored(bench, name, model, _searched(bench, model), recalibrated=recalibrated)

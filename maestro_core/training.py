@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Optimizer
 
 from maestro_core import checkpoint, distributed
@@ -63,6 +64,7 @@ class HyperParameters:
     parameters are float32 always. `sampling` is of the ordered phase (sampling.py). With
     `whitened` a network that was trained dense is factorised by its activations (whitening.py).
     With a `target` the ordered phase ends at that size, whatever `lasso` (target.py).
+    Scales and shifts of batch normalisation learn `normalisation_rate` times as fast as the rest.
     """
 
     phases: tuple[Phase, ...]
@@ -81,6 +83,7 @@ class HyperParameters:
     proximal: bool = False
     target: Target | None = None
     whitened: bool = False
+    normalisation_rate: float = 1.0
 
     def __post_init__(self) -> None:
         kinds = [phase.kind for phase in self.phases]
@@ -88,6 +91,8 @@ class HyperParameters:
             raise ValueError(f"phases come as dense, ordered, nested, not as {', '.join(kinds)}")
         if self.target and kinds.count("ordered") != 1:
             raise ValueError("a target needs one ordered phase, in which the network shrinks")
+        if not self.normalisation_rate > 0:
+            raise ValueError(f"normalisation_rate is {self.normalisation_rate}, not above 0")
 
     def at(self, epoch: int) -> tuple[Phase, int]:
         """Return the phase of `epoch`, and how many of its epochs came before.
@@ -223,7 +228,8 @@ def train_epoch_(
         if not len(indices):
             continue
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(phase, hyper.warmup, before + step / len(batches))
+            rate = learning_rate(phase, hyper.warmup, before + step / len(batches))
+            group["lr"] = rate * group.get("times", 1.0)
         x, labels = pictures.augmented(indices)
         with torch.autocast(x.device.type, torch.bfloat16, hyper.precision == "bfloat16"):
             if phase.kind == "nested":
@@ -335,10 +341,23 @@ def cut_(model: nn.Module, ranks: tuple[int, ...]) -> None:
 
 
 def _optimizer(model: nn.Module, hyper: HyperParameters) -> Optimizer:
+    """Return SGD in two groups, the rest and normalisation's; `times` multiplies a group's rate."""
+    times = hyper.normalisation_rate
+    normalisation = [
+        parameter
+        for module in model.modules()
+        if isinstance(module, _BatchNorm)
+        for parameter in module.parameters(recurse=False)
+    ]
+    faster = {id(parameter) for parameter in normalisation}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in faster]
+    decay = hyper.weight_decay
     return SGD(
-        model.parameters(),
+        [
+            {"params": rest, "weight_decay": decay, "times": 1.0},
+            {"params": normalisation, "weight_decay": decay / times, "times": times},
+        ],
         lr=0.0,  # set at each step
         momentum=hyper.momentum,
-        weight_decay=hyper.weight_decay,
         nesterov=hyper.nesterov,
     )

@@ -431,6 +431,37 @@ def test_ranks_above_the_chain_are_gone_before_its_points_are_trained(
     assert [layer.rank for layer in low_rank_layers(model).values()] == [2, 6]
 
 
+def test_normalisation_can_learn_at_a_rate_of_its_own(data: Data, tmp_path: Path) -> None:
+    class Normalised(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.norm(x))
+
+    def learnt(times: float) -> dict[str, float]:
+        torch.manual_seed(0)
+        model = Normalised()
+        dense = (Phase("dense", 1, RATE),)
+        hyper = replace(HYPER, phases=dense, keep=("head",), normalisation_rate=times)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        train(model, data, tmp_path / str(times), hyper)
+        after = dict(model.named_parameters())
+        names = ("norm.weight", "norm.bias", "head.bias")
+        return {name: float((after[name].detach() - before[name]).abs().max()) for name in names}
+
+    slow, alike = learnt(1e-4), learnt(1.0)
+
+    assert all(0 < slow[name] < 0.01 * alike[name] for name in ("norm.weight", "norm.bias"))
+    assert slow["head.bias"] > 0.1 * alike["head.bias"]
+
+
+def test_a_rate_of_normalisation_that_learns_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="normalisation_rate is 0, not above 0"):
+        replace(HYPER, normalisation_rate=0)
+
+
 def test_phases_out_of_order_are_refused() -> None:
     with pytest.raises(ValueError, match="dense, ordered, nested, not as nested, dense"):
         replace(HYPER, phases=(Phase("nested", 1, RATE), Phase("dense", 1, RATE)))

@@ -1,23 +1,37 @@
 """A residual network of nine layers for 32×32 pictures that trains in few epochs.
 
-The layout of David Page's DAWNBench entry (2018), narrower at the end: 2.44 M parameters, 285 M
-MACs. All its convolutions are 3×3, so nearly all its MACs are in layers worth factorising.
+The layout of David Page's DAWNBench entry (2018), narrower at the end: 2.45 M parameters, 303 M
+MACs. What makes it learn faster from its first step is his and Keller Jordan's (94 % on CIFAR-10 in
+3.29 seconds, 2024): a fixed first layer that whitens windows, and convolutions that begin as the
+identity. All others are 3×3, so nearly all its MACs are in layers worth factorising.
 """
 
 from typing import cast
 
+import torch
 from torch import Tensor, nn
+
+from maestro_core.data import Pictures
+from maestro_core.windows import whitening_filters
 
 # What the logits are divided by: at 1 the first softmax is so sure that little is learned from it.
 TEMPERATURE = 8
+WINDOW = 2
+WHITENED_BY = 5_000  # pictures
 
 
 class Convolution(nn.Sequential):
-    """A 3×3 convolution, batch normalisation and ReLU; with `pool`, then 2×2 max-pooling."""
+    """A 3×3 convolution, batch normalisation and ReLU; with `pool`, then 2×2 max-pooling.
+
+    Its first channels begin as copies of the input's.
+    """
 
     def __init__(self, channels_in: int, channels: int, pool: bool = False) -> None:
+        convolution = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
+        with torch.no_grad():
+            nn.init.dirac_(convolution.weight[:channels_in])
         super().__init__(
-            nn.Conv2d(channels_in, channels, 3, padding=1, bias=False),
+            convolution,
             nn.BatchNorm2d(channels),
             nn.ReLU(),
             *([nn.MaxPool2d(2)] if pool else []),
@@ -41,14 +55,19 @@ class Residual(nn.Module):
 class ResNet9(nn.Module):
     """Eight convolutions, two of the pairs residual, then the maximum over positions and a map.
 
-    `width` multiplies how many channels there are.
+    `width` multiplies how many channels there are. Before them comes a small convolution that is
+    never trained; `prepare_` sets it.
     """
 
     def __init__(self, classes: int = 10, width: float = 1.0) -> None:
         super().__init__()
         a, b, c = (max(1, round(width * n)) for n in (64, 128, 256))
+        filters = 2 * 3 * WINDOW**2
+        self.whitening = nn.Conv2d(3, filters, WINDOW, padding=1, bias=False)
+        self.whitening.requires_grad_(False)
         self.body = nn.Sequential(
-            Convolution(3, a),  # (b, 64, 32, 32)
+            nn.ReLU(),
+            Convolution(filters, a),  # (b, 64, 33, 33)
             Convolution(a, b, pool=True),  # (b, 128, 16, 16)
             Residual(b),
             Convolution(b, c, pool=True),  # (b, 256, 8, 8)
@@ -59,4 +78,12 @@ class ResNet9(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (b, classes) of pictures (b, 3, 32, 32)."""
-        return cast(Tensor, self.head(self.body(x).amax((2, 3))) / TEMPERATURE)
+        return cast(Tensor, self.head(self.body(self.whitening(x)).amax((2, 3))) / TEMPERATURE)
+
+
+def prepare_(model: nn.Module, pictures: Pictures) -> None:
+    """Set the first layer of a ResNet9 by the pictures it is to be trained on."""
+    if not isinstance(model, ResNet9):
+        raise TypeError(f"a {type(model).__name__} has no layer that whitens")
+    x, _ = pictures.batch(slice(0, WHITENED_BY))
+    model.whitening.weight.data = whitening_filters(x, WINDOW)

@@ -1,6 +1,6 @@
 """A nine-layer residual network on CIFAR-10: the model that ships, two hours on two cores."""
 
-from maestro_core.models.resnet9 import ResNet9
+from maestro_core.models.resnet9 import ResNet9, prepare_
 from maestro_core.recipes import cifar10
 from maestro_core.recipes.recipe import Recipe
 from maestro_core.search import SearchParameters
@@ -17,15 +17,18 @@ RECIPE = Recipe(
     validation=2_500,
     kept_samples=1_000,
     augmentation=cifar10.AUGMENTATION,
+    prepare=prepare_,
     training=HyperParameters(
-        phases=(Phase("dense", 9, 0.15), Phase("ordered", 1, 0.02), Phase("nested", 5, 0.05)),
+        phases=(Phase("dense", 8, 0.2), Phase("ordered", 1, 0.02), Phase("nested", 6, 0.05)),
         batch_size=128,
         momentum=0.9,
         nesterov=True,
         weight_decay=5e-4,
         warmup=0.15,
         whitened=True,
-        label_smoothing=0.1,
+        normalisation_rate=32.0,
+        keep=("whitening",),
+        label_smoothing=0.2,
         lasso=0.0,
         threshold=1e-5,
         precision="bfloat16",

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from maestro_core.artifact import Image
-from maestro_core.data import NO_AUGMENTATION, Augmentation
+from maestro_core.data import NO_AUGMENTATION, Augmentation, Pictures
 from maestro_core.search import SearchParameters
 from maestro_core.training import HyperParameters
 
@@ -18,7 +18,8 @@ class Recipe:
 
     `validation` pictures leave the training set to choose the points. `data_set` and `source` say
     what the data is, and whose. `kept_samples` of the test pictures go into the artifact, for hosts
-    that look for points of their own.
+    that look for points of their own. `prepare` sets what a network takes from its training
+    pictures before the first step.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Recipe:
     training: HyperParameters
     search: SearchParameters
     augmentation: Augmentation = NO_AUGMENTATION
+    prepare: Callable[[nn.Module, Pictures], None] | None = None
 
     def identity(self, data_sha256: str) -> dict[str, Any]:
         """Return, as plain JSON, what a checkpoint must agree on to be resumed."""

@@ -81,6 +81,8 @@ def run_recipe(recipe: Recipe, data_path: Path, out: Path, progress: Progress) -
     with progress:
         loaded = _load(recipe, data_path)
         model = _network(recipe)
+        if recipe.prepare:
+            recipe.prepare(model, loaded.train)
         chain = train_(
             model,
             loaded,
