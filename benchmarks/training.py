@@ -36,16 +36,20 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """A network for pictures (b, 3, 32, 32), and the precision that its recipe trains in."""
+    """A network for pictures (b, 3, 32, 32), trained as its recipe does.
+
+    `precision` is that of forward and backward; layers named in `keep` stay dense.
+    """
 
     name: str
     make: Callable[[], nn.Module]
     precision: Dtype
+    keep: tuple[str, ...]
 
 
 NETWORKS = (
-    Network("resnet18", ResNet18, "float32"),
-    Network("resnet9", ResNet9, "bfloat16"),
+    Network("resnet18", ResNet18, "float32", keep=()),
+    Network("resnet9", ResNet9, "bfloat16", keep=("whitening",)),
 )
 
 
@@ -99,7 +103,7 @@ def make(network: Network, kind: str) -> nn.Module:
     torch.manual_seed(0)
     model = network.make()
     if kind != "dense":
-        factorize_(model)
+        factorize_(model, network.keep)
     if kind == "ordered_half_rank":
         for layer in low_rank_layers(model).values():
             truncate_(layer, layer.rank // 2)
