@@ -80,7 +80,7 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     @app.exception_handler(ServiceError)
     async def known(request: Request, error: ServiceError) -> Response:
         if request.url.path.endswith("/infer"):
-            service.refused(error.code)
+            service.refused(error.code, error.members.get("reason"))
         return problem(error)
 
     @app.exception_handler(RequestValidationError)

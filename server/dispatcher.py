@@ -71,11 +71,13 @@ class Dispatcher:
         *,
         slots: int = 1,
         on_batch: Callable[[Batch, float], None] = lambda _batch, _seconds: None,
+        on_decision: Callable[[float], None] = lambda _seconds: None,
     ) -> None:
         self.scheduler = scheduler
         self._runner = runner
         self._turns = turns
         self._on_batch = on_batch
+        self._on_decision = on_decision
         self._slots = slots
         self._loop = asyncio.get_running_loop()
         self._free = [Worker(f"compute-{i}") for i in range(slots)]
@@ -100,7 +102,8 @@ class Dispatcher:
         if isinstance(verdict, Refusal):
             raise refused(verdict)
         for displaced in verdict.displaced:
-            self._fail(displaced.id, UnavailableError("a request of higher priority came"))
+            gave_way = UnavailableError("a request of higher priority came", reason="displaced")
+            self._fail(displaced.id, gave_way)
         caller = _Caller(x, self._loop.create_future())
         self._callers[request.id] = caller
         self._pump()
@@ -125,7 +128,8 @@ class Dispatcher:
                 await self._drained.wait()
         except TimeoutError:
             for request_id in list(self._callers):
-                self._fail(request_id, UnavailableError("the server is shutting down"))
+                leaving = UnavailableError("the server is shutting down", reason="draining")
+                self._fail(request_id, leaving)
 
     def close(self) -> None:
         """Let the threads end."""
@@ -147,9 +151,12 @@ class Dispatcher:
     def _pump(self) -> None:
         """Start what the scheduler plans, and be back when it wants to be asked again."""
         while True:
-            plan = self.scheduler.plan(time.monotonic())
+            now = time.monotonic()
+            plan = self.scheduler.plan(now)
+            self._on_decision(time.monotonic() - now)
             for request in plan.expired:
-                self._fail(request.id, OutOfTimeError("the deadline passed while it waited"))
+                late = OutOfTimeError("the deadline passed while it waited", reason="expired")
+                self._fail(request.id, late)
             if plan.batch is None:
                 break
             self._start(plan.batch)
@@ -291,7 +298,7 @@ def refused(refusal: Refusal) -> ServiceError:
             if refusal.min_feasible_ms is None
             else {"min_feasible_ms": round(refusal.min_feasible_ms, 3)}
         )
-        return InfeasibleError(refusal.detail, **members)
+        return InfeasibleError(refusal.detail, reason=refusal.reason, **members)
     return UnavailableError(refusal.detail, refusal.retry_after_s or 1.0, reason=refusal.reason)
 
 

@@ -1,10 +1,19 @@
-"""What Prometheus may ask: one registry per server, seconds everywhere, buckets from 0.5 ms."""
+"""What Prometheus may ask: one registry per server, seconds everywhere, buckets from 0.5 ms.
+
+Decisions take less; their buckets begin at 5 µs.
+"""
 
 from functools import cache
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from server.answers import Inference
+
+Cause = Literal["infeasible", "compute", "queue", "several"]
+
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_DECISION = (5e-6, 1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 5e-3, 2.5e-2)
 _RATIO = (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)
 _TARGET = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)
 _BATCH = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -19,6 +28,24 @@ class Metrics:
             "maestro_requests",
             "Inference requests by outcome (ok, late, or the error's code) and point.",
             ["outcome", "point"],
+            registry=self.registry,
+        )
+        self._missed = Counter(
+            "maestro_missed",
+            "Answers later than their target, by what made them late.",
+            ["cause"],
+            registry=self.registry,
+        )
+        self._shed = Counter(
+            "maestro_shed",
+            "Requests refused or given up so that others are on time, by reason.",
+            ["reason"],
+            registry=self.registry,
+        )
+        self._decision = Histogram(
+            "maestro_decision_seconds",
+            "To decide what to run next.",
+            buckets=_DECISION,
             registry=self.registry,
         )
         self._latency = self._seconds("latency", "From arrival to the answer's hand-over.")
@@ -59,18 +86,26 @@ class Metrics:
             registry=self.registry,
         )
 
-    def answered(self, point: int, queue_s: float, total_s: float, target_s: float | None) -> None:
+    def answered(self, inference: Inference, total_ms: float, target_ms: float | None) -> None:
         """Count an answer."""
-        late = target_s is not None and total_s > target_s
-        if target_s is not None:
-            self._target.observe(total_s / target_s)
-        self._request_of("late" if late else "ok", point).inc()
-        self._queue.observe(queue_s)
-        self._latency.observe(total_s)
+        late = target_ms is not None and total_ms > target_ms
+        if target_ms is not None:
+            self._target.observe(total_ms / target_ms)
+            if late:
+                self._missed.labels(missed_by(inference, total_ms, target_ms)).inc()
+        self._request_of("late" if late else "ok", inference.point).inc()
+        self._queue.observe(inference.queue_ms / 1e3)
+        self._latency.observe(total_ms / 1e3)
 
-    def refused(self, code: str) -> None:
-        """Count a request that was answered with an error."""
+    def refused(self, code: str, reason: str | None = None) -> None:
+        """Count a request that was answered with an error; a `reason` is the scheduler's."""
         self._requests.labels(code, "").inc()
+        if reason is not None:
+            self._shed.labels(reason).inc()
+
+    def decided(self, decision_s: float) -> None:
+        """Count a decision."""
+        self._decision.observe(decision_s)
 
     def ran(self, point: int, size: int, compute_s: float, predicted_s: float) -> None:
         """Count a batch."""
@@ -81,3 +116,18 @@ class Metrics:
     def text(self) -> bytes:
         """Return the exposition format."""
         return generate_latest(self.registry)
+
+
+def missed_by(inference: Inference, total_ms: float, target_ms: float) -> Cause:
+    """Return what made an answer late: that without which it would have been on time.
+
+    `infeasible`: the point is too slow for the target even alone. `compute`: its batch took longer
+    than predicted. `queue`: it waited. `several`: no one of these is enough.
+    """
+    over_ms = total_ms - target_ms
+    around_ms = total_ms - inference.queue_ms - inference.compute_ms
+    if around_ms + inference.predicted_ms > target_ms:
+        return "infeasible"
+    if inference.compute_ms - inference.predicted_ms >= over_ms:
+        return "compute"
+    return "queue" if inference.queue_ms >= over_ms else "several"

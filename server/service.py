@@ -179,14 +179,12 @@ class Service:
 
     def count(self, inference: Inference, content: dict[str, Any]) -> None:
         """Count an answer."""
-        total_s, target_ms = content["total_ms"] / 1e3, content["max_latency_ms"]
-        target_s = None if target_ms is None else target_ms / 1e3
-        self.metrics.answered(inference.point, inference.queue_ms / 1e3, total_s, target_s)
+        self.metrics.answered(inference, content["total_ms"], content["max_latency_ms"])
         self.statistics.answered(inference, content["total_ms"])
 
-    def refused(self, code: str) -> None:
-        """Count a request that was answered with an error."""
-        self.metrics.refused(code)
+    def refused(self, code: str, reason: str | None = None) -> None:
+        """Count a request that was answered with an error; a `reason` is the scheduler's."""
+        self.metrics.refused(code, reason)
         self.statistics.fail.add(0.0)
 
     def metrics_text(self) -> bytes:
@@ -336,6 +334,7 @@ class Service:
             self._turns,
             slots=SLOTS,
             on_batch=self._ran,
+            on_decision=self.metrics.decided,
         )
         self._serving = _Serving(dispatcher, profile, source)
         log.info("ready; profile %s, of %s", source, profile.measured_at)

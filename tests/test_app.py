@@ -153,6 +153,7 @@ def test_an_impossible_target_is_degraded_or_refused(client: Client) -> None:
     )
     problem = check_problem(refused, 422, "the fastest needs")
     assert problem["min_feasible_ms"] > 0.001
+    assert problem["reason"] == "infeasible"
 
 
 def test_min_accuracy_is_a_floor(client: Client) -> None:
@@ -369,14 +370,23 @@ def test_metrics_are_readable_and_count(client: Client) -> None:
     before = counted()
     infer(client, "?point=2&max_latency_ms=3000")
     client.post("/infer", content=b"", headers={"content-type": "image/png"})
+    infer(client, "?max_latency_ms=0.001")
+    client.post("/infer?max_latency_ms=0.001&on_miss=reject", json={"inputs": SAMPLE.tolist()})
     after = counted()
 
     for labels in ({"outcome": "ok", "point": "2"}, {"outcome": "bad-request", "point": ""}):
         key = f"maestro_requests_total{json.dumps(labels, sort_keys=True)}"
         assert after[key] == before.get(key, 0) + 1
     assert after["maestro_ready{}"] == 1
+    for key in (
+        'maestro_missed_total{"cause": "infeasible"}',
+        'maestro_shed_total{"reason": "infeasible"}',
+    ):
+        assert after[key] == before.get(key, 0) + 1
     count = "maestro_latency_seconds_count{}"
-    assert after[count] == before[count] + 1
+    assert after[count] == before[count] + 2
+    decisions = "maestro_decision_seconds_count{}"
+    assert after[decisions] >= before[decisions] + 2
 
 
 def test_openapi_describes_the_calls(client: Client) -> None:

@@ -5,9 +5,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from server.answers import Inference
 from server.metrics import Metrics
 
 DASHBOARD = json.loads(
@@ -20,8 +22,10 @@ FROM_THE_SCRAPE = {"job"}
 def exported() -> dict[str, list[dict[str, str]]]:
     """Return the label sets of each series of a server that has answered and refused."""
     metrics = Metrics()
-    metrics.answered(0, 0.001, 0.002, 0.003)
-    metrics.refused("overloaded")
+    output = np.zeros((1, 10), np.float32)
+    metrics.answered(Inference(output, 0, 1.0, 5.0, 1.0, 1), 6.1, target_ms=3.0)
+    metrics.refused("unavailable", "overloaded")
+    metrics.decided(1e-5)
     metrics.ran(0, 1, 0.001, 0.001)
     found: dict[str, list[dict[str, str]]] = {}
     for family in text_string_to_metric_families(metrics.text().decode()):

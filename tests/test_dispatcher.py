@@ -107,8 +107,9 @@ def test_a_request_that_runs_out_of_time_is_told_so_and_not_run() -> None:
         engine.gate.clear()
         first = await start(driver, request("first"), 0)
         late = await start(driver, request("late", 0.02), 1)
-        with pytest.raises(OutOfTimeError):
+        with pytest.raises(OutOfTimeError) as told:
             await late
+        assert told.value.members == {"reason": "expired"}
         engine.gate.set()
         await first
 
@@ -122,7 +123,7 @@ def test_an_infeasible_target_is_refused_at_once_when_asked() -> None:
         with pytest.raises(InfeasibleError) as caught:
             await driver.infer(request("a", 0.001, on_miss="reject"), rows(0))
 
-        assert caught.value.members == {"min_feasible_ms": 2.0}
+        assert caught.value.members == {"reason": "infeasible", "min_feasible_ms": 2.0}
         assert engine.ran == []
 
     drive(scenario)
