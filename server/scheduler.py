@@ -5,28 +5,18 @@ runs where, and who is told, is the caller's business.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from server.admission import Admission
+from server.explaining import explained
 from server.forecast import Forecast
 from server.latencies import Latencies
 from server.outlook import Expected, Finished, View, due_by_place, limits_behind_ms
-from server.requests import (
-    Admitted,
-    Batch,
-    Explanation,
-    Plan,
-    PointVerdict,
-    Refusal,
-    Request,
-)
+from server.requests import Admitted, Batch, Explanation, Plan, Refusal, Request
 from server.selector import Choice, Policy, choose
 from server.slowdown import Slowdown
 from server.tables import MS, Tables
 from server.waiting import Entry, WaitingList
-
-# A request without a target is in no hurry, but not behind everybody for ever: it takes its place
-# as if it had this long, times its priority level.
-PATIENCE_S = 5.0
 
 
 @dataclass(slots=True, eq=False)
@@ -59,6 +49,7 @@ class Scheduler:
         self._max_queue = max_queue
         self._slots = slots
         self._sheds = sheds
+        self._admission = Admission(self._tables, sheds=sheds)
         self._slowdown = Slowdown()
         self._forecast = Forecast(self._tables.p50_ms[0][0], self._tables.tail_ms[-1][-1])
         self._waiting = WaitingList()
@@ -100,85 +91,11 @@ class Scheduler:
 
     def _prepare(self, request: Request, now: float) -> tuple[Entry, Refusal | None]:
         """Return the entry, and why it can be refused whatever else waits."""
-        tables = self._tables
-        latencies = tables.latencies
-        self._check(request)
-        accuracy, top = latencies.accuracy, len(latencies.accuracy) - 1
-        lowest, highest = 0, top
-        if request.min_accuracy is not None:
-            lowest = next((p for p, a in enumerate(accuracy) if a >= request.min_accuracy), top + 1)
-        if request.point is not None:
-            below = accuracy[request.point] < (request.min_accuracy or 0.0)
-            lowest = highest = request.point
-            lowest += below * (top + 1)
-        if lowest > top:
-            return self._entry(request, top, top), _below_floor(request, accuracy)
-        if request.deadline_s is None and request.point is None:
-            lowest = tables.best[top]
-        entry = self._entry(request, lowest, highest)
-        if self._draining:
-            return entry, Refusal("draining", "the server is shutting down", retry_after_s=1.0)
-        if request.deadline_s is None:
-            return entry, None
-        quickest_ms = self._factor(now) * tables.tail_ms[request.rows - 1][lowest]
-        if MS * (entry.expiry_s - now) >= quickest_ms or not self._sheds:
-            return entry, None
-        if request.on_miss == "reject":
-            return entry, self._infeasible(request, quickest_ms)
-        return self._late(entry, quickest_ms, now), None
-
-    def _check(self, request: Request) -> None:
-        points, max_batch = len(self._tables.best), self._tables.latencies.max_batch
-        if request.point is not None and request.point >= points:
-            raise ValueError(f"point must be in 0..{points - 1}, not {request.point}")
-        if request.rows > max_batch:
-            raise ValueError(f"rows must be in 1..{max_batch}, not {request.rows}")
-
-    def _entry(self, request: Request, lowest: int, highest: int) -> Entry:
         self._arrivals += 1
-        expiry_s = self._expiry_s(request)
-        place_s = expiry_s
-        if request.deadline_s is None:
-            place_s = request.arrival_s + PATIENCE_S * request.level
-        return Entry(
-            request,
-            (place_s, request.level, self._arrivals),
-            expiry_s,
-            lowest,
-            highest,
-            request.min_accuracy or 0.0,
-            request.rows * self._tables.unit_ms[lowest],
-        )
-
-    def _expiry_s(self, request: Request) -> float:
-        """Return when the engine must be done with a request."""
-        if request.deadline_s is None:
-            return math.inf
-        return request.deadline_s - self._tables.latencies.overhead_ms / MS
-
-    def _late(self, entry: Entry, quickest_ms: float, now: float) -> Entry:
-        """Return the entry for a target that no point makes: as soon as may be, at its lowest.
-
-        It may have to wait for one running batch, the longest there is, before its own.
-        """
-        longest_ms = self._factor(now) * self._tables.tail_ms[-1][-1]
-        return replace(
-            entry,
-            order=(now + quickest_ms / MS, *entry.order[1:]),
-            expiry_s=now + (longest_ms + 2 * quickest_ms) / MS,
-            highest=entry.lowest,
-            late=True,
-        )
-
-    def _infeasible(self, request: Request, quickest_ms: float) -> Refusal:
-        least_ms = quickest_ms + self._tables.latencies.overhead_ms
-        target_ms = MS * ((request.deadline_s or math.inf) - request.arrival_s)
-        return Refusal(
-            "infeasible",
-            f"no allowed point answers within {target_ms:.4g} ms here; the fastest needs "
-            f"{least_ms:.3g} ms",
-            min_feasible_ms=least_ms,
-        )
+        entry, refusal = self._admission.entry(request, self._factor(now), self._arrivals, now)
+        if self._draining and (refusal is None or refusal.reason != "floor"):
+            refusal = Refusal("draining", "the server is shutting down", retry_after_s=1.0)
+        return entry, refusal
 
     def _no_room(self, entry: Entry, now: float) -> Refusal | None:
         """Return why the queue can't take the entry, if it can't."""
@@ -323,45 +240,17 @@ class Scheduler:
             ValueError: as `submit`.
         """
         now = max(now, self._now)
-        self._check(request)
         entry, refusal = self._prepare(request, now)
         refusal = refusal or self._no_room(entry, now)
-        wait_ms = self._wait_ms(entry, self._view(now))
-        verdicts = tuple(
-            self._verdict(entry, point, wait_ms, now) for point in range(len(self._tables.best))
-        )
-        allowed = [v for v in verdicts if v.feasible] if refusal is None else []
-        point = max(allowed, key=lambda v: (v.accuracy, -v.point)).point if allowed else None
-        if point is None and refusal is None:
-            point = entry.lowest
-        return Explanation(
-            point=point,
-            why=_why(entry, point, refusal),
-            refusal=refusal,
-            budget_ms=None if request.deadline_s is None else MS * (self._expiry_s(request) - now),
-            wait_ms=wait_ms,
+        return explained(
+            entry,
+            refusal,
+            self._tables.latencies,
+            expiry_s=self._admission.expiry_s(request),
+            wait_ms=self._wait_ms(entry, self._view(now)),
             slowdown=self._factor(now),
             waiting=len(self._waiting),
-            points=verdicts,
-        )
-
-    def _verdict(self, entry: Entry, point: int, wait_ms: float, now: float) -> PointVerdict:
-        latencies = self._tables.latencies
-        tail_ms = self._factor(now) * latencies.tail_ms[point][entry.request.rows - 1]
-        why = "feasible"
-        if latencies.accuracy[point] < (entry.request.min_accuracy or 0.0):
-            why = "below min_accuracy"
-        elif not entry.lowest <= point <= entry.highest:
-            why = "not asked for"
-        elif now + (wait_ms + tail_ms) / MS > self._expiry_s(entry.request):
-            why = "too slow"
-        return PointVerdict(
-            point,
-            latencies.accuracy[point],
-            tail_ms,
-            wait_ms + tail_ms + latencies.overhead_ms,
-            why == "feasible",
-            why,
+            now=now,
         )
 
     # -- inside ------------------------------------------------------------------------------
@@ -455,20 +344,3 @@ class Scheduler:
 
     def _drain_s(self, now: float) -> float:
         return self._view(now).drain_ms(self._waiting.rows) / MS
-
-
-def _below_floor(request: Request, accuracy: tuple[float, ...]) -> Refusal:
-    best = max(accuracy) if request.point is None else accuracy[request.point]
-    return Refusal("floor", f"min_accuracy is {request.min_accuracy}; the best is {best:.4g}")
-
-
-def _why(entry: Entry, point: int | None, refusal: Refusal | None) -> str:
-    if refusal is not None or point is None:
-        return refusal.detail if refusal else "no point"
-    if entry.late:
-        return "no allowed point makes the target; the fastest is used"
-    if entry.request.point is not None:
-        return "the request names this point"
-    if entry.request.deadline_s is None:
-        return "without a target, the most accurate point"
-    return "the most accurate allowed point that is on time"

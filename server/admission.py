@@ -1,0 +1,114 @@
+"""What a request may run at on this host, and whether any point can answer it in time.
+
+Looks at the request alone; who else waits is the scheduler's business (scheduler.py).
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+from server.requests import Refusal, Request
+from server.tables import MS, Tables
+from server.waiting import Entry
+
+# A request without a target is in no hurry, but not behind everybody for ever: it takes its place
+# as if it had this long, times its priority level.
+PATIENCE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Turns requests into entries. `sheds`: refuse what no point makes."""
+
+    tables: Tables
+    sheds: bool
+
+    def entry(
+        self, request: Request, factor: float, number: int, now: float
+    ) -> tuple[Entry, Refusal | None]:
+        """Return the entry of the `number`th request, and why it can be refused, if it can.
+
+        factor: what profiled tails are multiplied by now.
+
+        Raises:
+            ValueError: its point doesn't exist, or its rows fill more than a batch.
+        """
+        tables = self.tables
+        self._check(request)
+        accuracy, top = tables.latencies.accuracy, len(tables.latencies.accuracy) - 1
+        lowest, highest = 0, top
+        if request.min_accuracy is not None:
+            lowest = next((p for p, a in enumerate(accuracy) if a >= request.min_accuracy), top + 1)
+        if request.point is not None:
+            below = accuracy[request.point] < (request.min_accuracy or 0.0)
+            lowest = highest = request.point
+            lowest += below * (top + 1)
+        if lowest > top:
+            return self._between(request, top, top, number), _below_floor(request, accuracy)
+        if request.deadline_s is None and request.point is None:
+            lowest = tables.best[top]
+        entry = self._between(request, lowest, highest, number)
+        if request.deadline_s is None or not self.sheds:
+            return entry, None
+        quickest_ms = factor * tables.tail_ms[request.rows - 1][lowest]
+        if MS * (entry.expiry_s - now) >= quickest_ms:
+            return entry, None
+        if request.on_miss == "reject":
+            return entry, self._infeasible(request, quickest_ms)
+        return self._late(entry, quickest_ms, factor, now), None
+
+    def expiry_s(self, request: Request) -> float:
+        """Return when the engine must be done with a request; inf without a target."""
+        if request.deadline_s is None:
+            return math.inf
+        return request.deadline_s - self.tables.latencies.overhead_ms / MS
+
+    def _check(self, request: Request) -> None:
+        points, max_batch = len(self.tables.best), self.tables.latencies.max_batch
+        if request.point is not None and request.point >= points:
+            raise ValueError(f"point must be in 0..{points - 1}, not {request.point}")
+        if request.rows > max_batch:
+            raise ValueError(f"rows must be in 1..{max_batch}, not {request.rows}")
+
+    def _between(self, request: Request, lowest: int, highest: int, number: int) -> Entry:
+        expiry_s = self.expiry_s(request)
+        place_s = expiry_s
+        if request.deadline_s is None:
+            place_s = request.arrival_s + PATIENCE_S * request.level
+        return Entry(
+            request,
+            (place_s, request.level, number),
+            expiry_s,
+            lowest,
+            highest,
+            request.min_accuracy or 0.0,
+            request.rows * self.tables.unit_ms[lowest],
+        )
+
+    def _late(self, entry: Entry, quickest_ms: float, factor: float, now: float) -> Entry:
+        """Return the entry for a target that no point makes: as soon as may be, at its lowest.
+
+        It may have to wait for one running batch, the longest there is, before its own.
+        """
+        longest_ms = factor * self.tables.tail_ms[-1][-1]
+        return replace(
+            entry,
+            order=(now + quickest_ms / MS, *entry.order[1:]),
+            expiry_s=now + (longest_ms + 2 * quickest_ms) / MS,
+            highest=entry.lowest,
+            late=True,
+        )
+
+    def _infeasible(self, request: Request, quickest_ms: float) -> Refusal:
+        least_ms = quickest_ms + self.tables.latencies.overhead_ms
+        target_ms = MS * ((request.deadline_s or math.inf) - request.arrival_s)
+        return Refusal(
+            "infeasible",
+            f"no allowed point answers within {target_ms:.4g} ms here; the fastest needs "
+            f"{least_ms:.3g} ms",
+            min_feasible_ms=least_ms,
+        )
+
+
+def _below_floor(request: Request, accuracy: tuple[float, ...]) -> Refusal:
+    best = max(accuracy) if request.point is None else accuracy[request.point]
+    return Refusal("floor", f"min_accuracy is {request.min_accuracy}; the best is {best:.4g}")
