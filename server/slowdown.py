@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 # Weight of the newest batch: a step in the host's speed is followed within about ten batches.
 GAIN = 0.1
-# Deviations above the mean that the estimate covers: the tail, not the mean, must fit.
-DEVIATIONS = 2.33
+# Deviations above the mean that the estimate covers: as far as profiled tails reach, which one
+# run in ten thousand exceeds. That is 3.7 for a normal spread and 8.2 for an exponential one.
+DEVIATIONS = 5.0
 # One batch that stalled moves the estimate as if it had been this many times too slow, no more.
 LARGEST_STEP = 3.0
 # Without new batches the estimate returns to the profile: else a host that looked too slow for
@@ -19,7 +20,9 @@ class Slowdown:
     """Mean and spread of measured / profiled, by exponential averages (after ALERT, ATC 2020).
 
     `level` compares with the median, and is what a batch usually takes; `factor` is what
-    the profiled tail is multiplied by, and covers spread that the profile hasn't seen.
+    the profiled tail is multiplied by, and covers spread that the profile hasn't seen. A median
+    that rises within the profiled tail, as where a host wakes up for each of few requests,
+    leaves that tail as it was: the spread says where it is now.
     """
 
     level: float = 1.0
@@ -43,9 +46,9 @@ class Slowdown:
         self.updated_s = max(self.updated_s, now)
 
     def factor(self, now: float) -> float:
-        """Return what to multiply profiled tails by, at least the level; near 1 when calm."""
+        """Return what to multiply profiled tails by: 1 when calm, less on a faster host."""
         covered = self.tail + DEVIATIONS * math.sqrt(self.variance)
-        return self._faded(max(self.level, covered), now)
+        return self._faded(max(min(1.0, self.level), covered), now)
 
     def typical(self, now: float) -> float:
         """Return what to multiply profiled medians by."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from maestro_core import artifact, graph
@@ -25,6 +26,10 @@ from maestro_core.artifact import (
     Score,
     Tensor,
 )
+
+# A machine that is busy for a moment is not a failed property.
+settings.register_profile("maestro", deadline=None)
+settings.load_profile("maestro")
 
 TINY_LAYERS = (
     Layer("conv", "conv2d", 1, 6, (3, 3), (1, 1), (1, 1), (1, 1), positions=64, max_rank=6),

@@ -25,7 +25,7 @@ def workload(gaps_ms: list[float], targets_ms: list[float]) -> Workload:
     return Workload("drawn", np.cumsum(gaps_ms) / 1e3, np.array(targets_ms))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(GAPS_MS, st.sampled_from((0.9, 1.3, 3.0, 5.1, 9.0)))
 def test_the_best_schedule_is_what_trying_all_finds(gaps_ms: list[float], target_ms: float) -> None:
     drawn = workload(gaps_ms, [target_ms] * len(gaps_ms))
@@ -33,7 +33,7 @@ def test_the_best_schedule_is_what_trying_all_finds(gaps_ms: list[float], target
     assert best_value(drawn, LATENCIES) == pytest.approx(exhaustive_value(drawn, LATENCIES))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data(), GAPS_MS)
 def test_the_fluid_bound_is_above_every_schedule(data: st.DataObject, gaps_ms: list[float]) -> None:
     targets_ms = [data.draw(st.floats(0.5, 12.0)) for _ in gaps_ms]

@@ -103,7 +103,7 @@ def test_a_budget_that_runs_out_is_kept_and_reported() -> None:
 
 
 @given(st.floats(1e-3, 2.0), st.integers(0, 9))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_no_more_than_the_budget_is_spent(budget_s: float, seed: int) -> None:
     """But for the smallest batch, which is warmed up and run once on every point."""
     host = FakeHost(noise=0.5)

@@ -153,7 +153,7 @@ def test_a_wrong_json_length_is_named(length: str) -> None:
     assert caught.value.status == 400
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     body=strategies.one_of(
         strategies.binary(max_size=300),

@@ -366,7 +366,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(STEPS, st.integers(1, 3), st.integers(1, 12))
 def test_no_request_is_lost_or_answered_twice_or_wronged(
     steps: list[tuple[str, int, float]], slots: int, max_queue: int

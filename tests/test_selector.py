@@ -168,6 +168,24 @@ def test_spread_that_the_profile_has_not_seen_is_covered() -> None:
     assert slowdown.factor(399.0) * 1.1 >= 2.0
 
 
+def test_a_median_that_rises_within_the_tail_does_not_stretch_the_tail() -> None:
+    slowdown = Slowdown()
+    for i in range(400):
+        slowdown.observe((1.4, 1.45, 1.35)[i % 3], 1.0, 2.0, float(i))
+
+    assert slowdown.typical(399.0) == pytest.approx(1.4, abs=0.03)
+    assert slowdown.factor(399.0) == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_host_of_another_speed_scales_the_tail() -> None:
+    for speed in (0.7, 2.0):
+        slowdown = Slowdown()
+        for i in range(400):
+            slowdown.observe(speed * (1.0, 1.1, 1.2)[i % 3], 1.0, 1.3, float(i))
+
+        assert speed <= slowdown.factor(399.0) <= 1.25 * speed
+
+
 def test_one_stall_moves_the_estimate_by_one_step_only() -> None:
     slowdown = Slowdown()
     for i in range(100):
