@@ -124,12 +124,12 @@ def show(
     """Print the points, with this host's latency where it has been profiled."""
     from server import local
     from server.answers import frontier_rows
-    from server.service import engine_of
+    from server.measuring import HostModel
     from server.settings import read_settings
 
-    settings = read_settings()
-    loaded = local.of_host(artifact.load(path), settings)
-    profile = local.stored_profile(engine_of(loaded, settings), settings)
+    model = HostModel(artifact.load(path), read_settings())
+    loaded = model.points().artifact
+    profile = local.stored_profile(model, model.engine(loaded))
     rows = frontier_rows(loaded, profile)
     _print_points(loaded, rows, as_json)
     if plot:
@@ -153,11 +153,13 @@ def profile(
     from benchmarks.profiler import FULL, QUICK
     from server import local
     from server.answers import frontier_rows
+    from server.measuring import HostModel
     from server.settings import read_settings
 
     effort = replace(QUICK if quick else FULL, search=search)
     with _progress("calibrating") as progress:
-        served, measured = local.profile(artifact.load(path), read_settings(), effort, progress)
+        model = HostModel(artifact.load(path), read_settings())
+        served, measured = local.profile(model, effort, progress)
     _print_points(served, frontier_rows(served, measured), as_json)
     errors.print(f"measured until {'precise' if measured.stopped_on == 'precision' else 'time up'}")
 
@@ -207,8 +209,8 @@ def infer(
     """Answer one input without a server; calibrates first if this host has no profile yet."""
     from benchmarks.profiler import QUICK
     from server import local
+    from server.measuring import HostModel
     from server.schemas import parse_parameters
-    from server.service import engine_of
     from server.settings import read_settings
 
     given = {
@@ -220,14 +222,14 @@ def infer(
     }
     known = {name: value for name, value in given.items() if value is not None}
     parameters = parse_parameters({}, known)
-    settings = read_settings()
-    loaded = local.of_host(artifact.load(path), settings)
+    model = HostModel(artifact.load(path), read_settings())
+    loaded = model.points().artifact
     x = local.read_input(file, loaded.manifest.input)
-    engine = engine_of(loaded, settings)
-    measured = local.stored_profile(engine, settings)
+    engine = model.engine(loaded)
+    measured = local.stored_profile(model, engine)
     if measured is None:
         with _progress("calibrating") as progress:
-            measured = local.calibrate(engine, settings, QUICK, progress)
+            _, measured = local.profile(model, QUICK, progress, engine)
     answer = local.infer(engine, measured, x, parameters)
     answer["outputs"] = answer["outputs"].tolist()
     if as_json:

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import host_artifact, profiler
-from benchmarks.layer_latencies import Measuring
 from benchmarks.profiler import Effort, Progress
 from maestro_core.artifact import Artifact, Tensor
 from maestro_core.profile import Profile
@@ -20,68 +18,37 @@ from server.answers import Inference, infer_answer
 from server.dispatcher import refused
 from server.engine import Engine
 from server.errors import UnsupportedMediaError
+from server.measuring import SLOTS, Hooks, HostModel, latencies_of
+from server.overhead import overhead_ms
 from server.requests import Refusal
 from server.scheduler import Scheduler
 from server.schemas import InferParameters
-from server.service import SEARCH_SHARE, SLOTS, engine_of, latencies_of, overhead_ms, threads_of
-from server.settings import Settings
 
 Floats = NDArray[np.float32]
 
 
-def of_host(artifact: Artifact, settings: Settings) -> Artifact:
-    """Return the points found for this host where there are any, as the server would."""
-    threads = threads_of(artifact, settings)
-    return host_artifact.of_host(artifact, settings.state_dir, threads).artifact
-
-
 def profile(
-    artifact: Artifact, settings: Settings, effort: Effort, progress: Callable[[Progress], object]
+    model: HostModel,
+    effort: Effort,
+    progress: Callable[[Progress], object],
+    engine: Engine | None = None,
 ) -> tuple[Artifact, Profile]:
     """Return what a server would serve here, and its profile, which is stored.
-
-    Within the effort is all that it takes: threads, a search where one is wanted, loading, trials.
 
     Raises:
         ArtifactError: there is nothing to search with, or the disk does not take the points.
         EngineError: the provider is not installed, or ONNX Runtime refuses the artifact.
         StoreError: the state directory cannot be written.
     """
-    began_s = time.monotonic()
-    if effort.search:
-        threads = threads_of(artifact, settings)
-        measuring = Measuring(effort.budget_s * SEARCH_SHARE, threads, progress=progress)
-        served = host_artifact.searched(artifact, settings.state_dir, measuring)
-    else:
-        served = of_host(artifact, settings)
-    engine = engine_of(served, settings)
-    left = effort.after(time.monotonic() - began_s)
-    return served, calibrate(engine, settings, left, progress)
+    around_ms = asyncio.run(overhead_ms(model.source))
+    engine, measured = model.measured(effort, around_ms, engine, Hooks(progress=progress))
+    ProfileStore(model.settings.state_dir).save(measured)
+    return engine.artifact, measured
 
 
-def stored_profile(engine: Engine, settings: Settings) -> Profile | None:
+def stored_profile(model: HostModel, engine: Engine) -> Profile | None:
     """Return the profile of this host that a server would start with, if there is one."""
-    return ProfileStore(settings.state_dir).find(engine.profile_key(SLOTS)).profile
-
-
-def calibrate(
-    engine: Engine, settings: Settings, effort: Effort, progress: Callable[[Progress], object]
-) -> Profile:
-    """Measure this host and store the profile.
-
-    Raises:
-        StoreError: the state directory cannot be written.
-    """
-    profile = profiler.profile(
-        engine,
-        effort,
-        batch_sizes=profiler.batch_sizes_to(settings.max_batch),
-        compute_threads=SLOTS,
-        overhead_ms=asyncio.run(overhead_ms(engine.artifact)),
-        progress=progress,
-    )
-    ProfileStore(settings.state_dir).save(profile)
-    return profile
+    return ProfileStore(model.settings.state_dir).find(engine.profile_key(SLOTS)).profile
 
 
 def read_input(path: Path, tensor: Tensor) -> Floats:

@@ -7,33 +7,26 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from statistics import median
 from typing import Any, Literal
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
-from benchmarks import host_artifact, profiler
-from benchmarks.layer_latencies import Measuring
-from benchmarks.parallelism import best_threads
 from benchmarks.profiler import QUICK, Effort, Progress
 from maestro_core import artifact, held_out
-from maestro_core.artifact import Artifact
-from maestro_core.host import usable_cores
 from maestro_core.profile import Profile, ProfileError
 from maestro_core.profile_store import ProfileStore
 from server import inputs
-from server.answers import Inference, frontier_rows, infer_answer
+from server.answers import Inference, frontier_rows
 from server.calibration import AlreadyRunningError, Calibrator, Job, UnknownJobError
 from server.dispatcher import Dispatcher
 from server.engine import Engine
 from server.errors import ConflictError, InvalidError, NotFoundError, UnavailableError
-from server.latencies import Latencies
+from server.measuring import SLOTS, Hooks, HostModel, latencies_of
 from server.metrics import Metrics
+from server.overhead import overhead_ms
 from server.policies import scheduler_of
-from server.requests import Batch, Request
-from server.scheduler import Scheduler
+from server.requests import Batch
 from server.schemas import InferParameters
 from server.settings import Settings
 from server.statistics import Statistics
@@ -45,10 +38,6 @@ Floats = NDArray[np.float32]
 Receive = Callable[[], Awaitable[Any]]
 
 DRAIN_S = 10.0
-# Slots: how many batches compute at once. One: a batch has all threads of the engine.
-SLOTS = 1
-SEARCH_SHARE = 0.5  # of a calibration that looks for points first
-_OVERHEAD_RUNS = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +66,13 @@ class Service:
         """
         self.settings = settings
         self.version = version("maestro-serve")
-        self._source = artifact.load(settings.artifact)
-        self._threads = threads_of(self._source, settings)
-        kept = host_artifact.of_host(self._source, settings.state_dir, self._threads)
-        if kept.note:
-            log.warning("%s", kept.note)
-        self.artifact = kept.artifact
+        self._host = HostModel(artifact.load(settings.artifact), settings)
+        self.artifact, note = self._host.points()
+        _warn(note)
         self.metrics = Metrics()
         self.statistics = Statistics()
-        self._engine = self._measured_engine = self._engine_of(self.artifact)
+        self._engine = self._measured_engine = self._host.engine(self.artifact)
+        _warn(self._engine.note)
         self._store = ProfileStore(settings.state_dir)
         self._turns = Turns()
         self._calibrator = Calibrator(self._measure, self._on_profile, self._store)
@@ -231,7 +218,7 @@ class Service:
             ConflictError: one is under way.
             InvalidError: a search is wanted, and the artifact holds nothing to search with.
         """
-        if effort.search and not held_out.is_searchable(self._source):
+        if effort.search and not held_out.is_searchable(self._host.source):
             files = f"{held_out.EVAL} and {held_out.ERRORS}"
             raise InvalidError(f"search: {self.artifact.manifest.name} lacks {files}; export again")
         try:
@@ -276,41 +263,13 @@ class Service:
             progress(seen)
             self._on_progress(seen)
 
-        began_s = time.monotonic()
-        engine = self._engine
+        hooks = Hooks(self._turns.trial, both, cancelled)
+        self._measured_engine, profile = self._host.measured(
+            effort, self._overhead_ms, self._engine, hooks
+        )
         if effort.search:
-            engine = self._search(effort.budget_s * SEARCH_SHARE, both, cancelled)
-        self._measured_engine = engine
-        return profiler.profile(
-            engine,
-            effort.after(time.monotonic() - began_s),
-            batch_sizes=profiler.batch_sizes_to(self.settings.max_batch),
-            compute_threads=SLOTS,
-            overhead_ms=self._overhead_ms,
-            turn=self._turns.trial,
-            progress=both,
-            cancelled=cancelled,
-        )
-
-    def _search(
-        self, budget_s: float, progress: Callable[[Progress], object], cancelled: Callable[[], bool]
-    ) -> Engine:
-        measuring = Measuring(
-            budget_s,
-            self._threads,
-            turn=self._turns.trial,
-            progress=progress,
-            cancelled=cancelled,
-        )
-        return self._engine_of(
-            host_artifact.searched(self._source, self.settings.state_dir, measuring)
-        )
-
-    def _engine_of(self, points: Artifact) -> Engine:
-        engine = engine_of(points, self.settings)
-        if engine.note:
-            log.warning("%s", engine.note)
-        return engine
+            _warn(self._measured_engine.note)
+        return profile
 
     def _on_profile(self, profile: Profile) -> None:
         """Serve with a new profile; called in the calibration's thread."""
@@ -346,70 +305,11 @@ class Service:
         self.statistics.ran(batch.rows, 1e3 * compute_s)
 
 
-def threads_of(points: Artifact, settings: Settings) -> int:
-    """Return the threads that compute a batch: as set, or the best, measured once per host."""
-    if settings.threads:
-        return settings.threads
-    if settings.provider != "cpu":
-        return usable_cores()
-    return best_threads(points, settings.state_dir)
-
-
-def engine_of(points: Artifact, settings: Settings) -> Engine:
-    """Return the engine that the settings ask for.
-
-    Raises:
-        EngineError: the provider is not installed, or ONNX Runtime refuses the artifact.
-    """
-    return Engine(
-        points,
-        intra_op_threads=threads_of(points, settings),
-        provider=settings.provider,
-        state_dir=settings.state_dir,
-        memory_budget_bytes=settings.memory_budget_mib * 2**20 or None,
-    )
-
-
-def latencies_of(artifact: Artifact, profile: Profile) -> Latencies:
-    """Return what the selector needs to know of the points on this host."""
-    return Latencies.from_quantiles(
-        [point.score.value for point in artifact.points],
-        profile.batch_sizes,
-        profile.table(50),
-        profile.table(99),
-        profile.overhead_ms,
-    )
+def _warn(note: str | None) -> None:
+    if note:
+        log.warning("%s", note)
 
 
 async def _retire(dispatcher: Dispatcher) -> None:
     await dispatcher.drain(DRAIN_S)
     dispatcher.close()
-
-
-class _Nothing:
-    """Computes nothing, at once."""
-
-    def __init__(self, output: Floats) -> None:
-        self._output = output
-
-    def run(self, _batch: Floats, _point: int, /) -> Floats:
-        return self._output
-
-
-async def overhead_ms(artifact: Artifact) -> float:
-    """Return what an inference usually costs besides queueing and computing, answer included."""
-    manifest = artifact.manifest
-    x = np.zeros((1, *manifest.input.shape[1:]), np.float32)
-    output = np.zeros((1, *manifest.output.shape[1:]), np.float32)
-    latencies = Latencies((1.0,), ((1.0,),), ((1.0,),))
-    dispatcher = Dispatcher(Scheduler(latencies), _Nothing(output), Turns())
-    costs_ms = []
-    for i in range(_OVERHEAD_RUNS):
-        began_s = time.monotonic()
-        inference = await dispatcher.infer(Request(str(i), began_s), x)
-        content = infer_answer(artifact, InferParameters(), inference, 0.0)
-        orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
-        spent_ms = 1e3 * (time.monotonic() - began_s)
-        costs_ms.append(spent_ms - inference.compute_ms)
-    dispatcher.close()
-    return median(costs_ms)

@@ -12,7 +12,7 @@ from maestro_core import artifact, held_out
 from maestro_core.frontier import RankTable
 from server.app import create_app
 from server.engine import EngineError
-from server.service import engine_of
+from server.measuring import HostModel
 from server.settings import Settings
 from tests.conftest import tiny_contents, tiny_manifest
 
@@ -97,17 +97,20 @@ def test_a_memory_budget_keeps_what_was_used_last(tmp_path: Path) -> None:
     given = settings(tmp_path, {}).model_copy(update={"memory_budget_mib": 1})
     loaded = artifact.load(given.artifact)
 
-    engine = engine_of(loaded, given)
+    engine = HostModel(loaded, given).engine(loaded)
     before = engine.resident
     engine.run(X[:1], 2)
 
     assert before == ()
     assert engine.resident == (2,)
-    assert set(engine_of(loaded, settings(tmp_path, {})).resident) == set(range(5))
+    unbounded = HostModel(loaded, settings(tmp_path, {})).engine(loaded)
+    assert set(unbounded.resident) == set(range(5))
 
 
 def test_a_provider_that_is_not_installed_is_named(tmp_path: Path) -> None:
     given = settings(tmp_path, {}).model_copy(update={"provider": "cuda"})
 
+    model = HostModel(artifact.load(given.artifact), given)
+
     with pytest.raises(EngineError, match="install onnxruntime-gpu"):
-        engine_of(artifact.load(given.artifact), given)
+        model.engine(model.source)

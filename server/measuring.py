@@ -1,0 +1,121 @@
+"""One model on this host: its threads, its points found here, its engine, and its profile."""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+
+from benchmarks import host_artifact, profiler
+from benchmarks.host_artifact import Kept
+from benchmarks.layer_latencies import Measuring
+from benchmarks.parallelism import best_threads
+from benchmarks.profiler import Effort, Progress, Turn
+from maestro_core.artifact import Artifact
+from maestro_core.host import usable_cores
+from maestro_core.profile import Profile
+from server.engine import Engine
+from server.latencies import Latencies
+from server.settings import Settings
+
+# Slots: how many batches compute at once. One: a batch has all threads of the engine.
+SLOTS = 1
+SEARCH_SHARE = 0.5  # of a calibration that looks for points first
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What a server wants of a calibration: to compute in turns with it, to see it, to end it."""
+
+    turn: Turn = lambda _: nullcontext()
+    progress: Callable[[Progress], object] = lambda _: None
+    cancelled: Callable[[], bool] = lambda: False
+
+
+ALONE = Hooks()
+
+
+class HostModel:
+    """A model as this host serves it. `source` is its artifact, before any search here."""
+
+    def __init__(self, source: Artifact, settings: Settings) -> None:
+        """Measure nothing yet."""
+        self.source, self.settings = source, settings
+
+    @cached_property
+    def threads(self) -> int:
+        """Return how many compute a batch: as set, or the best, measured once per host."""
+        if self.settings.threads:
+            return self.settings.threads
+        if self.settings.provider != "cpu":
+            return usable_cores()
+        return best_threads(self.source, self.settings.state_dir)
+
+    def points(self) -> Kept:
+        """Return the points found for this host where there are any, else the artifact's own."""
+        return host_artifact.of_host(self.source, self.settings.state_dir, self.threads)
+
+    def engine(self, points: Artifact) -> Engine:
+        """Return the engine that the settings ask for.
+
+        Raises:
+            EngineError: the provider is not installed, or ONNX Runtime refuses the artifact.
+        """
+        return Engine(
+            points,
+            intra_op_threads=self.threads,
+            provider=self.settings.provider,
+            state_dir=self.settings.state_dir,
+            memory_budget_bytes=self.settings.memory_budget_mib * 2**20 or None,
+        )
+
+    def measured(
+        self, effort: Effort, overhead_ms: float, engine: Engine | None = None, hooks: Hooks = ALONE
+    ) -> tuple[Engine, Profile]:
+        """Return what to serve, and its profile.
+
+        That is `engine` if given, but points searched for first where the effort wants that.
+        Within the effort is all that it takes: choosing threads, search, loading, trials.
+
+        Raises:
+            ArtifactError: there is nothing to search with, or the disk does not take the points.
+            EngineError: the provider is not installed, or ONNX Runtime refuses the artifact.
+            CancelledError: the hooks said so.
+        """
+        began_s = time.monotonic()
+        if effort.search:
+            engine = self.engine(self._searched(effort.budget_s * SEARCH_SHARE, hooks))
+        elif engine is None:
+            engine = self.engine(self.points().artifact)
+        profile = profiler.profile(
+            engine,
+            effort.after(time.monotonic() - began_s),
+            batch_sizes=profiler.batch_sizes_to(self.settings.max_batch),
+            compute_threads=SLOTS,
+            overhead_ms=overhead_ms,
+            turn=hooks.turn,
+            progress=hooks.progress,
+            cancelled=hooks.cancelled,
+        )
+        return engine, profile
+
+    def _searched(self, budget_s: float, hooks: Hooks) -> Artifact:
+        measuring = Measuring(
+            budget_s,
+            self.threads,
+            turn=hooks.turn,
+            progress=hooks.progress,
+            cancelled=hooks.cancelled,
+        )
+        return host_artifact.searched(self.source, self.settings.state_dir, measuring)
+
+
+def latencies_of(artifact: Artifact, profile: Profile) -> Latencies:
+    """Return what the selector needs to know of the points on this host."""
+    return Latencies.from_quantiles(
+        [point.score.value for point in artifact.points],
+        profile.batch_sizes,
+        profile.table(50),
+        profile.table(99),
+        profile.overhead_ms,
+    )
