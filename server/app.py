@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from server import oip_routes, routes
+from server.bodies import Bodies
 from server.direct import Direct, DirectCalls
 from server.errors import PROBLEM_TYPE, InvalidError, ServiceError
 from server.http import Arrival
@@ -48,22 +49,25 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False},
         responses={"default": {"model": Problem, "content": {PROBLEM_TYPE: {}}}},
     )
-    for router in (routes.inference, routes.calibration, routes.health, oip_routes.protocol_v2):
-        app.include_router(router(served))
+    bodies = Bodies(settings.max_body_bytes, settings.max_bodies_bytes)
+    app.include_router(routes.inference(served, bodies))
+    app.include_router(routes.calibration(served))
+    app.include_router(routes.health(served))
+    app.include_router(oip_routes.protocol_v2(served, bodies))
     app.include_router(page(served.artifact.manifest))
     _add_errors(app, served)
-    app.add_middleware(DirectCalls, calls=_direct(served), errors=app.exception_handlers)
+    app.add_middleware(DirectCalls, calls=_direct(served, bodies), errors=app.exception_handlers)
     app.add_middleware(Tracing, access_log=settings.access_log)
     app.add_middleware(Arrival)
     return app
 
 
-def _direct(service: Service) -> dict[str, Direct]:
+def _direct(service: Service, bodies: Bodies) -> dict[str, Direct]:
     name = service.artifact.manifest.name
     return {
-        routes.INFER: Direct(routes.INFER, routes.infer_call(service)),
+        routes.INFER: Direct(routes.INFER, routes.infer_call(service, bodies)),
         oip_routes.INFER.format(model=name): Direct(
-            oip_routes.INFER, oip_routes.infer_call(service)
+            oip_routes.INFER, oip_routes.infer_call(service, bodies)
         ),
     }
 

@@ -1,4 +1,4 @@
-"""What every route needs of HTTP: bodies within a limit, JSON answers, targets from headers."""
+"""What every route needs of HTTP: JSON answers, types of bodies, targets from headers."""
 
 import time
 from collections.abc import Awaitable, Callable
@@ -10,7 +10,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 
-from server.errors import BadRequestError, InvalidError, TooLargeError
+from server.errors import BadRequestError, InvalidError
 
 ARRIVED = "maestro.arrived_s"
 
@@ -33,24 +33,6 @@ class Arrival:
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:  # noqa: ANN401
         scope[ARRIVED] = time.monotonic()
         await self._app(scope, receive, send)
-
-
-async def read_body(request: Request, limit: int) -> bytes:
-    """Return the body.
-
-    Raises:
-        TooLargeError: it is over `limit` bytes; it is not read to its end then.
-    """
-    declared = request.headers.get("content-length", "")
-    message = f"the body is over {limit} bytes"
-    if declared.isdigit() and int(declared[:20]) > limit:
-        raise TooLargeError(message, limit_bytes=limit)
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise TooLargeError(message, limit_bytes=limit)
-    return bytes(body)
 
 
 def media_type(request: Request) -> str:

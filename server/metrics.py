@@ -98,7 +98,7 @@ class Metrics:
         self._latency.observe(total_ms / 1e3)
 
     def refused(self, code: str, reason: str | None = None) -> None:
-        """Count a request that was answered with an error; a `reason` is the scheduler's."""
+        """Count a request that was answered with an error; a `reason` is why others go first."""
         self._requests.labels(code, "").inc()
         if reason is not None:
             self._shed.labels(reason).inc()

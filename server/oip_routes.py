@@ -9,9 +9,10 @@ from fastapi import APIRouter, Request, Response
 from maestro_core.artifact import Manifest, Tensor
 from server import protocol
 from server.answers import infer_answer
+from server.bodies import Bodies
 from server.direct import Call
 from server.errors import NotFoundError
-from server.http import ARRIVED, Json, header_targets_ms, read_body
+from server.http import ARRIVED, Json, header_targets_ms
 from server.schemas import parse_parameters
 from server.service import Service
 from server.tracing import ANSWER
@@ -25,7 +26,7 @@ _FACTS = (
 )
 
 
-def protocol_v2(service: Service) -> APIRouter:
+def protocol_v2(service: Service, bodies: Bodies) -> APIRouter:
     """Return the protocol's calls for the one model that is served."""
     router = APIRouter(tags=["Open Inference Protocol v2"])
     manifest = service.artifact.manifest
@@ -89,7 +90,7 @@ def protocol_v2(service: Service) -> APIRouter:
         check(model, version)
         return Json(service.statistics.answer(manifest.name, manifest.version))
 
-    call = infer_call(service)
+    call = infer_call(service, bodies)
 
     @router.post("/v2/models/{model}/versions/{version}/infer", include_in_schema=False)
     @router.post(INFER, summary="Infer", openapi_extra=_description(manifest))
@@ -100,21 +101,22 @@ def protocol_v2(service: Service) -> APIRouter:
     return router
 
 
-def infer_call(service: Service) -> Call:
+def infer_call(service: Service, bodies: Bodies) -> Call:
     """Return what answers an inference of the one model that is served."""
     manifest = service.artifact.manifest
 
     async def infer(request: Request) -> Response:
         service.serving()
         arrived_s: float = request.scope[ARRIVED]
-        body = await read_body(request, service.settings.max_body_bytes)
-        length = request.headers.get(protocol.JSON_LENGTH)
-        wanted = protocol.read(body, length, manifest.input, manifest.output)
-        targets_ms = [*header_targets_ms(request), wanted.timeout_ms]
-        given = {**wanted.parameters, "priority": wanted.priority}
-        parameters = parse_parameters({}, given, targets_ms)
-        served = service.artifact  # a search may replace it meanwhile
-        result = await service.infer(wanted.x, parameters, arrived_s, request.receive)
+        with bodies.one() as arriving:
+            body = await arriving.read(request)
+            length = request.headers.get(protocol.JSON_LENGTH)
+            wanted = protocol.read(body, length, manifest.input, manifest.output)
+            targets_ms = [*header_targets_ms(request), wanted.timeout_ms]
+            given = {**wanted.parameters, "priority": wanted.priority}
+            parameters = parse_parameters({}, given, targets_ms)
+            served = service.artifact  # a search may replace it meanwhile
+            result = await service.infer(wanted.x, parameters, arrived_s, request.receive)
         content = infer_answer(served, parameters, result, time.monotonic() - arrived_s)
         service.count(result, content)
         request.scope[ANSWER] = content

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from benchmarks.profiler import FULL, QUICK
 from server import inputs
 from server.answers import infer_answer
+from server.bodies import Bodies
 from server.direct import Call
 from server.errors import ForbiddenError, UnauthorizedError, UnsupportedMediaError
-from server.http import ARRIVED, Json, form_file, header_targets_ms, media_type, read_body
+from server.http import ARRIVED, Json, form_file, header_targets_ms, media_type
 from server.schemas import (
     Explained,
     Frontier,
@@ -39,17 +40,17 @@ _FORM = "multipart/form-data"
 _SERVED = ", ".join((_JSON, *_PICTURES[:2], _NPY[0], _FORM))
 
 
-def infer_call(service: Service) -> Call:
+def infer_call(service: Service, bodies: Bodies) -> Call:
     """Return what answers the simple call."""
 
     async def infer(request: Request) -> Response:
         service.serving()
         arrived_s: float = request.scope[ARRIVED]
-        body = await read_body(request, service.settings.max_body_bytes)
-        x, given = await _read(request, body, service)
-        parameters = parse_parameters(request.query_params, given, header_targets_ms(request))
-        served = service.artifact  # a search may replace it meanwhile
-        result = await service.infer(x, parameters, arrived_s, request.receive)
+        with bodies.one() as arriving:
+            x, given = await _read(request, await arriving.read(request), service)
+            parameters = parse_parameters(request.query_params, given, header_targets_ms(request))
+            served = service.artifact  # a search may replace it meanwhile
+            result = await service.infer(x, parameters, arrived_s, request.receive)
         content = infer_answer(served, parameters, result, time.monotonic() - arrived_s)
         service.count(result, content)
         request.scope[ANSWER] = content
@@ -61,12 +62,12 @@ def infer_call(service: Service) -> Call:
     return infer
 
 
-def inference(service: Service) -> APIRouter:
+def inference(service: Service, bodies: Bodies) -> APIRouter:
     """Return the simple call, and the points it may be answered from."""
     router = APIRouter()
     router.add_api_route(
         INFER,
-        infer_call(service),
+        infer_call(service, bodies),
         methods=["POST"],
         response_model=InferAnswer,
         openapi_extra=_infer_description(service),
@@ -80,7 +81,8 @@ def inference(service: Service) -> APIRouter:
         summary="What would be chosen now, and why; runs nothing",
     )
     async def explain(request: Request) -> Response:
-        body = await read_body(request, service.settings.max_body_bytes)
+        with bodies.one() as arriving:
+            body = await arriving.read(request)
         given = inputs.json_object(body) if body else {}
         given.pop("inputs", None)
         parameters = parse_parameters(request.query_params, given, header_targets_ms(request))

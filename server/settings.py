@@ -50,6 +50,8 @@ class Settings(BaseSettings):
     max_batch: Annotated[int, Field(ge=1, le=1024)] = 16
     max_queue: Annotated[int, Field(ge=1)] = 1024
     max_body_bytes: Annotated[int, Field(ge=1)] = 16 * 2**20
+    # Of the requests that are not answered yet, together.
+    max_bodies_bytes: Annotated[int, Field(ge=1)] = 256 * 2**20
     # With the files of a server itself, below the 1,024 that many hosts let a process open.
     max_connections: Annotated[int, Field(ge=1)] = 800
     receive_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0

@@ -1,0 +1,79 @@
+"""Reading the bodies of requests: each within a limit, and all of them together within another."""
+
+from types import TracebackType
+from typing import Self
+
+from fastapi import Request
+
+from server.errors import TooLargeError, UnavailableError
+
+
+class Bodies:
+    """What may be held of requests that are not answered yet.
+
+    Only bytes that came count, not those announced: else a few clients that announce much and
+    send nothing would keep all others out. One body alone is always taken.
+    """
+
+    def __init__(self, largest_bytes: int, together_bytes: int) -> None:
+        self.largest_bytes, self.together_bytes = largest_bytes, together_bytes
+        self.held_bytes = 0
+
+    def one(self) -> "Body":
+        """Return the body of one request, held while inside `with`."""
+        return Body(self)
+
+
+class Body:
+    """One body; gives back its share of the memory at the end of `with`."""
+
+    __slots__ = ("_all", "_bytes")
+
+    def __init__(self, bodies: Bodies) -> None:
+        self._all = bodies
+        self._bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._all.held_bytes -= self._bytes
+        self._bytes = 0
+
+    async def read(self, request: Request) -> bytes:
+        """Return the body. One that is refused is not read to its end.
+
+        Raises:
+            TooLargeError: it is larger than a body may be.
+            UnavailableError: with those of others it is more than may be held.
+        """
+        declared = request.headers.get("content-length", "")
+        if declared.isdigit() and int(declared[:20]) > self._all.largest_bytes:
+            raise self._too_large()
+        parts = []
+        async for chunk in request.stream():
+            self._hold(len(chunk))
+            parts.append(chunk)
+        return b"".join(parts)
+
+    def _hold(self, size: int) -> None:
+        bodies = self._all
+        if self._bytes + size > bodies.largest_bytes:
+            raise self._too_large()
+        alone = bodies.held_bytes == self._bytes
+        if not alone and bodies.held_bytes + size > bodies.together_bytes:
+            raise UnavailableError(
+                f"requests under way hold {bodies.held_bytes} of {bodies.together_bytes} bytes",
+                reason="memory",
+            )
+        self._bytes += size
+        bodies.held_bytes += size
+
+    def _too_large(self) -> TooLargeError:
+        limit = self._all.largest_bytes
+        return TooLargeError(f"the body is over {limit} bytes", limit_bytes=limit)
