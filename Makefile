@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 LOCK := --quiet --constraint constraints.txt --generate-hashes --python-version 3.11 --universal --no-header
 
-.PHONY: serve test slow clients audit lint lock clean
+.PHONY: serve test slow fuzz clients audit lint lock clean
 
 serve: $(VENV)/.serve  ## install what serving needs (no torch) and start the server
 	$(BIN)/maestro serve
@@ -15,6 +15,9 @@ test: $(VENV)/.dev  ## install everything and run the tests
 
 slow: $(VENV)/.dev  ## the tests that take longer: theory, whole runs
 	$(BIN)/pytest -m slow
+
+fuzz: $(VENV)/.dev  ## what `make test` sends of wrong requests, a hundred times over
+	MAESTRO_FUZZ_CASES=1000 $(BIN)/pytest tests/test_fuzz.py
 
 clients: $(VENV)-clients/.installed  ## the clients of others, which pin what we don't, against our server
 	$(VENV)-clients/bin/pytest -p no:cacheprovider tests/test_clients.py

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from maestro_core.artifact import Artifact
 from maestro_core.frontier import pareto
 from maestro_core.profile import Profile
+from server.errors import InvalidError
 from server.schemas import InferParameters
 
 
@@ -27,7 +28,13 @@ class Inference:
 def infer_answer(
     artifact: Artifact, parameters: InferParameters, inference: Inference, total_s: float
 ) -> dict[str, Any]:
-    """Return the body of the answer, as schemas.InferAnswer describes it."""
+    """Return the body of the answer, as schemas.InferAnswer describes it.
+
+    Raises:
+        InvalidError: the output holds NaN or infinite values, which JSON has no words for.
+    """
+    if not np.isfinite(inference.output).all():
+        raise InvalidError("the output is not finite: the input is too large for this network")
     manifest = artifact.manifest
     point = artifact.points[inference.point]
     total_ms = 1e3 * total_s

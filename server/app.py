@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from server import oip_routes, routes
 from server.bodies import Bodies
@@ -21,6 +22,7 @@ from server.settings import Settings
 from server.tracing import Tracing
 
 _CLIENT_GONE = 499
+_METHOD_NOT_ALLOWED = 405
 
 
 def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
@@ -94,7 +96,10 @@ def _add_errors(app: FastAPI, service: Service) -> None:
         return problem(InvalidError(f"{name or 'the body'}: {first['msg']}"))
 
     @app.exception_handler(HTTPException)
-    async def routed(_request: Request, error: HTTPException) -> Response:
+    async def routed(request: Request, error: HTTPException) -> Response:
+        headers = error.headers
+        if error.status_code == _METHOD_NOT_ALLOWED:  # a route knows of its own methods only
+            headers = {"Allow": ", ".join(_methods(app, request))}
         detail = str(error.detail)
         content = {
             "type": "about:blank",
@@ -103,11 +108,18 @@ def _add_errors(app: FastAPI, service: Service) -> None:
             "detail": detail,
             "error": detail,
         }
-        return Response(
-            orjson.dumps(content), error.status_code, error.headers, media_type=PROBLEM_TYPE
-        )
+        return Response(orjson.dumps(content), error.status_code, headers, media_type=PROBLEM_TYPE)
 
     @app.exception_handler(ClientDisconnect)
     async def gone(_request: Request, _error: ClientDisconnect) -> Response:
         service.refused("client-gone")
         return Response(status_code=_CLIENT_GONE)
+
+
+def _methods(app: FastAPI, request: Request) -> list[str]:
+    """Return the methods that some route takes at this path."""
+    found: set[str] = set()
+    for route in app.routes:
+        if route.matches(request.scope)[0] is not Match.NONE:
+            found |= getattr(route, "methods", None) or set()
+    return sorted(found)

@@ -19,6 +19,11 @@ Floats = NDArray[np.float32]
 
 MAX_PIXELS = 4096 * 4096
 _NPY_HEADER_BYTES = 10_000
+_SIGNATURES = {
+    b"\x89PNG\r\n\x1a\n": "image/png",
+    b"\xff\xd8\xff": "image/jpeg",
+    b"\x93NUMPY": "application/x-npy",
+}
 
 
 def from_json(body: bytes) -> dict[str, Any]:
@@ -50,6 +55,11 @@ def json_object(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidError("the body must be a JSON object")
     return value
+
+
+def type_of(body: bytes) -> str | None:
+    """Return the type that the first bytes show, of those that show one."""
+    return next((kind for start, kind in _SIGNATURES.items() if body.startswith(start)), None)
 
 
 def from_lists(values: object, tensor: Tensor) -> Floats:

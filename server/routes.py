@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import PlainTextResponse
 from numpy.typing import NDArray
 
 from benchmarks.profiler import FULL, QUICK
@@ -37,6 +38,8 @@ _JSON = "application/json"
 _NPY = ("application/x-npy", "application/npy")
 _PICTURES = ("image/png", "image/jpeg", "image/jpg")
 _FORM = "multipart/form-data"
+# What clients send when nobody told them the type: `curl --data-binary` the last.
+_UNSAID = ("", "application/octet-stream", "application/x-www-form-urlencoded")
 _SERVED = ", ".join((_JSON, *_PICTURES[:2], _NPY[0], _FORM))
 
 
@@ -143,7 +146,11 @@ def health(service: Service) -> APIRouter:
         status = 200 if service.is_ready else 503
         return Json({"live": True, "ready": service.is_ready, **service.progress()}, status)
 
-    @router.get("/metrics", summary="Prometheus")
+    @router.get(
+        "/metrics",
+        summary="Prometheus",
+        response_class=PlainTextResponse,
+    )
     async def metrics() -> Response:
         return Response(service.metrics_text(), media_type="text/plain; version=0.0.4")
 
@@ -181,6 +188,8 @@ async def _read(
     kind = media_type(request)
     if kind == _FORM:
         kind, body = await form_file(request, body)
+    if kind in _UNSAID:
+        kind = inputs.type_of(body) or kind
     if kind == _JSON:
         given = inputs.from_json(body)
         return inputs.from_lists(given.pop("inputs"), tensor), given
@@ -194,7 +203,12 @@ async def _read(
 def _explain_description() -> dict[str, Any]:
     """Return what OpenAPI says of the parameters of `/explain`, in the query or in a JSON body."""
     schema = InferParameters.model_json_schema()["properties"]
-    as_json = {"type": "object", "properties": schema, "example": {"max_latency_ms": 5}}
+    as_json = {
+        "type": "object",
+        "properties": {"inputs": {}, **schema},
+        "additionalProperties": False,
+        "example": {"max_latency_ms": 5},
+    }
     return {
         "parameters": [
             {"name": name, "in": "query", "schema": field} for name, field in schema.items()
@@ -211,7 +225,7 @@ def _infer_description(service: Service) -> dict[str, Any]:
     as_json = {
         "type": "object",
         "required": ["inputs"],
-        "properties": {"inputs": {"type": "array", "items": {}}, **schema},
+        "properties": {"inputs": _lists(service), **schema},
         "additionalProperties": False,
         "example": {"inputs": example, "max_latency_ms": 5},
     }
@@ -226,3 +240,14 @@ def _infer_description(service: Service) -> dict[str, Any]:
         ],
         "requestBody": {"required": True, "content": content},
     }
+
+
+def _lists(service: Service) -> dict[str, Any]:
+    """Return what OpenAPI says of nested lists: one sample, or a list of samples."""
+    largest = float(np.finfo(np.float32).max)
+    sample: dict[str, Any] = {"type": "number", "minimum": -largest, "maximum": largest}
+    for size in reversed(service.artifact.manifest.input.shape[1:]):
+        sample = {"type": "array", "minItems": size, "maxItems": size, "items": sample}
+    most = service.settings.max_batch
+    samples = {"type": "array", "minItems": 1, "maxItems": most, "items": sample}
+    return {"anyOf": [sample, samples]}

@@ -6,12 +6,14 @@ Tensor data never passes through these: a model per number would cost more than 
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 
 from server.errors import InvalidError
 from server.requests import Request
 
 MAX_LATENCY_MS = 3_600_000.0
+# Shorter targets are missed as surely, and clocks don't tell them apart.
+_LEAST_MS = 1e-3
 
 
 class InferParameters(BaseModel):
@@ -37,7 +39,7 @@ class InferParameters(BaseModel):
             return Request(
                 request_id,
                 arrived_s,
-                None if target_ms is None else arrived_s + target_ms / 1e3,
+                None if target_ms is None else arrived_s + max(target_ms, _LEAST_MS) / 1e3,
                 self.min_accuracy,
                 self.on_miss,
                 self.priority,
@@ -75,6 +77,9 @@ def parse_parameters(
 
 
 def _validate(values: Mapping[str, Any]) -> InferParameters:
+    for name, value in values.items():
+        if isinstance(value, bool):  # else they would pass for 0 and 1
+            raise InvalidError(f"{name}: must not be true or false")
     try:
         return _PARAMETERS.validate_python(dict(values))
     except ValidationError as error:
@@ -134,7 +139,7 @@ class ProfileRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     kind: Literal["quick", "full"] = "full"
-    search: bool = Field(False, description="First look for points that suit this host")
+    search: StrictBool = Field(False, description="First look for points that suit this host")
 
 
 class Job(BaseModel):
