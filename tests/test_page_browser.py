@@ -126,7 +126,9 @@ class Reader:
         return str(self.find(css).text)
 
     def until(self, holds: Callable[[], Any]) -> None:
-        Wait(self.browser, WAIT_S, 0.05).until(lambda _: holds())
+        """Wait until it holds; what the page replaces meanwhile is looked up again."""
+        replaced = (StaleElementReferenceException,)
+        Wait(self.browser, WAIT_S, 0.05, replaced).until(lambda _: holds())
 
     def until_ready(self) -> "Reader":
         self.until(lambda: self.text("#status") == "Ready" and self.text("#choice"))

@@ -25,7 +25,7 @@ class Convolution(nn.Sequential):
     """A 3×3 convolution, with `pool` 2×2 max-pooling, then batch normalisation and ReLU.
 
     Its first channels begin as copies of the input's. Pooling comes first, so that less is left to
-    normalise: a training step takes 0.8 of the time (bfloat16, batch 128, two cores of an AMD EPYC).
+    normalise: a step takes 0.8 of the time (bfloat16, batch 128, two cores of an AMD EPYC).
     """
 
     def __init__(self, channels_in: int, channels: int, pool: bool = False) -> None:
