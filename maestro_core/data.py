@@ -18,6 +18,9 @@ from torch import Tensor
 
 from maestro_core.artifact import Image
 
+# What a network is called with: pictures, or the two sides of pairs of sentences.
+Inputs = Tensor | tuple[Tensor, Tensor]
+
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 

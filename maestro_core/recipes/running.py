@@ -13,7 +13,7 @@ from torch import nn
 from maestro_core import checkpoint, data, distributed, held_out
 from maestro_core.accounting import Cost, measure
 from maestro_core.data import Data
-from maestro_core.export import Description
+from maestro_core.export import Description, ExportError, check_embeddings
 from maestro_core.export import export as export_artifact
 from maestro_core.factorize import factorize_
 from maestro_core.frontier import Chain
@@ -21,13 +21,22 @@ from maestro_core.recipes.cifar10_resnet18 import RECIPE as CIFAR10_RESNET18
 from maestro_core.recipes.cifar10_small import RECIPE as CIFAR10_SMALL
 from maestro_core.recipes.cifar10_vgg19 import RECIPE as CIFAR10_VGG19
 from maestro_core.recipes.mnist_lenet import RECIPE as MNIST_LENET
-from maestro_core.recipes.recipe import Recipe
+from maestro_core.recipes.multi30k_transformer import RECIPE as MULTI30K_TRANSFORMER
+from maestro_core.recipes.recipe import Recipe, TextRecipe
+from maestro_core.recipes.text import run_text
 from maestro_core.search import error_tables, find_chain, make_points
 from maestro_core.target import Target
 from maestro_core.training import cut_, train_
 
-RECIPES = {
-    recipe.name: recipe for recipe in (MNIST_LENET, CIFAR10_SMALL, CIFAR10_RESNET18, CIFAR10_VGG19)
+RECIPES: dict[str, Recipe | TextRecipe] = {
+    recipe.name: recipe
+    for recipe in (
+        MNIST_LENET,
+        CIFAR10_SMALL,
+        CIFAR10_RESNET18,
+        CIFAR10_VGG19,
+        MULTI30K_TRANSFORMER,
+    )
 }
 
 
@@ -39,6 +48,7 @@ def summaries() -> dict[str, str]:
 def run(name: str, data_path: Path, out: Path, target: Target | None = None) -> Path | None:
     """Train the recipe `name`, or go on where it stopped; return the artifact, in `out`.
 
+    Of text, which no artifact can hold yet, it is a JSON file of the points.
     With a target the network is trained to that size, and its points are all up to it. Of several
     processes the first makes the artifact, and the others return None.
     Checkpoints are in `out/NAME-checkpoints`. Progress is shown on standard error.
@@ -51,6 +61,8 @@ def run(name: str, data_path: Path, out: Path, target: Target | None = None) -> 
     """
     recipe = _aimed(_recipe(name), target)
     with distributed.joined():
+        if isinstance(recipe, TextRecipe):
+            return run_text(recipe, data_path, out, _progress())
         return run_recipe(recipe, data_path, out, _progress())
 
 
@@ -59,10 +71,16 @@ def export(path: Path, data_path: Path, out: Path) -> Path:
 
     Raises:
         ValueError: the checkpoint is of no recipe here, or of other data or hyper-parameters.
+        ExportError: it is of a recipe for text.
     """
     trained = checkpoint.read_state(path).run
     aim = trained.get("target")
     recipe = _aimed(_recipe(str(trained.get("recipe"))), Target(**aim) if aim else None)
+    if isinstance(recipe, TextRecipe):
+        raise ExportError(
+            f"{recipe.name} reads text, which an artifact can't hold yet: `maestro train` writes "
+            f"its points into {recipe.name}-points.json"
+        )
     with _progress() as progress:
         loaded = _load(recipe, data_path)
         model = _network(recipe)
@@ -81,6 +99,7 @@ def run_recipe(recipe: Recipe, data_path: Path, out: Path, progress: Progress) -
     with progress:
         loaded = _load(recipe, data_path)
         model = _network(recipe)
+        check_embeddings(model, recipe.training.keep)
         if recipe.prepare:
             recipe.prepare(model, loaded.train)
         chain = train_(
@@ -173,7 +192,7 @@ def _cost(model: nn.Module, loaded: Data) -> Cost:
     return measure(model, x)
 
 
-def _aimed(recipe: Recipe, target: Target | None) -> Recipe:
+def _aimed(recipe: Recipe | TextRecipe, target: Target | None) -> Recipe | TextRecipe:
     """Return the recipe with that target, which alone then says how large the network is."""
     if target is None:
         return recipe
@@ -184,7 +203,7 @@ def _aimed(recipe: Recipe, target: Target | None) -> Recipe:
     )
 
 
-def _recipe(name: str) -> Recipe:
+def _recipe(name: str) -> Recipe | TextRecipe:
     if name not in RECIPES:
         raise ValueError(f"no recipe '{name}'; there are: {', '.join(RECIPES)}")
     return RECIPES[name]
