@@ -337,7 +337,8 @@ class LowRankAttention(nn.Module):
         return y.movedim(0, batch), shown if need_weights else None
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (b, t, d) -> (b, heads, t, d')
+        x = x.view(*x.shape[:2], self.heads, -1)
+        return x.transpose(1, 2)  # (b, t, d) -> (b, heads, t, d')
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, dropout={self.dropout}, batch_first={self.batch_first}"
@@ -408,7 +409,7 @@ def _take_rest_(layer: LowRankLinear | LowRankConv2d, dense: nn.Linear | nn.Conv
     layer.train(dense.training)
 
 
-def _factors(weight: nn.Parameter) -> tuple[nn.Parameter, nn.Parameter]:
+def _factors(weight: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
     """Return √S Qᵀ (rank, in, …) and (P √S)ᵀ (rank, out) of W = P S Qᵀ, (out, in, …) (§3.2)."""
     exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     p, s, qt = torch.linalg.svd(exact.flatten(1), full_matrices=False)

@@ -16,6 +16,7 @@ from benchmarks import frontier
 from benchmarks.methods import ABLATIONS, METHODS, Bench, Task, correct, scaled, uniform_chain
 from maestro_core import checkpoint
 from maestro_core.accounting import Cost
+from maestro_core.data import Pictures
 from maestro_core.evaluation import evaluate
 from maestro_core.recipes.mnist_lenet import RECIPE
 from maestro_core.training import Phase
@@ -110,10 +111,12 @@ def test_a_score_is_what_torch_says(bench: Bench, made: dict[str, dict[str, obje
     assert path is not None
     checkpoint.restore_(path, model, None, checkpoint.read_state(path).run)
 
-    expected = evaluate(model, bench.data.test)
+    test = bench.data.test
+    assert isinstance(test, Pictures)
+    expected = evaluate(model, test)
 
     assert rows(made, "dense")[0]["accuracy"] == expected.accuracy > 0.8
-    assert correct(bench.root / "dense-1.onnx", bench.data.test) == expected.correct
+    assert correct(bench.root / "dense-1.onnx", test) == expected.correct
     assert rows(made, "int8")[0]["accuracy"] > expected.accuracy - 0.05
     assert rows(made, "maestro")[-1]["accuracy"] > 0.8
 

@@ -186,7 +186,7 @@ def test_an_embedding_in_two_factors_is_refused(tmp_path: Path) -> None:
     factorize_(model)
     cost = measure(model, torch.zeros(1, 3, 8, 8))
 
-    with pytest.raises(ExportError, match="'place' is an embedding, which .* only dense: name it"):
+    with pytest.raises(ExportError, match=r"'place' is an embedding, which .* only dense: name it"):
         export(model, cost, [], pictures(), DESCRIPTION, tmp_path / "a.maestro", lambda: None)
     with pytest.raises(ExportError, match="'place'"):
         check_embeddings(Attentive(), keep=["head"])

@@ -14,6 +14,7 @@ from maestro_core.data import DataError, load
 from maestro_core.factorize import factorize_
 from maestro_core.recipes import running
 from maestro_core.recipes.mnist_lenet import RECIPE
+from maestro_core.recipes.recipe import Recipe
 from maestro_core.target import Target
 from maestro_core.training import Phase, train_epoch_
 
@@ -151,6 +152,7 @@ def test_a_recipe_with_a_target_makes_points_up_to_it_and_is_exported_alone(
 @pytest.mark.parametrize("name", ["cifar10-small", "cifar10-resnet18", "cifar10-vgg19"])
 def test_a_recipe_for_larger_networks_starts_and_takes_steps(name: str, tmp_path: Path) -> None:
     recipe = running.RECIPES[name]
+    assert isinstance(recipe, Recipe)
     rng = np.random.default_rng(0)
     arrays: dict[str, Any] = {
         f"{kind}_{part}": rng.integers(0, top, shape).astype(np.uint8)
