@@ -97,34 +97,48 @@ def measure(model: nn.Module, x: Inputs) -> Cost:
         if isinstance(module, LowRankLayer | nn.Linear | nn.Conv2d)
     }
     positions = _positions(model, modules, x)
-    dense = {
-        name: module
-        for name, module in modules.items()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-    }
-    described = []
-    for name, layer in layers.items():
-        users = [
-            (module, positions[other])
-            for other, module in modules.items()
-            if isinstance(module, LowRankLayer)
-            and (module.down is layer.down or module.down is layer.up)
-        ]
-        if not any(places for _, places in users):
-            raise ValueError(f"layer '{name}' is factorised but never called")
-        described.append(_describe(name, layer, users))
     factors = {id(p) for layer in layers.values() for p in (layer.down, layer.up)}
-    tables = {
-        id(module.weight): module.weight.numel()
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)
-    }
     return Cost(
-        layers=tuple(described),
-        macs=sum(module.weight.numel() * positions[name] for name, module in dense.items()),
+        layers=tuple(
+            _describe(name, layer, _users(name, layer, modules, positions))
+            for name, layer in layers.items()
+        ),
+        macs=sum(
+            module.weight.numel() * positions[name]
+            for name, module in modules.items()
+            if isinstance(module, nn.Linear | nn.Conv2d)
+        ),
         params=sum(p.numel() for p in model.parameters() if id(p) not in factors),
-        table_params=sum(tables.values()),
+        table_params=sum(p.numel() for p in _tables(model)),
     )
+
+
+def _users(
+    name: str,
+    layer: LowRankLayer,
+    modules: Mapping[str, nn.Module],
+    positions: Mapping[str, int],
+) -> list[tuple[LowRankLayer, int]]:
+    """Return the modules that have the factors of `layer`, itself among them, with their positions.
+
+    Raises:
+        ValueError: none of them is ever called.
+    """
+    users = [
+        (module, positions[other])
+        for other, module in modules.items()
+        if isinstance(module, LowRankLayer)
+        and (module.down is layer.down or module.down is layer.up)
+    ]
+    if not any(places for _, places in users):
+        raise ValueError(f"layer '{name}' is factorised but never called")
+    return users
+
+
+def _tables(model: nn.Module) -> list[Tensor]:
+    """Return the tables of dense embeddings, each once."""
+    found = (module.weight for module in model.modules() if isinstance(module, nn.Embedding))
+    return list({id(weight): weight for weight in found}.values())
 
 
 def _positions(model: nn.Module, modules: Mapping[str, nn.Module], x: Inputs) -> dict[str, int]:

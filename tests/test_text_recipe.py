@@ -9,8 +9,9 @@ import pytest
 import torch
 from rich.progress import Progress
 from torch import nn
+from typer.testing import CliRunner
 
-from maestro_core import checkpoint, sentences
+from maestro_core import checkpoint, cli, sentences
 from maestro_core.accounting import measure
 from maestro_core.evaluation import evaluate
 from maestro_core.export import ExportError
@@ -151,8 +152,8 @@ def test_the_lasso_shrinks_the_table_too(corpus: Corpus, tmp_path: Path, proxima
     model = network()
     training = replace(
         SMALL.training,
-        phases=(Phase("ordered", 3, 1e-2),),
-        lasso=1.0 if proximal else 0.05,
+        phases=(Phase("ordered", 3, 3e-2),),
+        lasso=0.5,
         threshold=0.1,
         proximal=proximal,
     )
@@ -222,6 +223,21 @@ def test_a_target_is_taken_by_name(
     running.run(SMALL.name, folder, tmp_path, Target("params", 0.5))
 
     assert asked == [Target("params", 0.5)]
+
+
+def test_the_program_shows_the_points(
+    out: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "RECIPES", {SMALL.name: SMALL})
+
+    done = CliRunner().invoke(
+        cli.app, ["train", SMALL.name, "--data", str(folder), "--out", str(out)]
+    )
+
+    assert done.exit_code == 0, done.output
+    for point in report(out)["points"]:
+        assert f"{point['perplexity']:.2f}" in done.output
+    assert "points.json" in done.output
 
 
 def test_momentum_is_not_adams() -> None:
