@@ -31,9 +31,12 @@ def from_json(body: bytes) -> dict[str, Any]:
 
     Raises:
         BadRequestError: it is not JSON.
-        InvalidError: it is not an object, or has no `inputs`.
+        InvalidError: it is not an object, has no `inputs`, or holds true or false.
     """
     value = json_object(body)
+    # Among numbers NumPy would take them for 1 and 0. To look at each number costs more than this.
+    if b"true" in body or b"false" in body:
+        raise InvalidError("inputs and parameters take numbers and text, not true or false")
     if "inputs" not in value:
         raise InvalidError("inputs: missing; it takes the input tensor as nested lists")
     return value

@@ -66,6 +66,7 @@ def test_wrong_lists_are_named(values: object, message: str) -> None:
         (b"[" * 100_000, 400, "the body is not JSON"),
         (b"[1]", 422, "must be a JSON object"),
         (b"{}", 422, "inputs: missing"),
+        (b'{"inputs": [[[[0.5, false]]]]}', 422, "not true or false"),
     ],
 )
 def test_wrong_json_is_named(body: bytes, status: int, message: str) -> None:
