@@ -49,7 +49,7 @@ TASKS = {
         network=lambda width: ResNet9(width=width),
         width=0.25,
         narrower=(0.175, 0.125),
-        kept=("whitening", "body.1.0", "head"),
+        kept=("whitening", "body.1.first.0", "head"),
         epochs=6,
         samples=20_000,
     ),
