@@ -36,6 +36,7 @@ from maestro_core.search import Point, by_name
 INPUT, OUTPUT = "image", "logits"
 NORMALISATION = "BatchNormalization"
 TOLERANCE = 1e-4
+ROUNDINGS = 4  # times what 32-bit floats do to torch's own outputs: two runtimes round in two ways
 CHECKED = 64  # pictures on which a point is compared with torch
 Z_95 = 1.959963984540054
 
@@ -70,7 +71,8 @@ def export(
     `extras` are further files, path -> bytes (`held_out`).
 
     Raises:
-        ExportError: a point's ONNX output differs from torch's by more than 1e-4.
+        ExportError: a point's ONNX output differs from torch's by more than 1e-4 of the largest,
+            and by more than rounding explains.
         ArtifactError: the disk does not take it; what was at `path` is untouched.
     """
     model.eval()
@@ -93,7 +95,8 @@ def export(
         statistics = {name: value.cpu() for name, value in point.statistics.items()}
         with evaluating(reference), torch.inference_mode():
             expected = forward_at(reference, named, x, buffers=statistics).numpy()
-        _check_point(contents[name], contents[artifact.WEIGHTS], x, expected, name)
+        rounding = partial(_rounding, reference, named, x, statistics, expected)
+        _check_point(contents[name], contents[artifact.WEIGHTS], x, expected, rounding, name)
         result = evaluate(model, test, named, point.statistics)
         points.append(
             OperatingPoint(
@@ -212,7 +215,32 @@ def _normalisation(template: ModelProto, point: Point) -> dict[str, np.ndarray]:
     return {name: value.cpu().numpy() for name, value in point.statistics.items() if name in read}
 
 
-def _check_point(point: bytes, weights: bytes, x: Tensor, expected: np.ndarray, name: str) -> None:
+def _rounding(
+    model: nn.Module,
+    ranks: Mapping[str, int],
+    x: Tensor,
+    statistics: Mapping[str, Tensor],
+    expected: np.ndarray,
+) -> float:
+    """Return by how much `expected` differs, at most, from what 64-bit floats give.
+
+    A deep network adds it up: 2e-4 of the largest output for a ResNet-50 of little training.
+    """
+    exact = copy.deepcopy(model).double()
+    wide = {name: value.double() for name, value in statistics.items()}
+    with evaluating(exact), torch.inference_mode():
+        output = forward_at(exact, ranks, x.double(), buffers=wide)
+    return float(np.abs(output.numpy() - expected).max())
+
+
+def _check_point(
+    point: bytes,
+    weights: bytes,
+    x: Tensor,
+    expected: np.ndarray,
+    rounding: Callable[[], float],
+    name: str,
+) -> None:
     """Run the point as plain onnxruntime will, from files, with a batch and with one sample."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "point.onnx"
@@ -223,7 +251,7 @@ def _check_point(point: bytes, weights: bytes, x: Tensor, expected: np.ndarray, 
             output = session.run([OUTPUT], {INPUT: x[:size].numpy()})[0]
             error = float(np.abs(output - expected[:size]).max())
             scale = max(1.0, float(np.abs(expected).max()))
-            if not error <= TOLERANCE * scale:
+            if not (error <= TOLERANCE * scale or error <= ROUNDINGS * rounding()):
                 raise ExportError(
                     f"{name}: ONNX Runtime's output differs from torch's by {error:.2g}, "
                     f"more than {TOLERANCE} of the largest output, {scale:.3g}"
