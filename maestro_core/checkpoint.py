@@ -124,7 +124,8 @@ def restore_(
             name, _, field = key.rpartition("/")
             if name not in parameters:
                 raise CheckpointError(f"{path / OPTIMIZER}: '{key}' is of no parameter")
-            optimizer.state[parameters[name]][field] = value
+            parameter = parameters[name]
+            optimizer.state[parameter][field] = value.to(parameter.device)
     return state
 
 

@@ -43,8 +43,7 @@ def evaluate(
     """
     loss, correct = 0.0, 0
     with evaluating(model, by_batch), torch.inference_mode():
-        for start in range(0, len(pictures), BATCH):
-            x, labels = pictures.batch(slice(start, start + BATCH))
+        for x, labels in pictures.batches(BATCH):
             buffers = scratch(model) if by_batch else statistics
             logits = forward_at(model, ranks, x, buffers=buffers)
             loss += F.cross_entropy(logits, labels, reduction="sum").item()

@@ -223,14 +223,11 @@ def train_epoch_(
     if distributed.size() > 1:  # each augments and drops in its own way
         torch.manual_seed(Random(f"{hyper.seed}/{epoch}/{distributed.rank()}").getrandbits(63))
     losses: dict[int, Tensor] = {}
-    for step, batch in enumerate(batches):
-        indices = distributed.part(batch)
-        if not len(indices):
-            continue
+    parts = [part for part in map(distributed.part, batches) if len(part)]
+    for step, (x, labels) in enumerate(pictures.augmented(parts)):
         for group in optimizer.param_groups:
             rate = learning_rate(phase, hyper.warmup, before + step / len(batches))
             group["lr"] = rate * group.get("times", 1.0)
-        x, labels = pictures.augmented(indices)
         with torch.autocast(x.device.type, torch.bfloat16, hyper.precision == "bfloat16"):
             if phase.kind == "nested":
                 loss = consolidation_loss(model, chain, x, labels, rng, hyper.label_smoothing)
