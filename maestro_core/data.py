@@ -29,13 +29,16 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Augmentation:
-    """What training changes of a picture: a shift by at most `shift` pixels, a flip.
+    """What training changes of a picture: a shift by at most `shift` pixels, a flip, a hole.
 
-    What comes into the picture is black. Nothing is drawn where nothing is changed.
+    `cutout` is the side of a square that is made black, all of it inside (DeVries and Taylor, 2017,
+    who let it reach over the edge). What is shifted in is black too. Nothing is drawn where nothing
+    is changed.
     """
 
     shift: int = 0
     flip: bool = False
+    cutout: int = 0
 
     def apply(self, pixels: Tensor) -> Tensor:
         """Return pixels like `pixels`, (b, h, w, channels) uint8; each picture has its own draw."""
@@ -49,9 +52,18 @@ class Augmentation:
         if self.shift:
             rows = rows + torch.randint(2 * self.shift + 1, (b, 1))
             columns = columns + torch.randint(2 * self.shift + 1, (b, 1))
-        if not (self.shift or self.flip):
+        if self.shift or self.flip:
+            pixels = pixels[torch.arange(b)[:, None, None], rows[:, :, None], columns[:, None, :]]
+        if not self.cutout:
             return pixels
-        return pixels[torch.arange(b)[:, None, None], rows[:, :, None], columns[:, None, :]]
+        within = self._hole(height, b)[:, :, None] & self._hole(width, b)[:, None, :]
+        return pixels.masked_fill(within[..., None], 0)
+
+    def _hole(self, length: int, b: int) -> Tensor:
+        """Return where along a side of that length the hole of each of b pictures is."""
+        start = torch.randint(length - self.cutout + 1, (b, 1))
+        place = torch.arange(length)
+        return (start <= place) & (place < start + self.cutout)
 
 
 NO_AUGMENTATION = Augmentation()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maestro_core import data
 from maestro_core.artifact import Image
-from maestro_core.data import Data, DataError, Pictures
+from maestro_core.data import Augmentation, Data, DataError, Pictures
 
 GREY = Image("L", 4, 5, (0.5,), (0.25,))
 COLOUR = Image("RGB", 4, 5, (0.1, 0.2, 0.3), (0.5, 0.25, 1.0))
@@ -145,3 +145,17 @@ def test_a_validation_split_must_leave_something_to_train(tmp_path: Path, valida
 
     with pytest.raises(DataError, match=rf"30 pictures; {validation} can't"):
         read(path, validation=validation)
+
+
+def test_a_hole_is_one_square_somewhere_inside_each_picture() -> None:
+    torch.manual_seed(0)
+    white = torch.full((200, 6, 7, 3), 255, dtype=torch.uint8)
+
+    changed = Augmentation(cutout=2).apply(white)
+
+    black = (changed == 0).all(3)
+    assert ((changed == 255).all(3) | black).all(), "a pixel is neither black nor as it was"
+    places = [tuple(row.nonzero()[0].tolist()) for row in black]
+    assert all(row[y : y + 2, x : x + 2].all() for row, (y, x) in zip(black, places, strict=True))
+    assert (black.sum((1, 2)) == 4).all()
+    assert set(places) == {(y, x) for y in range(5) for x in range(6)}
