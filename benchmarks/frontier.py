@@ -27,6 +27,7 @@ from maestro_core import data, sentences
 from maestro_core.frontier import pareto
 from maestro_core.host import Elsewhere
 from maestro_core.models.lenet import LeNet
+from maestro_core.models.mirrored import Mirrored
 from maestro_core.models.resnet9 import ResNet9
 from maestro_core.models.transformer import Transformer
 from maestro_core.recipes.cifar10_small import RECIPE as CIFAR10_SMALL
@@ -66,10 +67,10 @@ TASKS = {
     ),
     "cifar10": Task(
         recipe=replace(CIFAR10_SMALL, search=replace(CIFAR10_SMALL.search, points=POINTS)),
-        network=lambda width: ResNet9(width=width),
+        network=lambda width: Mirrored(ResNet9(width=width)),
         width=0.25,
         narrower=(0.175, 0.125),
-        kept=("whitening", "body.1.0", "head"),
+        kept=("network.whitening", "network.body.1.first.0", "network.head"),
         epochs=6,
         samples=20_000,
     ),

@@ -148,7 +148,7 @@ def _positions(model: nn.Module, modules: Mapping[str, nn.Module], x: Inputs) ->
     def count(name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def hook(module: nn.Module, _inputs: object, y: Tensor) -> None:
             spatial = isinstance(module, nn.Conv2d | LowRankConv2d)
-            seen[name] += y[0].numel() // y.shape[1 if spatial else -1]
+            seen[name] += y.numel() // y.shape[1 if spatial else -1]
 
         return hook
 

@@ -93,13 +93,24 @@ class OperatingPoint:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """How a picture becomes the input tensor: resize, scale to 0..1, (x - mean) / std, NCHW."""
+    """How a picture becomes the input tensor: resize, scale to 0..1, (x - mean) / std, NCHW.
+
+    With `shorter` the shorter side is brought to that length and the middle is taken; else all of
+    the picture is resized, whatever its proportions.
+    """
 
     mode: Literal["L", "RGB"]
     height: Annotated[int, Field(gt=0)]
     width: Annotated[int, Field(gt=0)]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    shorter: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.shorter is not None and self.shorter < max(self.height, self.width):
+            raise ValueError(
+                f"shorter: {self.shorter} leaves less than {self.height}×{self.width} pixels"
+            )
 
 
 @dataclass(frozen=True, slots=True)

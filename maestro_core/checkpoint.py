@@ -124,7 +124,10 @@ def restore_(
             name, _, field = key.rpartition("/")
             if name not in parameters:
                 raise CheckpointError(f"{path / OPTIMIZER}: '{key}' is of no parameter")
-            optimizer.state[parameters[name]][field] = value
+            parameter = parameters[name]
+            # A number of steps, a scalar, is counted on the host whatever the device.
+            held = value.to(parameter.device) if value.dim() else value
+            optimizer.state[parameter][field] = held
     return state
 
 

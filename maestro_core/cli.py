@@ -54,7 +54,10 @@ _EXTRAS = {
 
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A NAME.maestro directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
-Data = Annotated[Path | None, typer.Option(help="The data set, as the recipe wants it.")]
+Data = Annotated[
+    Path | None, typer.Option(help="The data set: an .npz file or a folder, as the recipe wants.")
+]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 
 
 class CommandError(Exception):
@@ -87,6 +90,7 @@ def train(
     target_params: Annotated[
         float | None, typer.Option(help="Or to this share of the dense parameters.")
     ] = None,
+    device: Device = "cpu",
     list_: Annotated[bool, typer.Option("--list", help="Name the recipes.")] = False,
 ) -> None:
     """Train, search and export: data in, an artifact out. The same call resumes.
@@ -100,7 +104,7 @@ def train(
         return
     if recipe is None or data is None:
         raise CommandError("train: give a RECIPE and --data PATH; --list names the recipes")
-    path = running.run(recipe, data, out, _target(target_macs, target_params))
+    path = running.run(recipe, data, out, _target(target_macs, target_params), device)
     if path is None:
         return  # another process of torchrun has it
     if path.suffix == ".json":
@@ -116,11 +120,12 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that `train` wrote.")],
     out: Annotated[Path, typer.Argument(metavar="OUT.maestro", help="The artifact to write.")],
     data: Data = None,
+    device: Device = "cpu",
 ) -> None:
     """Search and export alone, from a checkpoint; the data chooses and scores the points."""
     if data is None:
         raise CommandError("export: give --data PATH, the data that the checkpoint was trained on")
-    show(_train_side("maestro_core.recipes.running").export(checkpoint, data, out))
+    show(_train_side("maestro_core.recipes.running").export(checkpoint, data, out, device))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Labelled pictures from an .npz file, split into training, validation and test.
+"""Labelled pictures, split into training, validation and test, and how an .npz file is read.
 
 Validation pictures choose; test pictures only score.
 """
@@ -6,6 +6,7 @@ Validation pictures choose; test pictures only score.
 import hashlib
 import zipfile
 import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from maestro_core.artifact import Image
+from maestro_core.picture_files import PictureFiles
 
 # What a network is called with: pictures, or the two sides of pairs of sentences.
 Inputs = Tensor | tuple[Tensor, Tensor]
@@ -25,18 +27,21 @@ KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
 class DataError(ValueError):
-    """A data file that can't be used; the message names the file and the array."""
+    """Data that can't be used; the message names the file, and the array or folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class Augmentation:
-    """What training changes of a picture: a shift by at most `shift` pixels, a flip.
+    """What training changes of a picture: a shift by at most `shift` pixels, a flip, a hole.
 
-    What comes into the picture is black. Nothing is drawn where nothing is changed.
+    `cutout` is the side of a square that is made black, all of it inside (DeVries and Taylor, 2017,
+    who let it reach over the edge). What is shifted in is black too. Nothing is drawn where nothing
+    is changed.
     """
 
     shift: int = 0
     flip: bool = False
+    cutout: int = 0
 
     def apply(self, pixels: Tensor) -> Tensor:
         """Return pixels like `pixels`, (b, h, w, channels) uint8; each picture has its own draw."""
@@ -50,54 +55,94 @@ class Augmentation:
         if self.shift:
             rows = rows + torch.randint(2 * self.shift + 1, (b, 1))
             columns = columns + torch.randint(2 * self.shift + 1, (b, 1))
-        if not (self.shift or self.flip):
+        if self.shift or self.flip:
+            pixels = pixels[torch.arange(b)[:, None, None], rows[:, :, None], columns[:, None, :]]
+        if not self.cutout:
             return pixels
-        return pixels[torch.arange(b)[:, None, None], rows[:, :, None], columns[:, None, :]]
+        within = self._hole(height, b)[:, :, None] & self._hole(width, b)[:, None, :]
+        return pixels.masked_fill(within[..., None], 0)
+
+    def _hole(self, length: int, b: int) -> Tensor:
+        """Return where along a side of that length the hole of each of b pictures is."""
+        start = torch.randint(length - self.cutout + 1, (b, 1))
+        place = torch.arange(length)
+        return (start <= place) & (place < start + self.cutout)
 
 
 NO_AUGMENTATION = Augmentation()
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pictures:
-    """Pictures (n, h, w, channels) uint8 and their labels (n,) int64."""
+    """Pictures (n, h, w, channels) uint8, in memory or not, and their labels (n,) int64.
 
-    pixels: Tensor
+    Batches are put on `device`. `augmentation` is of pictures in memory: files have a crop.
+    """
+
+    pixels: Tensor | PictureFiles
     labels: Tensor
     image: Image
     augmentation: Augmentation = NO_AUGMENTATION
+    device: torch.device = CPU
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def first(self, count: int) -> Self:
-        """Return the first `count` pictures, or all where there are fewer."""
+        """Return the first `count` pictures, or all where there are fewer, in memory."""
         return replace(self, pixels=self.pixels[:count], labels=self.labels[:count])
 
     def batch(self, indices: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Return the network's input (b, channels, h, w) float32, and the labels (b,)."""
-        return self._normalized(self.pixels[indices]), self.labels[indices]
+        return self._ready(self.pixels[indices], indices)
 
-    def augmented(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what `batch` does, of pictures that torch's generator has shifted and turned."""
-        pixels = self.augmentation.apply(self.pixels[indices])
-        return self._normalized(pixels), self.labels[indices]
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield what `batch` returns for all pictures in order, `size` at a time."""
+        parts = [slice(start, start + size) for start in range(0, len(self), size)]
+        if isinstance(self.pixels, Tensor):
+            yield from map(self.batch, parts)
+        else:
+            yield from map(self._ready, self.pixels.read(parts), parts)
 
-    def _normalized(self, pixels: Tensor) -> Tensor:
-        mean, std = torch.tensor(self.image.mean), torch.tensor(self.image.std)
+    def augmented(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield what `batch` returns for each of `batches`, of pictures changed at random.
+
+        All that is random comes from torch's generator.
+        """
+        if isinstance(self.pixels, Tensor):
+            for indices in batches:
+                yield self._ready(self.augmentation.apply(self.pixels[indices]), indices)
+        else:
+            seed = int(torch.randint(2**62, ()))
+            yield from map(self._ready, self.pixels.read(batches, seed), batches)
+
+    def _ready(self, pixels: Tensor, indices: Tensor | slice) -> tuple[Tensor, Tensor]:
+        mean, std = (
+            torch.tensor(values, device=self.device) for values in (self.image.mean, self.image.std)
+        )
         # The channels stay innermost in memory: convolutions are faster so.
-        return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+        x = ((pixels.to(self.device).float() / 255 - mean) / std).permute(0, 3, 1, 2)
+        return x, self.labels[indices].to(self.device)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Data:
-    """The three splits, and the file that they came from."""
+    """The three splits, what they came from, and the names of its classes where it has them."""
 
     train: Pictures
     validation: Pictures
     test: Pictures
     name: str
     sha256: str
+    classes: tuple[str, ...] = ()
+
+    def on(self, device: torch.device) -> Self:
+        """Return the same data, whose batches are put on `device`."""
+        train, validation, test = (
+            replace(part, device=device) for part in (self.train, self.validation, self.test)
+        )
+        return replace(self, train=train, validation=validation, test=test)
 
 
 def load(
@@ -133,6 +178,8 @@ def load(
 
 
 def _read(path: Path) -> dict[str, NDArray[np.generic]]:
+    if path.is_dir():
+        raise DataError(f"{path}: a folder; this recipe reads an .npz file")
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     if not zipfile.is_zipfile(path):

@@ -51,8 +51,7 @@ def evaluate(
     loss, correct, n = 0.0, 0, 0
     size = PAIRS if isinstance(samples, Sentences) else BATCH
     with evaluating(model, by_batch), torch.inference_mode():
-        for start in range(0, len(samples), size):
-            x, labels = samples.batch(slice(start, start + size))
+        for x, labels in samples.batches(size):
             buffers = scratch(model) if by_batch else statistics
             logits = forward_at(model, ranks, x, buffers=buffers)
             loss += cross_entropy(logits, labels, reduction="sum").item()

@@ -56,8 +56,7 @@ def recalibrate(model: nn.Module, ranks: Mapping[str, int], pictures: Pictures) 
         for layer in layers:
             layer.momentum = None  # torch's way to say: the mean of all batches
         with evaluating(model, by_batch=True), torch.inference_mode():
-            for start in range(0, len(pictures), BATCH):
-                x, _ = pictures.batch(slice(start, start + BATCH))
+            for x, _ in pictures.batches(BATCH):
                 forward_at(model, ranks, x, buffers=statistics)
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):

@@ -82,8 +82,7 @@ def sentence_losses(
     """Return the cross-entropy summed over each sentence's tokens, (n,), and their number, (n,)."""
     losses, counts = [], []
     with evaluating(model), torch.inference_mode():
-        for start in range(0, len(sentences), PAIRS):
-            x, labels = sentences.batch(slice(start, start + PAIRS))
+        for x, labels in sentences.batches(PAIRS):
             logits = forward_at(model, ranks, x).transpose(1, 2)  # (b, vocabulary, t)
             losses.append(F.cross_entropy(logits, labels, reduction="none").sum(1))
             counts.append((labels != IGNORED).sum(1))

@@ -117,9 +117,10 @@ def make_points(
     chain are done, and of how many.
     """
     points, accuracies = [], []
+    calibrating = train.first(CALIBRATING)
     for i, ranks in enumerate(chain):
         named = by_name(cost, ranks)
-        point = Point(ranks, recalibrate(model, named, train.first(CALIBRATING)))
+        point = Point(ranks, recalibrate(model, named, calibrating))
         points.append(point)
         accuracies.append(evaluate(model, validation, named, point.statistics).accuracy)
         on_point(i + 1, len(chain))

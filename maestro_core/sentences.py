@@ -8,7 +8,7 @@ import gzip
 import hashlib
 import io
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -18,7 +18,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from maestro_core.data import DataError, Inputs, Pictures
+from maestro_core.data import CPU, DataError, Inputs, Pictures
 from maestro_core.loss import IGNORED
 
 PAD, UNKNOWN, BEGIN, END = range(4)
@@ -28,10 +28,14 @@ STRETCH = 50  # batches whose sentences are sorted by length together
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sentences:
-    """Pairs of sentences: source (n, s) to END, target (n, t) from BEGIN to END; then PAD."""
+    """Pairs of sentences: source (n, s) to END, target (n, t) from BEGIN to END; then PAD.
+
+    Batches are put on `device`.
+    """
 
     source: Tensor
     target: Tensor
+    device: torch.device = CPU
 
     def __len__(self) -> int:
         return len(self.source)
@@ -45,15 +49,24 @@ class Sentences:
 
         The label of a token is the one that follows it, IGNORED where none does.
         """
-        source, target = _trimmed(self.source[indices]), _trimmed(self.target[indices])
+        source, target = (
+            _trimmed(side[indices]).to(self.device) for side in (self.source, self.target)
+        )
         labels = target[:, 1:]
         return (source, target[:, :-1]), labels.masked_fill(labels == PAD, IGNORED)
 
-    def augmented(self, indices: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Return what `batch` does: nothing is changed in training."""
-        return self.batch(indices)
+    def batches(self, size: int) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
+        """Yield what `batch` returns for all pairs in order, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self.batch(slice(start, start + size))
 
-    def batches(self, order: Tensor, size: int) -> list[Tensor]:
+    def augmented(
+        self, batches: Sequence[Tensor]
+    ) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
+        """Yield what `batch` returns for each of `batches`: nothing is changed in training."""
+        return map(self.batch, batches)
+
+    def grouped(self, order: Tensor, size: int) -> list[Tensor]:
         """Split `order`, (n,), into batches of sentences of about one length, in random order.
 
         Less of a batch is padding so. Sentences are sorted within stretches of 50 batches.
@@ -83,6 +96,13 @@ class Corpus:
     tokenizer: bytes
     name: str
     sha256: str
+
+    def on(self, device: torch.device) -> Self:
+        """Return the same text, whose batches are put on `device`."""
+        train, validation, test = (
+            replace(part, device=device) for part in (self.train, self.validation, self.test)
+        )
+        return replace(self, train=train, validation=validation, test=test)
 
 
 def load(
@@ -146,7 +166,7 @@ def train_tokenizer(sentences: Sequence[str], vocabulary: int, path: Path) -> by
 def example(samples: Samples) -> Inputs:
     """Return the one sample that a cost is measured on: the first, or a pair of 28 tokens each."""
     if isinstance(samples, Sentences):
-        tokens = torch.full((1, TOKENS), UNKNOWN)
+        tokens = torch.full((1, TOKENS), UNKNOWN, device=samples.device)
         return tokens, tokens
     return samples.batch(slice(0, 1))[0]
 

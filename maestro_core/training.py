@@ -1,7 +1,7 @@
 """The training loop: dense, then with one layer cut at random, then on the chain found by it."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -238,14 +238,12 @@ def train_epoch_(
     if distributed.size() > 1:  # each augments and drops in its own way
         torch.manual_seed(Random(f"{hyper.seed}/{epoch}/{distributed.rank()}").getrandbits(63))
     losses: dict[int, Tensor] = {}
-    for step, batch in enumerate(batches):
-        indices = distributed.part(batch)
-        if not len(indices):
-            continue
+    parts = [part for part in map(distributed.part, batches) if len(part)]
+    changed: Iterator[tuple[Inputs, Tensor]] = samples.augmented(parts)
+    for step, (x, labels) in enumerate(changed):
         for group in optimizer.param_groups:
             rate = learning_rate(phase, hyper.warmup, before + step / len(batches))
             group["lr"] = rate * group.get("times", 1.0)
-        x, labels = samples.augmented(indices)
         with torch.autocast(labels.device.type, torch.bfloat16, hyper.precision == "bfloat16"):
             if phase.kind == "nested":
                 loss = consolidation_loss(model, chain, x, labels, rng, hyper.label_smoothing)
@@ -312,7 +310,7 @@ def _batches(samples: Samples, size: int) -> Sequence[Tensor]:
     """Return the indices of each batch, in an order that torch's generator has drawn."""
     order = torch.randperm(len(samples))
     if isinstance(samples, Sentences):
-        return samples.batches(order, size)
+        return samples.grouped(order, size)
     return torch.split(order, size)
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import orjson
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from maestro_core import framing
 from maestro_core.artifact import Tensor
 from server.errors import BadRequestError, InvalidError, UnsupportedMediaError
 
@@ -31,9 +32,12 @@ def from_json(body: bytes) -> dict[str, Any]:
 
     Raises:
         BadRequestError: it is not JSON.
-        InvalidError: it is not an object, or has no `inputs`.
+        InvalidError: it is not an object, has no `inputs`, or holds true or false.
     """
     value = json_object(body)
+    # Among numbers NumPy would take them for 1 and 0. To look at each number costs more than this.
+    if b"true" in body or b"false" in body:
+        raise InvalidError("inputs and parameters take numbers and text, not true or false")
     if "inputs" not in value:
         raise InvalidError("inputs: missing; it takes the input tensor as nested lists")
     return value
@@ -128,7 +132,7 @@ def _npy_header(head: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 def from_image(body: bytes, tensor: Tensor) -> Floats:
     """Return a PNG or JPEG picture as the input, (1, channels, height, width).
 
-    Turned upright, converted, resized, scaled to 0..1 and normalised, as the manifest says.
+    Turned upright, converted, framed, scaled to 0..1 and normalised, as the manifest says.
 
     Raises:
         BadRequestError: it cannot be decoded.
@@ -140,13 +144,11 @@ def from_image(body: bytes, tensor: Tensor) -> Floats:
         raise UnsupportedMediaError("this model does not take pictures; send JSON or .npy")
     picture = _open(body)
     try:
-        upright = ImageOps.exif_transpose(picture).convert(wanted.mode)
+        upright = framing.upright(picture, wanted)
     except (OSError, SyntaxError, ValueError) as error:
         raise BadRequestError(f"the picture is broken: {error}") from error
-    size = (wanted.width, wanted.height)
-    if upright.size != size:
-        upright = upright.resize(size, Image.Resampling.BILINEAR)
-    pixels = np.asarray(upright, np.float32).reshape(wanted.height, wanted.width, -1) / 255
+    box = framing.middle(wanted, *upright.size)
+    pixels = framing.pixels(upright, wanted, box).astype(np.float32) / 255
     mean, std = np.asarray(wanted.mean, np.float32), np.asarray(wanted.std, np.float32)
     scaled = (pixels - mean) / std
     return np.ascontiguousarray(scaled.transpose(2, 0, 1)[None], np.float32)

@@ -244,8 +244,13 @@ def _infer_description(service: Service) -> dict[str, Any]:
 
 def _lists(service: Service) -> dict[str, Any]:
     """Return what OpenAPI says of nested lists: one sample, or a list of samples."""
-    largest = float(np.finfo(np.float32).max)
-    sample: dict[str, Any] = {"type": "number", "minimum": -largest, "maximum": largest}
+    # The least number that rounds to infinity as float32: half a step above its largest.
+    infinite = 2.0**128 - 2.0**103
+    sample: dict[str, Any] = {
+        "type": "number",
+        "exclusiveMinimum": -infinite,
+        "exclusiveMaximum": infinite,
+    }
     for size in reversed(service.artifact.manifest.input.shape[1:]):
         sample = {"type": "array", "minItems": size, "maxItems": size, "items": sample}
     most = service.settings.max_batch

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from maestro_core.accounting import Cost, measure
 from maestro_core.factorize import factorize_
 from maestro_core.models.lenet import LeNet
-from maestro_core.models.resnet import ResNet18
+from maestro_core.models.resnet import ResNet18, ResNet50
 from maestro_core.models.transformer import Transformer
 from maestro_core.models.vgg import VGG19
+from maestro_core.recipes import imagenet_resnet50_partial
 
 # Ranks of stem, then conv1, conv2, [shortcut] of each block, then the head: (name, ranks,
 # million parameters, GMACs). Read off the rank plot of the Maestro poster (ICML 2024), ±1.
@@ -91,6 +92,35 @@ def test_the_dense_vgg19_is_that_of_the_paper() -> None:
     assert round(parameters / 1e6, 2) == 20.04
     assert round(cost.dense_macs / 1e9, 3) == 0.398
     assert [min(shape) for shape in shapes.values()] == [27, 64, 128, 128, *[256] * 4, *[512] * 8]
+
+
+def resnet50(keep: tuple[str, ...] = ()) -> Cost:
+    with torch.device("meta"):  # shapes alone: to take its factors would take a minute
+        model = ResNet50()
+        factorize_(model, keep)
+        return measure(model, torch.zeros(1, 3, 224, 224))
+
+
+def test_the_dense_resnet50_is_that_of_the_paper() -> None:
+    cost = resnet50()
+
+    assert (cost.dense_params, cost.dense_macs) == (25_557_032, 4_089_184_256)
+    assert len(cost.layers) == 54
+    assert cost.macs_at([layer.max_rank for layer in cost.layers]) == cost.dense_macs
+
+
+def test_resnet50_at_a_quarter_of_its_ranks_has_the_published_parameters() -> None:
+    """Pufferfish (MLSys 2021) keeps a quarter: of the last stage, or of all convolutions."""
+    full, partial = resnet50(), resnet50(imagenet_resnet50_partial.RECIPE.training.keep)
+
+    convolutions = [
+        layer.max_rank // 4 if layer.kind == "conv2d" else layer.max_rank for layer in full.layers
+    ]
+    last_stage = [layer.max_rank // 4 for layer in partial.layers]
+    assert len(last_stage) == 10
+    assert round(full.params_at(convolutions) / 1e6, 2) == 9.26
+    assert round(partial.params_at(last_stage) / 1e6, 2) == 15.20
+    assert partial.dense_params == full.dense_params
 
 
 def test_lenet_is_that_of_the_paper() -> None:

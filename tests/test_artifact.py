@@ -147,6 +147,15 @@ def test_wrong_ranks_are_named(tiny_artifact: Artifact, ranks: list[int], messag
         artifact.load(tiny_artifact.path)
 
 
+def test_a_frame_that_is_smaller_than_the_input_is_named(tiny_artifact: Artifact) -> None:
+    tensor = json.loads((tiny_artifact.path / "manifest.json").read_text())["input"]
+    tensor["image"]["shorter"] = 7
+    edit_manifest(tiny_artifact.path, input=tensor)
+
+    with pytest.raises(ArtifactError, match=r"input\.image: .*shorter: 7 leaves less than 8×8"):
+        artifact.load(tiny_artifact.path)
+
+
 def test_no_directory_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no such artifact directory"):
         artifact.load(tmp_path / "none.maestro")

@@ -18,6 +18,7 @@ from maestro_core import checkpoint
 from maestro_core.accounting import Cost
 from maestro_core.data import Pictures
 from maestro_core.evaluation import evaluate
+from maestro_core.factorize import factorize_
 from maestro_core.recipes.mnist_lenet import RECIPE
 from maestro_core.training import Phase
 from tests.conftest import TINY_LAYERS
@@ -183,3 +184,12 @@ def test_uniform_points_are_nested_and_their_ranks_allowed() -> None:
     for ranks in chain:
         for layer, rank in zip(TINY_LAYERS, ranks, strict=True):
             assert 1 <= rank == layer.max_rank or not layer.is_dense(rank)
+
+
+@pytest.mark.parametrize("name", frontier.TASKS)
+def test_the_layers_that_a_task_keeps_dense_are_its_network_s(name: str) -> None:
+    task = frontier.TASKS[name]
+
+    done = factorize_(task.network(task.width), task.kept)
+
+    assert {name for name, reason in done.dense.items() if reason == "kept"} == set(task.kept)

@@ -111,11 +111,15 @@ def test_wrong_calls_get_one_line(
 def test_train_names_what_is_missing(environment: dict[str, str], tmp_path: Path) -> None:
     listed = maestro(environment, "train", "--list")
     assert listed.stdout.startswith("mnist-lenet: ")
+    assert "\nimagenet-resnet50: " in listed.stdout
+    assert "\nimagenet-resnet50-partial: " in listed.stdout
 
     check_error(maestro(environment, "train"), "give a RECIPE and --data PATH")
     data = ("--data", str(tmp_path / "none.npz"), "--out", str(tmp_path / "out"))
     check_error(maestro(environment, "train", "mnist", *data), "mnist-lenet")
     check_error(maestro(environment, "train", "mnist-lenet", *data), "none.npz")
+    tpu = ("--device", "tpu")
+    check_error(maestro(environment, "train", "mnist-lenet", *data, *tpu), "cpu or cuda, not 'tpu'")
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.maestro"))
 
 

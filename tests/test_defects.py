@@ -1,6 +1,7 @@
 """What went wrong in other code for this method and is not held by a test elsewhere."""
 
 import random
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -40,7 +41,8 @@ class Unused(Pictures):
     def batch(self, indices: Tensor | slice) -> tuple[Tensor, Tensor]:
         pytest.fail(f"pictures {indices} were read")
 
-    augmented = batch
+    def augmented(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        pytest.fail(f"pictures {batches} were read")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Every body a client may send: good ones become the tensor, bad ones get one clear error."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -66,6 +67,7 @@ def test_wrong_lists_are_named(values: object, message: str) -> None:
         (b"[" * 100_000, 400, "the body is not JSON"),
         (b"[1]", 422, "must be a JSON object"),
         (b"{}", 422, "inputs: missing"),
+        (b'{"inputs": [[[[0.5, false]]]]}', 422, "not true or false"),
     ],
 )
 def test_wrong_json_is_named(body: bytes, status: int, message: str) -> None:
@@ -130,6 +132,21 @@ def test_a_picture_is_scaled_and_normalised(kind: str, mode: str, size: tuple[in
     level = 128 / 255 if mode == "L" else 0
     assert x.shape == (1, 1, 8, 8)
     np.testing.assert_allclose(x, (level - 0.5) / 0.25, atol=0.02)
+
+
+@pytest.mark.parametrize("size", [(24, 8), (8, 24)])
+def test_of_a_framed_picture_the_middle_is_taken(size: tuple[int, int]) -> None:
+    assert TENSOR.image is not None
+    framed = replace(TENSOR, image=replace(TENSOR.image, shorter=8))
+    across = Image.new("L", (24, 8), 0)
+    across.paste(255, (8, 0, 16, 8))
+    file = io.BytesIO()
+    (across if size == across.size else across.rotate(90, expand=True)).save(file, "PNG")
+
+    x, whole = (inputs.from_image(file.getvalue(), tensor) for tensor in (framed, TENSOR))
+
+    np.testing.assert_allclose(x, 2)
+    assert whole.min() == -2
 
 
 def test_a_colour_picture_has_its_channels_first() -> None:

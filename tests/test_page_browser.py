@@ -26,6 +26,7 @@ webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not in
 By = pytest.importorskip("selenium.webdriver.common.by").By
 Keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
 Wait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
+Replaced = pytest.importorskip("selenium.common.exceptions").StaleElementReferenceException
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 POINT_MS = (100.0, 200.0, 400.0, 800.0, 1600.0)
@@ -127,8 +128,7 @@ class Reader:
 
     def until(self, holds: Callable[[], Any]) -> None:
         """Wait until it holds; what the page replaces meanwhile is looked up again."""
-        replaced = (StaleElementReferenceException,)
-        Wait(self.browser, WAIT_S, 0.05, replaced).until(lambda _: holds())
+        Wait(self.browser, WAIT_S, 0.05, (Replaced,)).until(lambda _: holds())
 
     def until_ready(self) -> "Reader":
         self.until(lambda: self.text("#status") == "Ready" and self.text("#choice"))

@@ -8,15 +8,19 @@ import numpy as np
 import pytest
 import torch
 from rich.progress import Progress
+from torch import nn
 
-from maestro_core import artifact, checkpoint, held_out
-from maestro_core.data import DataError, load
-from maestro_core.factorize import factorize_
+from maestro_core import artifact, checkpoint, folders, held_out
+from maestro_core.data import DataError, Pictures, load
+from maestro_core.factorize import factorize_, low_rank_layers
+from maestro_core.folders import Folders
+from maestro_core.models.resnet import ResNet50
 from maestro_core.recipes import running
 from maestro_core.recipes.mnist_lenet import RECIPE
 from maestro_core.recipes.recipe import Recipe
 from maestro_core.target import Target
-from maestro_core.training import Phase, train_epoch_
+from maestro_core.training import Phase, learning_rate, train_epoch_
+from tests.test_folders import CLASSES, write_folders
 
 SMALL = replace(
     RECIPE,
@@ -161,19 +165,114 @@ def test_a_recipe_for_larger_networks_starts_and_takes_steps(name: str, tmp_path
     }
     np.savez(tmp_path / "noise.npz", **arrays)
     loaded = load(tmp_path / "noise.npz", recipe.image, 10, 4, 0, recipe.augmentation)
+
+    take_two_steps(recipe, loaded.train)
+
+
+IMAGENET = ["imagenet-resnet50", "imagenet-resnet50-partial"]
+
+
+def small(name: str) -> Recipe:
+    """Return a recipe for ImageNet with an eighth of the width, of pictures that are smaller."""
+    recipe = running.RECIPES[name]
+    assert isinstance(recipe, Recipe)
+    return replace(
+        recipe,
+        network=lambda: ResNet50(len(CLASSES), width=1 / 8),
+        image=replace(recipe.image, height=32, width=32, shorter=36),
+        folders=Folders(len(CLASSES)),
+        validation=9,
+    )
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_a_recipe_for_imagenet_starts_and_takes_steps(name: str, tmp_path: Path) -> None:
+    recipe = small(name)
+    root = write_folders(tmp_path / "data", {"train": 6, "val": 1})
+    assert recipe.folders
+    loaded = folders.load(root, recipe.image, recipe.folders, 10, 0, 2, lambda *_: None)
+
+    model = take_two_steps(recipe, loaded.train)
+
+    found = list(low_rank_layers(model))
+    convolutions = 54 if name == "imagenet-resnet50" else 10
+    assert len(found) == convolutions
+    assert convolutions == 54 or all(layer.startswith("stages.3.") for layer in found)
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_the_schedule_for_imagenet_is_that_of_the_paper(name: str) -> None:
+    hyper = running.RECIPES[name].training
+    (phase,) = hyper.phases
+
+    rates = [round(learning_rate(phase, hyper.warmup, epoch), 9) for epoch in range(90)]
+
+    assert rates == [*[0.1] * 30, *[0.01] * 30, *[0.001] * 20, *[0.0001] * 10]
+    assert (hyper.batch_size, hyper.momentum, hyper.weight_decay) == (256, 0.9, 1e-4)
+
+
+def take_two_steps(recipe: Recipe, pictures: Pictures) -> nn.Module:
+    """Train on 8 pictures, 4 a step, halfway through the ordered phase, where no rate is 0."""
     hyper = replace(recipe.training, batch_size=4)
     model = recipe.network()
-    factorize_(model)
+    factorize_(model, hyper.keep)
     ordered = next(phase for phase in hyper.phases if phase.kind == "ordered")
     first = sum(p.epochs for p in hyper.phases[: hyper.phases.index(ordered)])
     optimizer = torch.optim.SGD(model.parameters(), momentum=hyper.momentum)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     steps: list[int] = []
 
-    # Halfway, where no rate is 0.
     epoch = first + ordered.epochs // 2
-    train_epoch_(model, optimizer, loaded.train, hyper, epoch, [], lambda: steps.append(0))
+    train_epoch_(model, optimizer, pictures, hyper, epoch, [], lambda: steps.append(0))
 
     assert len(steps) == 2
     assert any(not torch.equal(before[k], value) for k, value in model.state_dict().items())
     assert all(value.isfinite().all() for value in model.state_dict().values())
+    return model
+
+
+def test_a_recipe_for_folders_makes_an_artifact_with_their_names(tmp_path: Path) -> None:
+    root = write_folders(tmp_path / "data", {"train": 24, "val": 10})
+    recipe = small("imagenet-resnet50-partial")
+    recipe = replace(
+        recipe,
+        training=replace(
+            recipe.training, phases=(Phase("ordered", 2, 0.05),), batch_size=9, target=None
+        ),
+        search=replace(recipe.search, points=3, probes=3),
+    )
+
+    path = running.run_recipe(recipe, root, tmp_path / "out", Progress(disable=True))
+
+    assert path is not None
+    manifest = artifact.load(path).manifest
+    assert manifest.labels == CLASSES
+    assert manifest.input.image == recipe.image
+    assert manifest.metric.samples == 30
+    assert manifest.provenance["folders"]["classes"] == 3
+
+
+def test_a_recipe_is_not_given_the_other_kind_of_data(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"squares\.npz: a file; this recipe reads a folder"):
+        running.run("imagenet-resnet50", data, tmp_path)
+    with pytest.raises(DataError, match=r"a folder; this recipe reads an \.npz file"):
+        running.run("mnist-lenet", tmp_path, tmp_path)
+
+
+def test_labels_are_given_or_named_by_folders() -> None:
+    with pytest.raises(ValueError, match="'mnist-lenet': give labels, or folders that name them"):
+        replace(RECIPE, labels=())
+
+
+@pytest.mark.parametrize(
+    ("device", "message"), [("cuda", "finds no CUDA GPU here"), ("gpu", "cpu or cuda, not 'gpu'")]
+)
+def test_a_device_that_is_not_there_is_refused(
+    data: Path, tmp_path: Path, device: str, message: str
+) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+
+    with pytest.raises(ValueError, match=message):
+        running.run("mnist-lenet", data, tmp_path, device=device)
+    assert not list(tmp_path.iterdir())

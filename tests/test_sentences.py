@@ -75,7 +75,7 @@ def test_batches_take_every_sentence_once_and_waste_little(corpus: Corpus) -> No
     torch.manual_seed(0)
     order = torch.randperm(160)
 
-    batches = corpus.train.batches(order, 24)
+    batches = corpus.train.grouped(order, 24)
 
     assert sorted(torch.cat(batches).tolist()) == list(range(160))
     assert sorted(map(len, batches)) == [16, *[24] * 6]

@@ -1,5 +1,12 @@
-"""A nine-layer residual network on CIFAR-10: the model that ships; 1½ hours on two cores."""
+"""A small residual network on CIFAR-10, for two hours on two cores.
 
+It answers for a picture and its mirror image together: half as large a network trains for twice as
+many epochs in that time.
+"""
+
+from dataclasses import replace
+
+from maestro_core.models.mirrored import Mirrored
 from maestro_core.models.resnet9 import ResNet9, prepare_
 from maestro_core.recipes import cifar10
 from maestro_core.recipes.recipe import Recipe
@@ -8,18 +15,18 @@ from maestro_core.training import HyperParameters, Phase
 
 RECIPE = Recipe(
     name="cifar10-small",
-    summary="ResNet-9 on CIFAR-10, an hour and a half on two cores; --data cifar10.npz",
-    network=ResNet9,
+    summary="ResNet-9 on CIFAR-10, two hours on two cores; --data cifar10.npz",
+    network=lambda: Mirrored(ResNet9()),
     data_set=cifar10.DATA_SET,
     source=cifar10.SOURCE,
     image=cifar10.IMAGE,
     labels=cifar10.LABELS,
     validation=2_500,
     kept_samples=1_000,
-    augmentation=cifar10.AUGMENTATION,
+    augmentation=replace(cifar10.AUGMENTATION, cutout=8),
     prepare=prepare_,
     training=HyperParameters(
-        phases=(Phase("dense", 10, 0.2), Phase("ordered", 1, 0.02), Phase("nested", 8, 0.05)),
+        phases=(Phase("dense", 28, 0.2), Phase("ordered", 1, 0.02), Phase("nested", 16, 0.05)),
         batch_size=128,
         momentum=0.9,
         nesterov=True,
@@ -27,7 +34,7 @@ RECIPE = Recipe(
         warmup=0.15,
         whitened=True,
         normalisation_rate=32.0,
-        keep=("whitening",),
+        keep=("network.whitening",),
         label_smoothing=0.2,
         lasso=0.0,
         threshold=1e-5,

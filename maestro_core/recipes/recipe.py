@@ -8,6 +8,7 @@ from torch import nn
 
 from maestro_core.artifact import Image
 from maestro_core.data import NO_AUGMENTATION, Augmentation, Pictures
+from maestro_core.folders import Folders
 from maestro_core.search import SearchParameters
 from maestro_core.training import HyperParameters
 
@@ -19,7 +20,8 @@ class Recipe:
     `validation` pictures leave the training set to choose the points. `data_set` and `source` say
     what the data is, and whose. `kept_samples` of the test pictures go into the artifact, for hosts
     that look for points of their own. `prepare` sets what a network takes from its training
-    pictures before the first step.
+    pictures before the first step. With `folders` the data is a folder of class folders, which name
+    the labels; else an .npz file, and `labels` are given.
     """
 
     name: str
@@ -35,6 +37,11 @@ class Recipe:
     search: SearchParameters
     augmentation: Augmentation = NO_AUGMENTATION
     prepare: Callable[[nn.Module, Pictures], None] | None = None
+    folders: Folders | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.labels) == bool(self.folders):
+            raise ValueError(f"recipe '{self.name}': give labels, or folders that name them")
 
     def identity(self, data_sha256: str) -> dict[str, Any]:
         """Return, as plain JSON, what a checkpoint must agree on to be resumed."""
@@ -43,6 +50,7 @@ class Recipe:
             "data_sha256": data_sha256,
             "validation": self.validation,
             "augmentation": asdict(self.augmentation),
+            **({"folders": asdict(self.folders)} if self.folders else {}),
             **asdict(self.training),
             "search": asdict(self.search),
         }

@@ -1,5 +1,6 @@
 """Run a recipe: train, search, export. The steps are elsewhere; here they are joined."""
 
+import os
 import platform
 from dataclasses import replace
 from importlib.metadata import version
@@ -10,16 +11,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from maestro_core import checkpoint, data, distributed, held_out
+from maestro_core import checkpoint, data, distributed, folders, held_out
 from maestro_core.accounting import Cost, measure
 from maestro_core.data import Data
 from maestro_core.export import Description, ExportError, check_embeddings
 from maestro_core.export import export as export_artifact
 from maestro_core.factorize import factorize_
 from maestro_core.frontier import Chain
+from maestro_core.host import usable_cores
 from maestro_core.recipes.cifar10_resnet18 import RECIPE as CIFAR10_RESNET18
 from maestro_core.recipes.cifar10_small import RECIPE as CIFAR10_SMALL
 from maestro_core.recipes.cifar10_vgg19 import RECIPE as CIFAR10_VGG19
+from maestro_core.recipes.imagenet_resnet50 import RECIPE as IMAGENET_RESNET50
+from maestro_core.recipes.imagenet_resnet50_partial import RECIPE as IMAGENET_RESNET50_PARTIAL
 from maestro_core.recipes.mnist_lenet import RECIPE as MNIST_LENET
 from maestro_core.recipes.multi30k_transformer import RECIPE as MULTI30K_TRANSFORMER
 from maestro_core.recipes.recipe import Recipe, TextRecipe
@@ -35,6 +39,8 @@ RECIPES: dict[str, Recipe | TextRecipe] = {
         CIFAR10_SMALL,
         CIFAR10_RESNET18,
         CIFAR10_VGG19,
+        IMAGENET_RESNET50,
+        IMAGENET_RESNET50_PARTIAL,
         MULTI30K_TRANSFORMER,
     )
 }
@@ -45,34 +51,41 @@ def summaries() -> dict[str, str]:
     return {name: recipe.summary for name, recipe in RECIPES.items()}
 
 
-def run(name: str, data_path: Path, out: Path, target: Target | None = None) -> Path | None:
+def run(
+    name: str, data_path: Path, out: Path, target: Target | None = None, device: str = "cpu"
+) -> Path | None:
     """Train the recipe `name`, or go on where it stopped; return the artifact, in `out`.
 
+    `device` is cpu or cuda. With a target the network is trained to that size, and its points are
+    all up to it. Of several processes the first makes the artifact, and the others return None.
     Of text, which no artifact can hold yet, it is a JSON file of the points.
-    With a target the network is trained to that size, and its points are all up to it. Of several
-    processes the first makes the artifact, and the others return None.
     Checkpoints are in `out/NAME-checkpoints`. Progress is shown on standard error.
 
     Raises:
-        ValueError: no such recipe, wrong data, another run's checkpoint, or a disk that is full;
-            each says which.
+        ValueError: no such recipe or device, wrong data, another run's checkpoint, or a disk that
+            is full; each says which.
         Diverged: the loss is no longer finite.
         TargetMissed: the target can't be reached, or was not.
     """
     recipe = _aimed(_recipe(name), target)
+    chosen = _device(device)
     with distributed.joined():
         if isinstance(recipe, TextRecipe):
-            return run_text(recipe, data_path, out, _progress())
-        return run_recipe(recipe, data_path, out, _progress())
+            return run_text(recipe, data_path, out, _progress(), chosen)
+        return run_recipe(recipe, data_path, out, _progress(), chosen)
 
 
-def export(path: Path, data_path: Path, out: Path) -> Path:
+def export(path: Path, data_path: Path, out: Path, device: str = "cpu") -> Path:
     """Search and export the checkpoint at `path`; return the artifact `out`.
 
+    `device` is cpu or cuda.
+
     Raises:
-        ValueError: the checkpoint is of no recipe here, or of other data or hyper-parameters.
+        ValueError: the checkpoint is of no recipe here, or of other data or hyper-parameters, or
+            there is no such device.
         ExportError: it is of a recipe for text.
     """
+    chosen = _device(device)
     trained = checkpoint.read_state(path).run
     aim = trained.get("target")
     recipe = _aimed(_recipe(str(trained.get("recipe"))), Target(**aim) if aim else None)
@@ -82,8 +95,8 @@ def export(path: Path, data_path: Path, out: Path) -> Path:
             f"its points into {recipe.name}-points.json"
         )
     with _progress() as progress:
-        loaded = _load(recipe, data_path)
-        model = _network(recipe)
+        loaded = _load(recipe, data_path, progress).on(chosen)
+        model = _network(recipe).to(chosen)
         factorize_(model, recipe.training.keep)
         state = checkpoint.restore_(path, model, None, recipe.identity(loaded.sha256))
         chain = state.chain or _find_chain(recipe, model, loaded, progress)
@@ -91,14 +104,16 @@ def export(path: Path, data_path: Path, out: Path) -> Path:
         return _export(recipe, model, loaded, chain, out, progress)
 
 
-def run_recipe(recipe: Recipe, data_path: Path, out: Path, progress: Progress) -> Path | None:
-    """Train `recipe`, or go on where it stopped; return the artifact, in `out`.
+def run_recipe(
+    recipe: Recipe, data_path: Path, out: Path, progress: Progress, device: torch.device = data.CPU
+) -> Path | None:
+    """Train `recipe` on `device`, or go on where it stopped; return the artifact, in `out`.
 
     Returns and raises as `run` does.
     """
     with progress:
-        loaded = _load(recipe, data_path)
-        model = _network(recipe)
+        loaded = _load(recipe, data_path, progress).on(device)
+        model = _network(recipe).to(device)
         check_embeddings(model, recipe.training.keep)
         if recipe.prepare:
             recipe.prepare(model, loaded.train)
@@ -145,7 +160,7 @@ def _export(
     description = Description(
         name=recipe.name,
         task="image-classification",
-        labels=recipe.labels,
+        labels=recipe.labels or loaded.classes,
         data_set=recipe.data_set,
         provenance={
             **recipe.identity(loaded.sha256),
@@ -184,7 +199,7 @@ def _for_hosts(
     )
     x, labels = loaded.test.batch(slice(0, recipe.kept_samples))
     names = [layer.name for layer in cost.layers]
-    return held_out.contents(x.numpy(), labels.numpy(), names, tables)
+    return held_out.contents(x.cpu().numpy(), labels.cpu().numpy(), names, tables)
 
 
 def _cost(model: nn.Module, loaded: Data) -> Cost:
@@ -209,7 +224,29 @@ def _recipe(name: str) -> Recipe | TextRecipe:
     return RECIPES[name]
 
 
-def _load(recipe: Recipe, path: Path) -> Data:
+def _device(name: str) -> torch.device:
+    """Return the device; of several processes each has a GPU of its own."""
+    if name == "cpu":
+        return data.CPU
+    if name != "cuda":
+        raise ValueError(f"device: cpu or cuda, not '{name}'")
+    if not torch.cuda.is_available():
+        raise ValueError("device: this PyTorch finds no CUDA GPU here; train with --device cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _load(recipe: Recipe, path: Path, progress: Progress) -> Data:
+    if recipe.folders:
+        task = progress.add_task("checking test pictures", total=None)
+        return folders.load(
+            path,
+            recipe.image,
+            recipe.folders,
+            recipe.validation,
+            recipe.training.seed,
+            max(1, usable_cores() // distributed.size()),
+            lambda done, total: progress.update(task, completed=done, total=total),
+        )
     return data.load(
         path,
         recipe.image,

@@ -12,6 +12,7 @@ from torch import nn
 
 from maestro_core import distributed, sentences
 from maestro_core.accounting import Cost, measure
+from maestro_core.data import CPU
 from maestro_core.frontier import Chain
 from maestro_core.perplexity import TextPoint, score_points
 from maestro_core.recipes.recipe import TextRecipe
@@ -20,7 +21,13 @@ from maestro_core.sentences import TOKENS, Corpus, example
 from maestro_core.training import train_
 
 
-def run_text(recipe: TextRecipe, data_path: Path, out: Path, progress: Progress) -> Path | None:
+def run_text(
+    recipe: TextRecipe,
+    data_path: Path,
+    out: Path,
+    progress: Progress,
+    device: torch.device = CPU,
+) -> Path | None:
     """Train `recipe`, or go on where it stopped; return the file of its points, in `out`.
 
     The tokeniser lies beside it. Of several processes the first makes both, others return None.
@@ -31,9 +38,10 @@ def run_text(recipe: TextRecipe, data_path: Path, out: Path, progress: Progress)
         TargetMissed: the target can't be reached, or was not.
     """
     with progress:
-        corpus = sentences.load(data_path, recipe.languages, recipe.splits, recipe.vocabulary)
+        loaded = sentences.load(data_path, recipe.languages, recipe.splits, recipe.vocabulary)
+        corpus = loaded.on(device)
         torch.manual_seed(recipe.training.seed)
-        model = recipe.network()
+        model = recipe.network().to(device)
         chain = train_(
             model,
             corpus,
