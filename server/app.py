@@ -14,7 +14,6 @@ from server import oip_routes, routes
 from server.bodies import Bodies
 from server.direct import Direct, DirectCalls
 from server.errors import PROBLEM_TYPE, InvalidError, ServiceError
-from server.http import Arrival
 from server.page import page
 from server.schemas import Problem
 from server.service import Service
@@ -60,7 +59,6 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
     _add_errors(app, served)
     app.add_middleware(DirectCalls, calls=_direct(served, bodies), errors=app.exception_handlers)
     app.add_middleware(Tracing, access_log=settings.access_log)
-    app.add_middleware(Arrival)
     return app
 
 

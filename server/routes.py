@@ -17,7 +17,17 @@ from server.answers import infer_answer
 from server.bodies import Bodies
 from server.direct import Call
 from server.errors import ForbiddenError, UnauthorizedError, UnsupportedMediaError
-from server.http import ARRIVED, Json, form_file, header_targets_ms, media_type
+from server.http import (
+    Headers,
+    Inferred,
+    Json,
+    form_file,
+    header_targets_ms,
+    headers_of,
+    media_type,
+    query_of,
+    to_json,
+)
 from server.schemas import (
     Explained,
     Frontier,
@@ -30,7 +40,7 @@ from server.schemas import (
 )
 from server.service import Service
 from server.settings import Settings
-from server.tracing import ANSWER
+from server.tracing import ANSWER, ARRIVED
 
 INFER = "/infer"
 
@@ -49,18 +59,17 @@ def infer_call(service: Service, bodies: Bodies) -> Call:
     async def infer(request: Request) -> Response:
         service.serving()
         arrived_s: float = request.scope[ARRIVED]
+        headers = headers_of(request)
         with bodies.one() as arriving:
-            x, given = await _read(request, await arriving.read(request), service)
-            parameters = parse_parameters(request.query_params, given, header_targets_ms(request))
+            body = await arriving.read(request)
+            x, given = await _read(request, headers, body, service)
+            parameters = parse_parameters(query_of(request), given, header_targets_ms(headers))
             served = service.artifact  # a search may replace it meanwhile
             result = await service.infer(x, parameters, arrived_s, request.receive)
         content = infer_answer(served, parameters, result, time.monotonic() - arrived_s)
         service.count(result, content)
         request.scope[ANSWER] = content
-        timing = ", ".join(
-            f"{name};dur={content[f'{name}_ms']}" for name in ("queue", "compute", "total")
-        )
-        return Json(content, headers={"Server-Timing": timing})
+        return Inferred(to_json(content), b"application/json", _timing(content))
 
     return infer
 
@@ -88,7 +97,8 @@ def inference(service: Service, bodies: Bodies) -> APIRouter:
             body = await arriving.read(request)
         given = inputs.json_object(body) if body else {}
         given.pop("inputs", None)
-        parameters = parse_parameters(request.query_params, given, header_targets_ms(request))
+        targets_ms = header_targets_ms(headers_of(request))
+        parameters = parse_parameters(query_of(request), given, targets_ms)
         return Json(service.explain(parameters, request.scope[ARRIVED]))
 
     @router.get("/frontier", response_model=Frontier, summary="The points, as measured here")
@@ -181,11 +191,11 @@ def _is_loopback(host: str) -> bool:
 
 
 async def _read(
-    request: Request, body: bytes, service: Service
+    request: Request, headers: Headers, body: bytes, service: Service
 ) -> tuple[NDArray[np.float32], dict[str, Any]]:
     """Return the input, (n, …), and the parameters that came with it in the body."""
     tensor = service.artifact.manifest.input
-    kind = media_type(request)
+    kind = media_type(headers)
     if kind == _FORM:
         kind, body = await form_file(request, body)
     if kind in _UNSAID:
@@ -198,6 +208,12 @@ async def _read(
     if kind in _PICTURES:
         return inputs.from_image(body, tensor), {}
     raise UnsupportedMediaError(f"content-type '{kind}' is not served; send {_SERVED}")
+
+
+def _timing(content: dict[str, Any]) -> tuple[bytes, bytes]:
+    """Return the header that browsers show beside a request."""
+    queue, compute, total = content["queue_ms"], content["compute_ms"], content["total_ms"]
+    return b"server-timing", f"queue;dur={queue}, compute;dur={compute}, total;dur={total}".encode()
 
 
 def _explain_description() -> dict[str, Any]:
