@@ -37,6 +37,9 @@ HANG_MIN_S = 2.0
 # A batch this short is computed on the event loop: handing it to a thread and back would cost as
 # much again, and whoever arrives meanwhile would wait for it anyway.
 INLINE_MS = 1.0
+# Whether a client has hung up is asked of requests that have waited this long: to ask at once
+# would cost each of them 20 µs, a task of its own.
+PATIENCE_S = 0.01
 
 
 class Runner(Protocol):
@@ -46,10 +49,13 @@ class Runner(Protocol):
         """Return the output (n, …) for a batch (n, …) at a point."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Caller:
     x: Floats
     future: asyncio.Future[Inference]
+    receive: Receive | None
+    since_s: float
+    watch: asyncio.Task[None] | None = None
 
 
 @dataclass(slots=True)
@@ -82,6 +88,9 @@ class Dispatcher:
         self._loop = asyncio.get_running_loop()
         self._free = [Worker(f"compute-{i}") for i in range(slots)]
         self._callers: dict[str, _Caller] = {}
+        self._unwatched: dict[_Caller, None] = {}  # in the order in which they came
+        self._will_look = False
+        self._will_pump = False
         self._flights: dict[int, _Flight] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._drained = asyncio.Event()
@@ -95,8 +104,9 @@ class Dispatcher:
             ServiceError: refused, out of time, or the engine failed.
             ClientDisconnect: the client hung up.
         """
+        now = time.monotonic()
         try:
-            verdict = self.scheduler.submit(request, time.monotonic())
+            verdict = self.scheduler.submit(request, now)
         except ValueError as error:
             raise InvalidError(str(error)) from error
         if isinstance(verdict, Refusal):
@@ -104,19 +114,22 @@ class Dispatcher:
         for displaced in verdict.displaced:
             gave_way = UnavailableError("a request of higher priority came", reason="displaced")
             self._fail(displaced.id, gave_way)
-        caller = _Caller(x, self._loop.create_future())
+        caller = _Caller(x, self._loop.create_future(), receive, now)
         self._callers[request.id] = caller
-        self._pump()
+        self._pump_soon()
+        self._look_later(caller)
         try:
-            if receive is None or request.id not in self._callers:
-                return await caller.future
-            return await self._unless_gone(caller.future, receive)
+            return await caller.future
         except (asyncio.CancelledError, ClientDisconnect):
             self._callers.pop(request.id, None)
             caller.future.cancel()
             self.scheduler.cancel(request.id, time.monotonic())
             self._pump()
             raise
+        finally:
+            self._unwatched.pop(caller, None)
+            if caller.watch:
+                caller.watch.cancel()
 
     async def drain(self, limit_s: float) -> None:
         """Take no more requests; wait until those taken are answered, `limit_s` at most."""
@@ -138,18 +151,35 @@ class Dispatcher:
         for worker in self._free:
             worker.stop()
 
-    async def _unless_gone(self, future: asyncio.Future[Inference], receive: Receive) -> Inference:
-        gone = asyncio.ensure_future(_hung_up(receive))
-        try:
-            await asyncio.wait((future, gone), return_when=asyncio.FIRST_COMPLETED)
-            if future.done():
-                return future.result()
-            raise ClientDisconnect
-        finally:
-            gone.cancel()
+    def _look_later(self, caller: _Caller) -> None:
+        """Watch for the end of a caller's connection, once it has waited for a while."""
+        self._unwatched[caller] = None
+        if not self._will_look:
+            self._will_look = True
+            self._loop.call_later(PATIENCE_S, self._look)
+
+    def _look(self) -> None:
+        """Watch the connections of all who have waited for long."""
+        due_s = time.monotonic() - PATIENCE_S
+        for caller in list(self._unwatched):
+            if caller.since_s > due_s:
+                break
+            del self._unwatched[caller]
+            if caller.receive is not None:
+                caller.watch = self._loop.create_task(_watch(caller.future, caller.receive))
+        self._will_look = bool(self._unwatched)
+        if self._will_look:
+            self._loop.call_later(PATIENCE_S, self._look)
+
+    def _pump_soon(self) -> None:
+        """Plan once all that came in this turn of the loop are here: they can share a batch."""
+        if not self._will_pump:
+            self._will_pump = True
+            self._loop.call_soon(self._pump)
 
     def _pump(self) -> None:
         """Start what the scheduler plans, and be back when it wants to be asked again."""
+        self._will_pump = False
         while True:
             now = time.monotonic()
             plan = self.scheduler.plan(now)
@@ -160,6 +190,8 @@ class Dispatcher:
             if plan.batch is None:
                 break
             self._start(plan.batch)
+            if not self.scheduler.waiting:
+                break
         if self._timer:
             self._timer.cancel()
         self._timer = None
@@ -302,6 +334,9 @@ def refused(refusal: Refusal) -> ServiceError:
     return UnavailableError(refusal.detail, refusal.retry_after_s or 1.0, reason=refusal.reason)
 
 
-async def _hung_up(receive: Receive) -> None:
+async def _watch(future: asyncio.Future[Inference], receive: Receive) -> None:
+    """End the wait of a caller whose client hangs up."""
     while (await receive())["type"] != "http.disconnect":
         pass
+    if not future.done():
+        future.set_exception(ClientDisconnect())
