@@ -43,6 +43,10 @@ class Body:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.give_back()
+
+    def give_back(self) -> None:
+        """Give back all that is held."""
         self._all.held_bytes -= self._bytes
         self._bytes = 0
 
@@ -63,7 +67,7 @@ class Body:
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
             chunk, more = message.get("body", b""), message.get("more_body", False)
-            self._hold(len(chunk))
+            self.hold(len(chunk))
             parts.append(chunk)
         return b"".join(parts)
 
@@ -72,7 +76,12 @@ class Body:
         if size > limit:
             raise TooLargeError(f"the body is over {limit} bytes", limit_bytes=limit)
 
-    def _hold(self, size: int) -> None:
+    def hold(self, size: int) -> None:
+        """Take so much more of the memory.
+
+        Raises:
+            TooLargeError, UnavailableError: as `read`.
+        """
         bodies = self._all
         self._check(self._bytes + size)
         alone = bodies.held_bytes == self._bytes

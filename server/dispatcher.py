@@ -6,10 +6,10 @@ What runs next is the scheduler's decision; who is told what, and when, is decid
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +23,12 @@ from server.errors import (
     ServiceError,
     UnavailableError,
 )
+from server.hangups import HangUps, Receive
 from server.requests import Batch, Refusal, Request
 from server.scheduler import Scheduler
 from server.worker import Turns, Worker
 
 Floats = NDArray[np.float32]
-Receive = Callable[[], Awaitable[Any]]
 
 MS = 1e3
 # A batch that takes this many times its predicted tail, and at least this long, is taken to hang.
@@ -37,9 +37,6 @@ HANG_MIN_S = 2.0
 # A batch this short is computed on the event loop: handing it to a thread and back would cost as
 # much again, and whoever arrives meanwhile would wait for it anyway.
 INLINE_MS = 1.0
-# Whether a client has hung up is asked of requests that have waited this long: to ask at once
-# would cost each of them 20 µs, a task of its own.
-PATIENCE_S = 0.01
 
 
 class Runner(Protocol):
@@ -49,13 +46,10 @@ class Runner(Protocol):
         """Return the output (n, …) for a batch (n, …) at a point."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True)
 class _Caller:
     x: Floats
     future: asyncio.Future[Inference]
-    receive: Receive | None
-    since_s: float
-    watch: asyncio.Task[None] | None = None
 
 
 @dataclass(slots=True)
@@ -88,8 +82,7 @@ class Dispatcher:
         self._loop = asyncio.get_running_loop()
         self._free = [Worker(f"compute-{i}") for i in range(slots)]
         self._callers: dict[str, _Caller] = {}
-        self._unwatched: dict[_Caller, None] = {}  # in the order in which they came
-        self._will_look = False
+        self._hang_ups = HangUps()
         self._will_pump = False
         self._flights: dict[int, _Flight] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -104,9 +97,25 @@ class Dispatcher:
             ServiceError: refused, out of time, or the engine failed.
             ClientDisconnect: the client hung up.
         """
-        now = time.monotonic()
+        future = self.begin(request, x)
+        if receive is not None:
+            self._hang_ups.expect(future, receive)
         try:
-            verdict = self.scheduler.submit(request, now)
+            return await future
+        except (asyncio.CancelledError, ClientDisconnect):
+            self.give_up(request.id, future)
+            raise
+        finally:
+            self._hang_ups.forget(future)
+
+    def begin(self, request: Request, x: Floats) -> asyncio.Future[Inference]:
+        """Take a request in; the future has the output for `x` (rows, …) or its error.
+
+        Raises:
+            ServiceError: it is refused.
+        """
+        try:
+            verdict = self.scheduler.submit(request, time.monotonic())
         except ValueError as error:
             raise InvalidError(str(error)) from error
         if isinstance(verdict, Refusal):
@@ -114,22 +123,17 @@ class Dispatcher:
         for displaced in verdict.displaced:
             gave_way = UnavailableError("a request of higher priority came", reason="displaced")
             self._fail(displaced.id, gave_way)
-        caller = _Caller(x, self._loop.create_future(), receive, now)
-        self._callers[request.id] = caller
+        future: asyncio.Future[Inference] = self._loop.create_future()
+        self._callers[request.id] = _Caller(x, future)
         self._pump_soon()
-        self._look_later(caller)
-        try:
-            return await caller.future
-        except (asyncio.CancelledError, ClientDisconnect):
-            self._callers.pop(request.id, None)
-            caller.future.cancel()
-            self.scheduler.cancel(request.id, time.monotonic())
-            self._pump()
-            raise
-        finally:
-            self._unwatched.pop(caller, None)
-            if caller.watch:
-                caller.watch.cancel()
+        return future
+
+    def give_up(self, request_id: str, future: asyncio.Future[Inference]) -> None:
+        """Forget a request whose client hung up."""
+        self._callers.pop(request_id, None)
+        future.cancel()
+        self.scheduler.cancel(request_id, time.monotonic())
+        self._pump()
 
     async def drain(self, limit_s: float) -> None:
         """Take no more requests; wait until those taken are answered, `limit_s` at most."""
@@ -150,26 +154,6 @@ class Dispatcher:
             self._timer.cancel()
         for worker in self._free:
             worker.stop()
-
-    def _look_later(self, caller: _Caller) -> None:
-        """Watch for the end of a caller's connection, once it has waited for a while."""
-        self._unwatched[caller] = None
-        if not self._will_look:
-            self._will_look = True
-            self._loop.call_later(PATIENCE_S, self._look)
-
-    def _look(self) -> None:
-        """Watch the connections of all who have waited for long."""
-        due_s = time.monotonic() - PATIENCE_S
-        for caller in list(self._unwatched):
-            if caller.since_s > due_s:
-                break
-            del self._unwatched[caller]
-            if caller.receive is not None:
-                caller.watch = self._loop.create_task(_watch(caller.future, caller.receive))
-        self._will_look = bool(self._unwatched)
-        if self._will_look:
-            self._loop.call_later(PATIENCE_S, self._look)
 
     def _pump_soon(self) -> None:
         """Plan once all that came in this turn of the loop are here: they can share a batch."""
@@ -207,11 +191,12 @@ class Dispatcher:
         callers = {request.id: self._callers.pop(request.id) for request in batch.requests}
         inputs = [caller.x for caller in callers.values()]
         x = inputs[0] if len(inputs) == 1 else np.concatenate(inputs)
-        self._turns.set_idle(False)
         if batch.predicted_ms <= INLINE_MS and self._slots == 1:
+            self._turns.note_request()
             self._flights[batch.id] = _Flight(batch, callers)
             self._finished(batch.id, *self._computed(batch, x))
             return
+        self._turns.set_idle(False)
         worker = self._free.pop()
         limit_s = max(HANG_MIN_S, HANG_FACTOR * batch.predicted_ms / MS)
         watch = self._loop.call_later(limit_s, self._hung, batch.id)
@@ -332,11 +317,3 @@ def refused(refusal: Refusal) -> ServiceError:
         )
         return InfeasibleError(refusal.detail, reason=refusal.reason, **members)
     return UnavailableError(refusal.detail, refusal.retry_after_s or 1.0, reason=refusal.reason)
-
-
-async def _watch(future: asyncio.Future[Inference], receive: Receive) -> None:
-    """End the wait of a caller whose client hangs up."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    if not future.done():
-        future.set_exception(ClientDisconnect())

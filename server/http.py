@@ -13,6 +13,7 @@ from starlette.formparsers import MultiPartException
 
 from server.errors import BadRequestError, InvalidError
 
+Header = tuple[bytes, bytes]
 Headers = Mapping[bytes, bytes]
 
 
@@ -33,7 +34,7 @@ class Json(Response):
 class Inferred(Response):
     """An inference's answer, of bytes; headers that are text would first be encoded (4 µs)."""
 
-    def __init__(self, body: bytes, media_type: bytes, *headers: tuple[bytes, bytes]) -> None:
+    def __init__(self, body: bytes, media_type: bytes, *headers: Header) -> None:
         self.status_code, self.background, self.body = 200, None, body
         length = str(len(body)).encode()
         self.raw_headers = [(b"content-type", media_type), (b"content-length", length), *headers]
@@ -44,14 +45,14 @@ def _query(text: bytes) -> Mapping[str, str]:
     return MappingProxyType(dict(QueryParams(text)))
 
 
-def query_of(request: Request) -> Mapping[str, str]:
+def query_of(scope: Mapping[str, Any]) -> Mapping[str, str]:
     """Return the last value of each name in the query; to parse one anew takes 2 µs."""
-    return _query(request.scope["query_string"])
+    return _query(scope["query_string"])
 
 
-def headers_of(request: Request) -> Headers:
-    """Return the first header of each name. The request's own search the list each time."""
-    return dict(reversed(request.scope["headers"]))
+def headers_of(scope: Mapping[str, Any]) -> Headers:
+    """Return the first header of each name. A request's own search the list each time."""
+    return dict(reversed(scope["headers"]))
 
 
 def media_type(headers: Headers) -> str:

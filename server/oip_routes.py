@@ -112,7 +112,7 @@ def infer_call(service: Service, bodies: Bodies) -> Call:
             body = await arriving.read(request)
             length = request.headers.get(protocol.JSON_LENGTH)
             wanted = protocol.read(body, length, manifest.input, manifest.output)
-            targets_ms = [*header_targets_ms(headers_of(request)), wanted.timeout_ms]
+            targets_ms = [*header_targets_ms(headers_of(request.scope)), wanted.timeout_ms]
             given = {**wanted.parameters, "priority": wanted.priority}
             parameters = parse_parameters({}, given, targets_ms)
             served = service.artifact  # a search may replace it meanwhile

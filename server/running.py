@@ -35,13 +35,15 @@ def run(service: Service) -> bool:
     have time to look elsewhere; SIGINT does not wait. A second signal ends connections too.
     """
     settings = service.settings
+    app = create_app(settings, service)
+    limits = Limits(settings.max_connections, settings.receive_timeout_s)
     config = uvicorn.Config(
-        create_app(settings, service),
+        app,
         host=settings.host,
         port=settings.port,
         log_config=None,
         access_log=False,
-        http=limited(Limits(settings.max_connections, settings.receive_timeout_s)),
+        http=limited(limits, getattr(app.state, "whole", None)),
         backlog=BACKLOG,
     )
     server = _Server(config)

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -50,6 +51,14 @@ class _Serving:
 
     def slowdown(self) -> float:
         return self.dispatcher.scheduler.slowdown(time.monotonic())
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A request in the queue: its inference or error to come, and how to give it up."""
+
+    future: asyncio.Future[Inference]
+    give_up: Callable[[], None]
 
 
 class Service:
@@ -150,6 +159,17 @@ class Service:
         serving = self.serving()
         request = parameters.request(next(self._ids), arrived_s, len(x))
         return await serving.dispatcher.infer(request, x, receive)
+
+    def begin(self, x: Floats, parameters: InferParameters, arrived_s: float) -> Place:
+        """Return the place of such an inference in the queue, for those who don't await it.
+
+        Raises:
+            ServiceError: it was refused.
+        """
+        dispatcher = self.serving().dispatcher
+        request = parameters.request(next(self._ids), arrived_s, len(x))
+        future = dispatcher.begin(request, x)
+        return Place(future, partial(dispatcher.give_up, request.id, future))
 
     def explain(self, parameters: InferParameters, arrived_s: float) -> dict[str, Any]:
         """Return what would be chosen for one sample now, and why.

@@ -57,6 +57,13 @@ class Trace:
         """Return the header that names this span as the parent of what follows."""
         return f"00-{self.trace_id}-{self.span_id}-{self.flags}"
 
+    def headers(self) -> tuple[tuple[bytes, bytes], ...]:
+        """Return the headers that tell a client its ids."""
+        return (
+            (b"x-request-id", self.request_id.encode()),
+            (b"traceparent", self.traceparent.encode()),
+        )
+
 
 CURRENT: ContextVar[Trace | None] = ContextVar("maestro_trace", default=None)
 
@@ -90,6 +97,11 @@ def export_spans(service_name: str) -> bool:
     return True
 
 
+def is_recording() -> bool:
+    """Return whether anybody may record spans."""
+    return HAS_SPANS and not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
+
+
 class Tracing:
     """Note when each request came, give it its ids, return them, and log it if asked to."""
 
@@ -108,10 +120,7 @@ class Tracing:
         with _span(scope) as span:
             here = _of_span(span, here)
             CURRENT.set(here)
-            own = [
-                (b"x-request-id", here.request_id.encode()),
-                (b"traceparent", here.traceparent.encode()),
-            ]
+            own = here.headers()
 
             async def send_with_ids(message: dict[str, Any]) -> None:
                 nonlocal status
@@ -139,8 +148,8 @@ def _facts(scope: dict[str, Any]) -> dict[str, Any]:
 
 
 def _span(scope: dict[str, Any]) -> AbstractContextManager[Any]:
-    if not HAS_SPANS or isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
-        return _NO_SPAN_HERE  # nobody records any: to make one all the same takes 6 µs
+    if not is_recording():
+        return _NO_SPAN_HERE  # to make one all the same takes 6 µs
     carrier = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
     return trace.get_tracer("maestro").start_as_current_span(
         scope["method"],
