@@ -15,15 +15,15 @@ class Spent:
     """How often, and how long in all."""
 
     count: int = 0
-    ms: float = 0.0
+    ns: int = 0
 
     def add(self, ms: float) -> None:
         """Count one more."""
         self.count += 1
-        self.ms += ms
+        self.ns += round(ms * NS_PER_MS)
 
     def entry(self) -> dict[str, int]:
-        return {"count": self.count, "ns": round(self.ms * NS_PER_MS)}
+        return {"count": self.count, "ns": self.ns}
 
 
 @dataclass(slots=True)
