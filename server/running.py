@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import resource
 import signal
 from collections.abc import Iterator
 
@@ -16,8 +17,13 @@ from server.service import Service
 # connection just accepted still arrives.
 LINGER_S = 0.2
 
-# Connections accepted at a time, before those over the limit are closed: each takes a file.
-BACKLOG = 128
+# Connections that may wait to be accepted. One that finds no room tries again a second later, so
+# that a burst of new ones, after 40 ms in which nobody could accept, took a second.
+BACKLOG = 1024
+# At least so many, however few files a process may open: all are accepted at once, before those
+# over the limit are closed, and each takes a file.
+LEAST_BACKLOG = 128
+OWN_FILES = 96
 
 
 class _Server(uvicorn.Server):
@@ -35,14 +41,16 @@ def run(service: Service) -> bool:
     have time to look elsewhere; SIGINT does not wait. A second signal ends connections too.
     """
     settings = service.settings
+    app = create_app(settings, service)
+    limits = Limits(settings.max_connections, settings.receive_timeout_s)
     config = uvicorn.Config(
-        create_app(settings, service),
+        app,
         host=settings.host,
         port=settings.port,
         log_config=None,
         access_log=False,
-        http=limited(Limits(settings.max_connections, settings.receive_timeout_s)),
-        backlog=BACKLOG,
+        http=limited(limits, getattr(app.state, "whole", None)),
+        backlog=_backlog(settings.max_connections),
     )
     server = _Server(config)
     with (
@@ -51,6 +59,17 @@ def run(service: Service) -> bool:
     ):
         runner.run(_serve(server, service))
     return server.started
+
+
+def _backlog(max_connections: int) -> int:
+    """Return how many connections may wait, after asking for as many files as that takes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max_connections + BACKLOG + OWN_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    room = BACKLOG if soft == resource.RLIM_INFINITY else soft - max_connections - OWN_FILES
+    return max(LEAST_BACKLOG, min(BACKLOG, room))
 
 
 async def _serve(server: _Server, service: Service) -> None:
