@@ -15,7 +15,8 @@ from statistics import geometric_mean
 
 import numpy as np
 
-from benchmarks.profiler import Precision, batch_sizes_to, measure
+from benchmarks.effort import Precision
+from benchmarks.profiler import batch_sizes_to, measure
 from maestro_core.artifact import Artifact
 from maestro_core.host import usable_cores
 from maestro_core.profile_store import write_atomically

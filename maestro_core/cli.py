@@ -150,7 +150,7 @@ def profile(
     as_json: AsJson = False,
 ) -> None:
     """Measure every point on this host, store the profile, print the points."""
-    from benchmarks.profiler import FULL, QUICK
+    from benchmarks.effort import FULL, QUICK
     from server import local
     from server.answers import frontier_rows
     from server.measuring import HostModel
@@ -207,7 +207,7 @@ def infer(
     as_json: AsJson = False,
 ) -> None:
     """Answer one input without a server; calibrates first if this host has no profile yet."""
-    from benchmarks.profiler import QUICK
+    from benchmarks.effort import QUICK
     from server import local
     from server.measuring import HostModel
     from server.schemas import parse_parameters
@@ -314,7 +314,7 @@ def _progress(what: str) -> Iterator[Callable[[Any], None]]:
     task = bar.add_task(what, total=None, left="")
     state: dict[Literal["line"], int] = {"line": -1}
 
-    def update(seen: Any) -> None:  # noqa: ANN401  profiler.Progress, without importing it
+    def update(seen: Any) -> None:  # noqa: ANN401  effort.Progress, without importing it
         left = f"{seen.done} of {seen.total}, {seen.left_s:.0f} s at most"
         if errors.is_terminal:
             bar.start()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from benchmarks.profiler import CancelledError, Effort, Progress
+from benchmarks.effort import CancelledError, Effort, Progress
 from maestro_core.profile import Profile
 from maestro_core.profile_store import ProfileStore, StoreError
 

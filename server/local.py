@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.profiler import Effort, Progress
+from benchmarks.effort import Effort, Progress
 from maestro_core.artifact import Artifact, Tensor
 from maestro_core.profile import Profile
 from maestro_core.profile_store import ProfileStore

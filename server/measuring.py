@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from benchmarks import host_artifact, profiler
+from benchmarks.effort import Effort, Progress
 from benchmarks.host_artifact import Kept
 from benchmarks.layer_latencies import Measuring
 from benchmarks.parallelism import best_threads
-from benchmarks.profiler import Effort, Progress, Turn
+from benchmarks.profiler import Turn
 from maestro_core.artifact import Artifact
 from maestro_core.host import usable_cores
 from maestro_core.profile import Profile

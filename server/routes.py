@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import PlainTextResponse
 from numpy.typing import NDArray
 
-from benchmarks.profiler import FULL, QUICK
+from benchmarks.effort import FULL, QUICK
 from server import inputs
 from server.answers import infer_answer
 from server.bodies import Bodies

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.profiler import QUICK, Effort, Progress
+from benchmarks.effort import QUICK, Effort, Progress
 from maestro_core import artifact, held_out
 from maestro_core.profile import Profile, ProfileError
 from maestro_core.profile_store import ProfileStore
