@@ -77,6 +77,7 @@ def profile(
     *,
     batch_sizes: Sequence[int],
     compute_threads: int = 1,
+    workers: int = 1,
     overhead_ms: float = 0.0,
     seed: int = 0,
     turn: Turn = lambda _: nullcontext(),
@@ -105,7 +106,7 @@ def profile(
     )
     latencies, dominated = smooth(measured.latencies)
     return Profile(
-        key=engine.profile_key(compute_threads),
+        key=engine.profile_key(compute_threads, workers),
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
         kind=effort.kind,
         stopped_on=measured.stopped_on,
