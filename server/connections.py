@@ -1,6 +1,7 @@
 """What a connection may take before its request has arrived whole: time, and a place."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -17,8 +18,12 @@ class Limits:
     receive_timeout_s: float
 
 
-def limited(limits: Limits) -> type[asyncio.Protocol]:
+def limited(
+    limits: Limits, on_count: Callable[[int], object] = lambda _: None
+) -> type[asyncio.Protocol]:
     """Return uvicorn's HTTP protocol on httptools, held to `limits` and to HEAD_BYTES.
+
+    `on_count` is told how many connections are open whenever that changes.
 
     uvicorn ends connections that are silent between requests, but waits for ever for a first
     request and for the rest of one. Here such a connection ends after the time-out. When more
@@ -33,6 +38,7 @@ def limited(limits: Limits) -> type[asyncio.Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            on_count(len(self.connections))
             self._watch()
             if len(self.connections) > limits.max_connections and waiting:
                 oldest = next(iter(waiting))
@@ -42,6 +48,7 @@ def limited(limits: Limits) -> type[asyncio.Protocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_watching()
             super().connection_lost(exc)
+            on_count(len(self.connections))
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
