@@ -4,7 +4,7 @@ And inferences that arrive whole, which are begun and answered here, past ASGI.
 """
 
 import asyncio
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -57,8 +57,14 @@ class Whole(Protocol):
         """Begin a POST to one of the paths; None: let the application have it. May raise."""
 
 
-def limited(limits: Limits, whole: Whole | None = None) -> type[asyncio.Protocol]:
+def limited(
+    limits: Limits,
+    whole: Whole | None = None,
+    on_count: Callable[[int], object] = lambda _: None,
+) -> type[asyncio.Protocol]:
     """Return uvicorn's HTTP protocol on httptools, held to `limits` and to HEAD_BYTES.
+
+    `on_count` is told how many connections are open whenever that changes.
 
     uvicorn ends connections that are silent between requests, but waits for ever for a first
     request and for the rest of one. Here such a connection ends after the time-out. When more
@@ -80,6 +86,7 @@ def limited(limits: Limits, whole: Whole | None = None) -> type[asyncio.Protocol
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            on_count(len(self.connections))
             self._watch()
             if len(self.connections) > limits.max_connections and waiting:
                 oldest = next(iter(waiting))
@@ -93,6 +100,7 @@ def limited(limits: Limits, whole: Whole | None = None) -> type[asyncio.Protocol
                 self._hand_on(*self._held)
             if self._under_way is not None and not self._under_way.future.done():
                 self._under_way.give_up()
+            on_count(len(self.connections))
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)

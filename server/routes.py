@@ -9,7 +9,7 @@ import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import PlainTextResponse
 
-from benchmarks.profiler import FULL, QUICK
+from benchmarks.effort import FULL, QUICK
 from server import inputs
 from server.bodies import Bodies
 from server.errors import ForbiddenError, UnauthorizedError
@@ -82,17 +82,17 @@ def calibration(service: Service) -> APIRouter:
         check_admin(request, service.settings)
         wanted = wanted or ProfileRequest()
         effort = QUICK if wanted.kind == "quick" else FULL
-        job = service.start_calibration(replace(effort, search=wanted.search))
+        job = await service.start_calibration(replace(effort, search=wanted.search))
         return Json(job, 202, {"Location": f"/profile/jobs/{job['id']}"})
 
     @router.get("/profile/jobs/{job_id}", response_model=Job, summary="How far a calibration is")
     async def job(job_id: str) -> Response:
-        return Json(service.job(job_id))
+        return Json(await service.job(job_id))
 
     @router.delete("/profile/jobs/{job_id}", response_model=Job, summary="Cancel; an admin call")
     async def cancel(request: Request, job_id: str) -> Response:
         check_admin(request, service.settings)
-        return Json(service.cancel_calibration(job_id))
+        return Json(await service.cancel_calibration(job_id))
 
     return router
 
@@ -118,7 +118,7 @@ def health(service: Service) -> APIRouter:
         response_class=PlainTextResponse,
     )
     async def metrics() -> Response:
-        return Response(service.metrics_text(), media_type="text/plain; version=0.0.4")
+        return Response(await service.metrics_text(), media_type="text/plain; version=0.0.4")
 
     return router
 

@@ -4,14 +4,19 @@ import asyncio
 import contextlib
 import resource
 import signal
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import uvicorn
 import uvloop
 
 from server.app import create_app
 from server.connections import Limits, limited
+from server.processes.accepting import Acceptor
+from server.processes.counters import ACCEPTS_NONE
 from server.service import Service
+from server.statistics import Row
 
 # Between the end of accepting and the end of idle connections: a request that is on its way on a
 # connection just accepted still arrives.
@@ -26,6 +31,23 @@ LEAST_BACKLOG = 128
 OWN_FILES = 96
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What a worker shares with others: sockets to accept from, and how many connections each has.
+
+    `connections[index]` are this one's.
+    """
+
+    sockets: Sequence[socket.socket]
+    connections: Row
+    index: int
+
+    def count(self, connections: int) -> None:
+        """Say how many connections are open here, while any are accepted."""
+        if self.connections[self.index] != ACCEPTS_NONE:
+            self.connections[self.index] = connections
+
+
 class _Server(uvicorn.Server):
     """uvicorn's server, leaving signals to us: its own handling ends with the signal's status."""
 
@@ -34,11 +56,31 @@ class _Server(uvicorn.Server):
         yield
 
 
-def run(service: Service) -> bool:
+class _Sharing(_Server):
+    """A server that accepts from sockets that others accept from too."""
+
+    def __init__(self, config: uvicorn.Config, shared: Shared) -> None:
+        super().__init__(config)
+        self._shared = shared
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets or [])
+        shared = self._shared
+        acceptor = Acceptor(shared.sockets, self._protocol, shared.connections, shared.index)
+        self.servers.append(acceptor)  # type: ignore[arg-type]  # closed as the others are
+
+    def _protocol(self) -> asyncio.Protocol:
+        return self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+
+
+def run(service: Service, shared: Shared | None = None) -> bool:
     """Serve until SIGTERM or SIGINT; return whether the server ever started.
 
     On SIGTERM readiness goes first, and requests are served on for `drain_s`, so that balancers
-    have time to look elsewhere; SIGINT does not wait. A second signal ends connections too.
+    have time to look elsewhere; SIGINT does not wait. A second signal ends connections too, but
+    of one among several workers: those may be told to end by their supervisor and by others.
     """
     settings = service.settings
     app = create_app(settings, service)
@@ -49,10 +91,14 @@ def run(service: Service) -> bool:
         port=settings.port,
         log_config=None,
         access_log=False,
-        http=limited(limits, getattr(app.state, "whole", None)),
+        http=limited(
+            limits,
+            getattr(app.state, "whole", None),
+            *([shared.count] if shared else []),
+        ),
         backlog=_backlog(settings.max_connections),
     )
-    server = _Server(config)
+    server = _Sharing(config, shared) if shared else _Server(config)
     with (
         contextlib.suppress(SystemExit),  # uvicorn's answer to a port that is taken; it says so
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
@@ -76,7 +122,7 @@ async def _serve(server: _Server, service: Service) -> None:
     loop = asyncio.get_running_loop()
 
     def leave(drain_s: float) -> None:
-        server.force_exit = service.is_leaving
+        server.force_exit = service.is_leaving and not isinstance(server, _Sharing)
         service.leave()
         loop.call_later(drain_s, close)
 
