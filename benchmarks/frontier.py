@@ -2,7 +2,7 @@
 
 All train on the same data for as many epochs. Each method's result is kept under `--work` as soon
 as it is there, and the same call goes on from it. Latencies are measured at the end, of all points
-interleaved in random order, in ONNX Runtime.
+interleaved in random order, in ONNX Runtime; networks of text have none, being not exported yet.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import json
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,40 @@ from rich.progress import Progress
 
 from benchmarks import report
 from benchmarks.effort import Precision
-from benchmarks.methods import ABLATIONS, METHODS, Bench, Task
+from benchmarks.methods import ABLATIONS, METHODS, TEXT, Bench, Task
 from benchmarks.profiler import measure
-from maestro_core import data
+from maestro_core import data, sentences
 from maestro_core.frontier import pareto
 from maestro_core.host import Elsewhere
 from maestro_core.models.lenet import LeNet
 from maestro_core.models.mirrored import Mirrored
 from maestro_core.models.resnet9 import ResNet9
+from maestro_core.models.transformer import Transformer
 from maestro_core.recipes.cifar10_small import RECIPE as CIFAR10_SMALL
 from maestro_core.recipes.mnist_lenet import RECIPE as MNIST_LENET
+from maestro_core.recipes.multi30k_transformer import RECIPE as MULTI30K_TRANSFORMER
+from maestro_core.recipes.recipe import TextRecipe
+from maestro_core.sentences import Corpus
+from maestro_core.training import Phase
 from server.engine import session_options
 
 # Points of our own and of the networks cut by our search: enough for a curve, scored in minutes.
 POINTS = 8
+# A quarter of the paper's width, half of its layers and a third of the sentences: all methods take
+# about 20 minutes.
+VOCABULARY = 2_000
+SMALL_TRANSFORMER = replace(
+    MULTI30K_TRANSFORMER,
+    vocabulary=VOCABULARY,
+    training=replace(
+        MULTI30K_TRANSFORMER.training,
+        phases=(Phase("dense", 5, 2e-3), Phase("ordered", 1, 1e-3), Phase("nested", 4, 1e-3)),
+        batch_size=64,
+    ),
+    search=replace(
+        MULTI30K_TRANSFORMER.search, points=POINTS, least_macs=0.2, probes=5, samples=64
+    ),
+)
 TASKS = {
     "mnist": Task(
         recipe=replace(MNIST_LENET, search=replace(MNIST_LENET.search, points=POINTS)),
@@ -55,26 +75,68 @@ TASKS = {
         epochs=6,
         samples=20_000,
     ),
+    "multi30k": Task(
+        recipe=SMALL_TRANSFORMER,
+        network=lambda width: Transformer(
+            VOCABULARY, round(128 * width), layers=3, heads=4, hidden=round(512 * width)
+        ),
+        width=1.0,
+        narrower=(0.5,),
+        kept=("embedding", "head", "encoder.0.*", "decoder.0.*"),
+        epochs=10,
+        samples=10_000,
+    ),
 }
-DEFAULT = [name for name in METHODS if name not in ABLATIONS]
+PICTURES = tuple(name for name in METHODS if name not in ABLATIONS)
+PERPLEXITIES = (4, 5, 6, 7, 8, 9, 10, 12, 14, 17, 20, 25, 30, 40, 50, 70, 100, 200, 500, 1_000)
 TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998)
-COSTS = {
-    "macs": "MACs",
-    "params": "parameters",
-    "p50_ms": "measured latency of one sample, ms (p50)",
-}
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """What the points of a task are compared by: a score, and costs by their key in a row."""
+
+    score: str
+    label: str
+    costs: Mapping[str, str]
+    lowest: bool = False
+
+    def best(self, row: Mapping[str, Any]) -> float:
+        """Return the score of a row so that more is better."""
+        return float(-row[self.score] if self.lowest else row[self.score])
+
+
+ACCURACY = Measure(
+    "accuracy",
+    "test accuracy, %",
+    {
+        "macs": "MACs",
+        "params": "parameters",
+        "p50_ms": "measured latency of one sample, ms (p50)",
+    },
+)
+PERPLEXITY = Measure(
+    "perplexity",
+    "test perplexity of a token",
+    {
+        "macs": "MACs of a pair of 28 tokens each",
+        "linear_params": "parameters, without embeddings",
+        "embedding_params": "parameters of embeddings and projection",
+    },
+    lowest=True,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, measure, print the result, and write it where `--out` says."""
     parser = argparse.ArgumentParser(prog="maestro bench frontier", description=__doc__)
     parser.add_argument("--task", choices=TASKS, default="mnist")
-    parser.add_argument("--data", type=Path, required=True, help="the .npz of the task's recipe")
+    parser.add_argument("--data", type=Path, required=True, help="as the task's recipe wants it")
     parser.add_argument("--work", type=Path, help="for checkpoints and results; out/frontier-TASK")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=DEFAULT)
+    parser.add_argument("--methods", nargs="+", choices=METHODS)
     parser.add_argument("--ablations", action="store_true", help="other ways to sample ranks, too")
     parser.add_argument("--epochs", type=int, help="of every method")
-    parser.add_argument("--samples", type=int, help="training pictures of every method; 0: all")
+    parser.add_argument("--samples", type=int, help="to train every method on; 0: all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--budget-s", type=float, default=60.0, help="of measuring latency")
     parser.add_argument("--plot", type=Path, help="draw the methods into this PNG")
@@ -87,10 +149,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     root = chosen.work or Path("out") / f"frontier-{chosen.task}"
     with Progress(console=Console(stderr=True)) as progress:
         bench = Bench(task, load(task, chosen.data), root, progress)
-        names = [*chosen.methods, *(ABLATIONS if chosen.ablations else ())]
+        text = isinstance(bench.data, Corpus)
+        methods = chosen.methods or (TEXT if text else PICTURES)
+        names = [*methods, *(ABLATIONS if chosen.ablations else ())]
         made = {name: kept(bench, name) for name in dict.fromkeys(names)}
     elsewhere = Elsewhere()
-    rows = with_latencies(root, made, chosen.threads, chosen.budget_s)
+    if text:
+        measure_by, rows = PERPLEXITY, {name: entry["rows"] for name, entry in made.items()}
+    else:
+        measure_by = ACCURACY
+        rows = with_latencies(root, made, chosen.threads, chosen.budget_s)
     result = {
         **report.conditions(),
         "torch": torch.__version__,
@@ -103,18 +171,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         "threads": chosen.threads,
         "batch": 1,
         "cores_used_by_others": elsewhere.share(),
-        "at_their_accuracy": against(rows.get("maestro", []), rows),
+        f"at_their_{measure_by.score}": against(rows.get("maestro", []), rows, measure_by),
         "seconds": {name: entry["seconds"] for name, entry in made.items()},
         "methods": rows,
     }
     report.write(result, chosen.out or report.RESULTS / f"frontier-{chosen.task}.json")
     if chosen.plot:
-        draw(rows, chosen.task, chosen.plot)
+        draw(rows, chosen.task, chosen.plot, measure_by)
 
 
-def load(task: Task, path: Path) -> data.Data:
-    """Return the task's data, of the training pictures as many as it says."""
+def load(task: Task, path: Path) -> data.Data | Corpus:
+    """Return the task's data, of the training samples as many as it says."""
     recipe = task.recipe
+    if isinstance(recipe, TextRecipe):
+        corpus = sentences.load(path, recipe.languages, recipe.splits, recipe.vocabulary)
+        return replace(corpus, train=corpus.train.first(task.samples)) if task.samples else corpus
     loaded = data.load(
         path,
         recipe.image,
@@ -180,52 +251,74 @@ def with_latencies(
 
 
 def against(
-    ours: Sequence[Mapping[str, Any]], methods: Mapping[str, Sequence[Mapping[str, Any]]]
+    ours: Sequence[Mapping[str, Any]],
+    methods: Mapping[str, Sequence[Mapping[str, Any]]],
+    by: Measure = ACCURACY,
 ) -> dict[str, list[dict[str, float | None]]]:
-    """Return for each point of each method what ours costs over it, at no less accuracy.
+    """Return for each point of each method what ours costs over it, at no worse a score.
 
-    None: no point of ours is as accurate.
+    None: no point of ours is as good.
     """
     found: dict[str, list[dict[str, float | None]]] = {}
     for name, rows in methods.items():
         found[name] = []
         for row in rows:
-            as_good = [our for our in ours if our["accuracy"] >= row["accuracy"]]
+            as_good = [our for our in ours if by.best(our) >= by.best(row)]
             ratios = {
                 cost: round(min(our[cost] for our in as_good) / row[cost], 3) if as_good else None
-                for cost in COSTS
+                for cost in by.costs
             }
-            found[name].append({"accuracy": row["accuracy"], **ratios})
+            found[name].append({by.score: row[by.score], **ratios})
     return found
 
 
-def draw(methods: Mapping[str, Sequence[Mapping[str, Any]]], title: str, path: Path) -> None:
-    """Draw accuracy by each cost into the picture at `path`: all points, a line through the best.
+def draw(
+    methods: Mapping[str, Sequence[Mapping[str, Any]]],
+    title: str,
+    path: Path,
+    by: Measure = ACCURACY,
+) -> None:
+    """Draw the score by each cost into the picture at `path`: all points, a line through the best.
 
-    Accuracy is on a logit scale: from 98 to 99 % is as far as from 50 to 67 %.
+    Accuracy is on a logit scale: from 98 to 99 % is as far as from 50 to 67 %. Perplexity is on a
+    logarithmic one, and the lowest is on top, so that up is better in all pictures.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator
 
     figure = Figure(figsize=(15, 4.8), layout="constrained")
     shown = {name: rows for name, rows in methods.items() if rows}
-    for axes, (cost, label) in zip(figure.subplots(1, len(COSTS)), COSTS.items(), strict=True):
-        axes.set(xlabel=label, ylabel="test accuracy, %", xscale="log", yscale="logit")
+    for axes, (cost, label) in zip(
+        figure.subplots(1, len(by.costs)), by.costs.items(), strict=True
+    ):
+        axes.set(xlabel=label, ylabel=by.label, xscale="log")
+        axes.set_yscale("log" if by.lowest else "logit")
         for i, (name, rows) in enumerate(shown.items()):
-            x, y = [row[cost] for row in rows], [min(row["accuracy"], 0.9999) for row in rows]
-            best = pareto(x, y)
+            x, y = [row[cost] for row in rows], [_height(row, by) for row in rows]
+            best = pareto(x, [by.best(row) for row in rows])
             colour, width = ("black", 3) if name == "maestro" else (f"C{i}", 1)
             axes.plot([x[k] for k in best], [y[k] for k in best], color=colour, linewidth=width)
             axes.plot(x, y, "o", markersize=4, color=colour, label=name.replace("_", " "))
-        low, high = axes.get_ylim()
-        ticks = [tick for tick in TICKS if low <= tick <= high]
-        axes.set_yticks(ticks, [f"{100 * tick:g}" for tick in ticks])
-        axes.yaxis.set_minor_locator(NullLocator())
+        _set_ticks(axes, by)
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize="small")
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def _height(row: Mapping[str, Any], by: Measure) -> float:
+    return float(row[by.score] if by.lowest else min(row[by.score], 0.9999))
+
+
+def _set_ticks(axes: Any, by: Measure) -> None:  # noqa: ANN401  matplotlib has no types
+    from matplotlib.ticker import NullLocator
+
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in (PERPLEXITIES if by.lowest else TICKS) if low <= tick <= high]
+    axes.set_yticks(ticks, [f"{tick if by.lowest else 100 * tick:g}" for tick in ticks])
+    if by.lowest:
+        axes.invert_yaxis()
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Ways to a frontier of accuracy against cost, each from the same data in as many epochs.
 
-A method makes ONNX files and says what each costs and how many test pictures it gets right. Points
-are chosen on validation pictures. The rivals are as their papers have them, with the recipe's own
-optimiser, rate and augmentation; where a paper leaves a choice it is stated.
+A method makes ONNX files and says what each costs and how many test pictures it gets right; of text
+it makes no files, and says the perplexity on test sentences. Points are chosen on validation data.
+The rivals are as their papers have them, with the recipe's own optimiser, rate and augmentation;
+where a paper leaves a choice it is stated.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,14 +29,17 @@ from maestro_core.factorize import factorize_, low_rank_layers
 from maestro_core.frontier import Chain, pareto
 from maestro_core.host import Host
 from maestro_core.normalisation import scratch
-from maestro_core.recipes.recipe import Recipe
+from maestro_core.perplexity import TextPoint, score_points
+from maestro_core.recipes.recipe import Recipe, TextRecipe
 from maestro_core.sampling import Sampling
 from maestro_core.search import Point, by_name, find_chain, make_points
+from maestro_core.sentences import Corpus, example
 from maestro_core.training import HyperParameters, Kind, Phase, train_
 from maestro_core.whitening import sample_inputs, whiten_
 
 QUARTER = 4  # Pufferfish: a rank is a quarter of the whole
 WARM_UP = 80 / 300  # and the share of epochs that come before, dense (CIFAR-10)
+TEXT_WARM_UP = 10 / 400  # the same of its transformer
 CALIBRATING = 512  # pictures that set the ranges of int8
 
 
@@ -51,15 +55,18 @@ class Row(NamedTuple):
     high: float
 
 
+Rows = Sequence[Row | TextPoint]
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """What every method has alike: a recipe, a network by its width, and how many epochs.
 
     `width` is that of all networks but the `narrower` dense ones. `kept` names the layers that
-    Pufferfish leaves dense. Methods train on `samples` pictures (0: all).
+    Pufferfish leaves dense. Methods train on `samples` pictures or pairs of sentences (0: all).
     """
 
-    recipe: Recipe
+    recipe: Recipe | TextRecipe
     network: Callable[[float], nn.Module]
     width: float
     narrower: tuple[float, ...]
@@ -73,7 +80,7 @@ class Bench:
     """A task with its data, and the directory that training and results are kept in."""
 
     task: Task
-    data: Data
+    data: Data | Corpus
     root: Path
     progress: Progress
 
@@ -88,42 +95,42 @@ class Bench:
         recipe = self.task.recipe
         torch.manual_seed(recipe.training.seed)
         model = self.task.network(width)
-        if recipe.prepare:
+        if isinstance(recipe, Recipe) and recipe.prepare and isinstance(self.data, Data):
             recipe.prepare(model, self.data.train)
         return model
 
 
-def dense(bench: Bench) -> list[Row]:
+def dense(bench: Bench) -> Rows:
     """Return the network as it is."""
-    return [_whole(bench, bench.task.width)]
+    return _whole(bench, bench.task.width)
 
 
-def narrower(bench: Bench) -> list[Row]:
+def narrower(bench: Bench) -> Rows:
     """Return narrower networks, each trained for itself."""
-    return [_whole(bench, width) for width in bench.task.narrower]
+    return [row for width in bench.task.narrower for row in _whole(bench, width)]
 
 
-def svd(bench: Bench) -> list[Row]:
+def svd(bench: Bench) -> Rows:
     """Return the dense network, cut by the same search as ours with its own normalisation."""
     return _cut(bench, "svd", whitened=False, recalibrated=False)
 
 
-def svd_recalibrated(bench: Bench) -> list[Row]:
+def svd_recalibrated(bench: Bench) -> Rows:
     """Return the same with each point's own normalisation; nothing where there is none."""
     return _cut(bench, "svd_recalibrated", whitened=False, recalibrated=True)
 
 
-def whitened(bench: Bench) -> list[Row]:
+def whitened(bench: Bench) -> Rows:
     """Return the dense network, factorised by its activations and cut by the same search."""
     return _cut(bench, "whitened", whitened=True, recalibrated=False)
 
 
-def whitened_recalibrated(bench: Bench) -> list[Row]:
+def whitened_recalibrated(bench: Bench) -> Rows:
     """Return the same with each point's own normalisation; nothing where there is none."""
     return _cut(bench, "whitened_recalibrated", whitened=True, recalibrated=True)
 
 
-def ordered_dropout(bench: Bench) -> list[Row]:
+def ordered_dropout(bench: Bench) -> Rows:
     """Return the points at tenths of all ranks, trained by one ratio for all layers (FjORD).
 
     Of ranks, where FjORD cuts channels, so that cost is counted alike.
@@ -134,9 +141,10 @@ def ordered_dropout(bench: Bench) -> list[Row]:
     return _scored(bench, "ordered_dropout", model, chain, recalibrated=True)
 
 
-def pufferfish(bench: Bench) -> list[Row]:
+def pufferfish(bench: Bench) -> Rows:
     """Return the network that is factorised after a dense warm-up, at a quarter of each rank."""
-    before = max(1, round(WARM_UP * bench.task.epochs))
+    share = TEXT_WARM_UP if isinstance(bench.data, Corpus) else WARM_UP
+    before = max(1, round(share * bench.task.epochs))
     rate = bench.task.recipe.training.phases[0].learning_rate
     phases = (Phase("dense", before, rate), Phase("nested", bench.task.epochs - before, rate))
     hyper = replace(_hyper(bench, phases), keep=bench.task.kept)
@@ -149,8 +157,14 @@ def pufferfish(bench: Bench) -> list[Row]:
     return _scored(bench, "pufferfish", model, [ranks], recalibrated=False)
 
 
-def int8(bench: Bench) -> list[Row]:
-    """Return the dense network in 8 bits: static quantisation by ONNX Runtime, per channel."""
+def int8(bench: Bench) -> Rows:
+    """Return the dense network in 8 bits: static quantisation by ONNX Runtime, per channel.
+
+    Raises:
+        ValueError: the task is of text, which has no ONNX files.
+    """
+    if isinstance(bench.data, Corpus):
+        raise ValueError("int8: networks of text are not exported, so nothing can be quantised")
     _whole(bench, bench.task.width)
     source = bench.root / _file(bench.task.width)
     prepared, path = bench.root / "prepared.onnx", bench.root / "int8.onnx"
@@ -166,10 +180,10 @@ def int8(bench: Bench) -> list[Row]:
         weight_type=QuantType.QInt8,
     )
     cost = _cost(bench, bench.network(bench.task.width))
-    return [_row(bench, path.name, cost)]
+    return [_row(bench.data.test, path, cost)]
 
 
-def maestro(bench: Bench) -> list[Row]:
+def maestro(bench: Bench) -> Rows:
     """Return the points of the recipe, its phases scaled to the epochs that all methods have."""
     recipe = bench.task.recipe
     hyper = _hyper(bench, scaled(recipe.training.phases, bench.task.epochs))
@@ -179,23 +193,24 @@ def maestro(bench: Bench) -> list[Row]:
     return _scored(bench, "maestro", model, chain or _searched(bench, model), recalibrated=True)
 
 
-def paper(bench: Bench) -> list[Row]:
+def paper(bench: Bench) -> Rows:
     """Return the paper's training for all epochs, without a lasso: one layer cut in each step."""
     return _ordered(bench, "paper", "pairs")
 
 
-def paper_by_layers(bench: Bench) -> list[Row]:
+def paper_by_layers(bench: Bench) -> Rows:
     """Return the same, but each layer is as likely to be cut, whatever its rank."""
     return _ordered(bench, "paper_by_layers", "layers")
 
 
-def paper_by_ratio(bench: Bench) -> list[Row]:
+def paper_by_ratio(bench: Bench) -> Rows:
     """Return the same, but all layers are cut by one ratio; points by our search, not uniform."""
     return _ordered(bench, "paper_by_ratio", "ratio")
 
 
+TEXT = ("dense", "narrower", "svd", "whitened", "pufferfish", "maestro")
 ABLATIONS = ("paper", "paper_by_layers", "paper_by_ratio")
-METHODS: dict[str, Callable[[Bench], list[Row]]] = {
+METHODS: dict[str, Callable[[Bench], Rows]] = {
     method.__name__: method
     for method in (
         dense,
@@ -248,7 +263,7 @@ def scaled(phases: Sequence[Phase], epochs: int) -> tuple[Phase, ...]:
     return tuple(replace(p, epochs=n) for p, n in zip(phases, counts, strict=True))
 
 
-def _ordered(bench: Bench, name: str, sampling: Sampling) -> list[Row]:
+def _ordered(bench: Bench, name: str, sampling: Sampling) -> Rows:
     hyper = replace(_hyper(bench, _phases(bench, "ordered")), sampling=sampling, lasso=0.0)
     model = _trained(bench, name, hyper, _whole_ranks)
     return _scored(bench, name, model, _searched(bench, model), recalibrated=True)
@@ -290,23 +305,26 @@ def _dense(bench: Bench, width: float) -> nn.Module:
     return model
 
 
-def _whole(bench: Bench, width: float) -> Row:
-    """Return the dense network of that width, written as one file."""
+def _whole(bench: Bench, width: float) -> Rows:
+    """Return the dense network of that width; of pictures it is written as one file."""
     path = bench.root / _file(width)
     model = _dense(bench, width)
+    cost = _cost(bench, model)
+    if isinstance(bench.data, Corpus):
+        return score_points(model, cost, [()], bench.data, lambda: None)
     x, _ = bench.data.validation.batch(slice(0, 2))
     onnx.save(make_template(model.eval(), x), path)
-    return _row(bench, path.name, _cost(bench, model))
+    return [_row(bench.data.test, path, cost)]
 
 
 def _file(width: float) -> str:
     return f"dense-{width:g}.onnx"
 
 
-def _row(bench: Bench, name: str, cost: Cost) -> Row:
-    score = wilson(correct(bench.root / name, bench.data.test), len(bench.data.test))
+def _row(test: Pictures, path: Path, cost: Cost) -> Row:
+    score = wilson(correct(path, test), len(test))
     macs, params = cost.dense_macs, cost.dense_params
-    return Row(name, (), macs, params, score.value, score.low, score.high)
+    return Row(path.name, (), macs, params, score.value, score.low, score.high)
 
 
 def correct(graph: Path, pictures: Pictures, batch: int = 500) -> int:
@@ -320,7 +338,7 @@ def correct(graph: Path, pictures: Pictures, batch: int = 500) -> int:
     return total
 
 
-def _cut(bench: Bench, name: str, *, whitened: bool, recalibrated: bool) -> list[Row]:
+def _cut(bench: Bench, name: str, *, whitened: bool, recalibrated: bool) -> Rows:
     model = _dense(bench, bench.task.width)
     if recalibrated and not scratch(model):
         return []
@@ -342,16 +360,15 @@ def _searched(bench: Bench, model: nn.Module) -> Chain:
 
 
 def _cost(bench: Bench, model: nn.Module) -> Cost:
-    x, _ = bench.data.validation.batch(slice(0, 1))
-    return measure(model, x)
+    return measure(model, example(bench.data.validation))
 
 
-def _scored(
-    bench: Bench, name: str, model: nn.Module, chain: Chain, *, recalibrated: bool
-) -> list[Row]:
-    """Return the points of the chain that count on validation pictures, exported as an artifact."""
+def _scored(bench: Bench, name: str, model: nn.Module, chain: Chain, *, recalibrated: bool) -> Rows:
+    """Return the points of the chain that count on validation data, exported as an artifact."""
     cost = _cost(bench, model)
-    data = bench.data
+    data, recipe = bench.data, bench.task.recipe
+    if isinstance(data, Corpus):
+        return score_points(model, cost, chain, data, lambda: None)
     if recalibrated:
         points = make_points(model, cost, chain, data.train, data.validation, lambda *_: None)
     else:
@@ -361,8 +378,8 @@ def _scored(
         ]
         kept = pareto([cost.macs_at(ranks) for ranks in chain], accuracies)
         points = [points[i] for i in kept]
-    recipe = bench.task.recipe
-    described = Description(name, "image-classification", recipe.labels, recipe.data_set, {})
+    labels = recipe.labels if isinstance(recipe, Recipe) else ()
+    described = Description(name, "image-classification", labels, recipe.data_set, {})
     path = bench.root / f"{name}.maestro"
     made = export(model, cost, points, data.test, described, path, lambda: None)
     return [

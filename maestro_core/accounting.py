@@ -7,21 +7,40 @@ import torch
 from torch import Tensor, nn
 
 from maestro_core.artifact import Layer
+from maestro_core.data import Inputs
 from maestro_core.factorize import low_rank_layers
-from maestro_core.layers import LowRankConv2d, LowRankLayer
+from maestro_core.layers import LowRankConv2d, LowRankEmbedding, LowRankLayer
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding(Layer):
+    """A table of `in_features` vectors, and the projections that are tied to it.
+
+    The projections are at `positions` places, as a linear layer is. At `lookups` places a vector is
+    looked up, which costs nothing in the dense table and rank · out_features MACs in two factors.
+    """
+
+    lookups: int
+
+    def macs(self, rank: int) -> int:
+        """Return the multiply-accumulates of `rank` for one sample."""
+        read = 0 if self.is_dense(rank) else rank * self.out_features * self.lookups
+        return self.params(rank) * self.positions + read
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
     """The factorised layers in module order, and what no rank changes.
 
-    `macs` and `params` are those of the rest: layers left dense, biases, normalisation.
-    MACs are those of linear and convolution layers, for one sample.
+    `macs` and `params` are those of the rest: layers left dense, biases, normalisation; of these
+    parameters `table_params` are in embeddings. MACs are those of linear, convolution and embedding
+    layers, for one sample; products of queries, keys and values are not among them.
     """
 
     layers: tuple[Layer, ...]
     macs: int
     params: int
+    table_params: int = 0
 
     def macs_at(self, ranks: Sequence[int]) -> int:
         """Return the multiply-accumulates of one sample at one rank per layer."""
@@ -33,6 +52,23 @@ class Cost:
         """Return the parameters that are used at one rank per layer."""
         return self.params + sum(
             layer.params(rank) for layer, rank in zip(self.layers, ranks, strict=True)
+        )
+
+    def embedding_params_at(self, ranks: Sequence[int]) -> int:
+        """Return how many of `params_at` are in embeddings and the projections tied to them."""
+        return self.table_params + sum(
+            layer.params(rank)
+            for layer, rank in zip(self.layers, ranks, strict=True)
+            if isinstance(layer, Embedding)
+        )
+
+    @property
+    def dense_embedding_params(self) -> int:
+        """Return how many of `dense_params` are in embeddings and projections tied to them."""
+        return self.table_params + sum(
+            layer.out_features * layer.fan_in
+            for layer in self.layers
+            if isinstance(layer, Embedding)
         )
 
     @property
@@ -48,31 +84,64 @@ class Cost:
         return self.params + sum(layer.out_features * layer.fan_in for layer in self.layers)
 
 
-def measure(model: nn.Module, x: Tensor) -> Cost:
+def measure(model: nn.Module, x: Inputs) -> Cost:
     """Return what `model` costs for one sample like `x`, (1, …); it is run once to see the shapes.
 
     Raises:
         ValueError: a factorised layer is never called, so its positions are unknown.
     """
     layers = low_rank_layers(model)
-    dense = {
+    modules = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
+        if isinstance(module, LowRankLayer | nn.Linear | nn.Conv2d)
     }
-    positions = _positions(model, {**layers, **dense}, x)
-    for name in layers:
-        if not positions[name]:
-            raise ValueError(f"layer '{name}' is factorised but never called")
+    positions = _positions(model, modules, x)
     factors = {id(p) for layer in layers.values() for p in (layer.down, layer.up)}
     return Cost(
-        layers=tuple(_describe(name, layer, positions[name]) for name, layer in layers.items()),
-        macs=sum(module.weight.numel() * positions[name] for name, module in dense.items()),
+        layers=tuple(
+            _describe(name, layer, _users(name, layer, modules, positions))
+            for name, layer in layers.items()
+        ),
+        macs=sum(
+            module.weight.numel() * positions[name]
+            for name, module in modules.items()
+            if isinstance(module, nn.Linear | nn.Conv2d)
+        ),
         params=sum(p.numel() for p in model.parameters() if id(p) not in factors),
+        table_params=sum(p.numel() for p in _tables(model)),
     )
 
 
-def _positions(model: nn.Module, modules: Mapping[str, nn.Module], x: Tensor) -> dict[str, int]:
+def _users(
+    name: str,
+    layer: LowRankLayer,
+    modules: Mapping[str, nn.Module],
+    positions: Mapping[str, int],
+) -> list[tuple[LowRankLayer, int]]:
+    """Return the modules that have the factors of `layer`, itself among them, with their positions.
+
+    Raises:
+        ValueError: none of them is ever called.
+    """
+    users = [
+        (module, positions[other])
+        for other, module in modules.items()
+        if isinstance(module, LowRankLayer)
+        and (module.down is layer.down or module.down is layer.up)
+    ]
+    if not any(places for _, places in users):
+        raise ValueError(f"layer '{name}' is factorised but never called")
+    return users
+
+
+def _tables(model: nn.Module) -> list[Tensor]:
+    """Return the tables of dense embeddings, each once."""
+    found = (module.weight for module in model.modules() if isinstance(module, nn.Embedding))
+    return list({id(weight): weight for weight in found}.values())
+
+
+def _positions(model: nn.Module, modules: Mapping[str, nn.Module], x: Inputs) -> dict[str, int]:
     """Return at how many places each module is applied to one sample, over all its calls."""
     seen = dict.fromkeys(modules, 0)
 
@@ -95,7 +164,14 @@ def _positions(model: nn.Module, modules: Mapping[str, nn.Module], x: Tensor) ->
     return seen
 
 
-def _describe(name: str, layer: LowRankLayer, positions: int) -> Layer:
+def _describe(name: str, layer: LowRankLayer, users: Sequence[tuple[LowRankLayer, int]]) -> Layer:
+    """Return what the artifact knows of `layer`; `users` have its factors, with their positions."""
+    lookups = sum(places for user, places in users if isinstance(user, LowRankEmbedding))
+    positions = sum(places for user, places in users if not isinstance(user, LowRankEmbedding))
+    tables = [user for user, _ in users if isinstance(user, LowRankEmbedding)]
+    if tables:
+        sizes = (tables[0].num_embeddings, tables[0].embedding_dim)
+        return Embedding(name, "linear", *sizes, (), (), (), (), positions, layer.rank, lookups)
     if isinstance(layer, LowRankConv2d):
         return Layer(
             name,
@@ -109,6 +185,5 @@ def _describe(name: str, layer: LowRankLayer, positions: int) -> Layer:
             positions,
             layer.rank,
         )
-    return Layer(
-        name, "linear", layer.in_features, layer.out_features, (), (), (), (), positions, layer.rank
-    )
+    sizes = (layer.down.shape[1], layer.up.shape[1])
+    return Layer(name, "linear", *sizes, (), (), (), (), positions, layer.rank)

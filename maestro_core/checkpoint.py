@@ -125,7 +125,9 @@ def restore_(
             if name not in parameters:
                 raise CheckpointError(f"{path / OPTIMIZER}: '{key}' is of no parameter")
             parameter = parameters[name]
-            optimizer.state[parameter][field] = value.to(parameter.device)
+            # A number of steps, a scalar, is counted on the host whatever the device.
+            held = value.to(parameter.device) if value.dim() else value
+            optimizer.state[parameter][field] = held
     return state
 
 

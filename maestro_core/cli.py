@@ -50,6 +50,7 @@ BENCHES = {
 _EXTRAS = {
     "torch": "train",
     "safetensors": "train",
+    "sentencepiece": "train",
     "matplotlib": "train",
     "aiohttp": "bench",
 }
@@ -95,7 +96,10 @@ def train(
     device: Device = "cpu",
     list_: Annotated[bool, typer.Option("--list", help="Name the recipes.")] = False,
 ) -> None:
-    """Train, search and export: data in, an artifact out. The same call resumes."""
+    """Train, search and export: data in, an artifact out. The same call resumes.
+
+    A recipe for text ends with a JSON file of its points: no artifact holds them yet.
+    """
     running = _train_side("maestro_core.recipes.running")
     if list_:
         for name, summary in running.summaries().items():
@@ -106,6 +110,10 @@ def train(
     path = running.run(recipe, data, out, _target(target_macs, target_params), device)
     if path is None:
         return  # another process of torchrun has it
+    if path.suffix == ".json":
+        _print_text_points(json.loads(path.read_text()))
+        console.print(f"wrote {path}")
+        return
     show(path)
     console.print(f"serve it: maestro serve {path}")
 
@@ -351,6 +359,23 @@ def _print_points(loaded: Artifact, rows: list[dict[str, Any]], as_json: bool) -
     console.print(table)
     if rows[0]["p50_ms"] is None:
         errors.print(f"not profiled on this host yet: maestro profile {loaded.path}")
+
+
+def _print_text_points(report: dict[str, Any]) -> None:
+    table = Table(title=f"{report['name']}: perplexity on {report['test']['split']}")
+    table.box = box.SIMPLE_HEAD
+    for head in ("perplexity", "95 %", "MACs per token", "dense", "embedding", "other params"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in report["points"]:
+        table.add_row(
+            f"{row['perplexity']:.2f}",
+            f"{row['low']:.2f}-{row['high']:.2f}",
+            f"{row['macs_per_token']:,}",
+            f"{row['macs'] / report['dense']['macs']:.0%}",
+            f"{row['embedding_params']:,}",
+            f"{row['linear_params']:,}",
+        )
+    console.print(table)
 
 
 @contextmanager

@@ -12,14 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maestro_core.data import Inputs
 from maestro_core.factorize import forward_at, low_rank_layers
+from maestro_core.loss import cross_entropy, labelled
 from maestro_core.normalisation import scratch
 
 
 def consolidation_loss(
     model: nn.Module,
     chain: Sequence[Sequence[int]],
-    x: Tensor,
+    x: Inputs,
     labels: Tensor,
     rng: Random,
     label_smoothing: float = 0.0,
@@ -31,14 +33,14 @@ def consolidation_loss(
     """
     names = list(low_rank_layers(model))
     whole: Tensor = model(x)
-    answers = whole.detach().float().softmax(1)
+    answers = labelled(whole.detach(), labels).float().softmax(1)
     between = [rng.choice(chain[1:-1])] if len(chain) > 2 else []
     points = [
         forward_at(model, dict(zip(names, ranks, strict=True)), x, buffers=scratch(model))
         for ranks in (*chain[:-1][:1], *between)
     ]
     losses = [
-        F.cross_entropy(whole, labels, label_smoothing=label_smoothing),
-        *(F.cross_entropy(y, answers) for y in points),
+        cross_entropy(whole, labels, label_smoothing),
+        *(F.cross_entropy(labelled(y, labels), answers) for y in points),
     ]
     return torch.stack(losses).sum()

@@ -20,6 +20,9 @@ from torch import Tensor
 from maestro_core.artifact import Image
 from maestro_core.picture_files import PictureFiles
 
+# What a network is called with: pictures, or the two sides of pairs of sentences.
+Inputs = Tensor | tuple[Tensor, Tensor]
+
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 

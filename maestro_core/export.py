@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from math import sqrt
 from pathlib import Path
@@ -30,6 +31,7 @@ from maestro_core.artifact import Tensor as TensorSpec
 from maestro_core.data import Pictures
 from maestro_core.evaluation import evaluate
 from maestro_core.factorize import forward_at, low_rank_layers
+from maestro_core.layers import LowRankEmbedding
 from maestro_core.normalisation import evaluating
 from maestro_core.search import Point, by_name
 
@@ -72,9 +74,10 @@ def export(
 
     Raises:
         ExportError: a point's ONNX output differs from torch's by more than 1e-4 of the largest,
-            and by more than rounding explains.
+            and by more than rounding explains; or an embedding is in two factors.
         ArtifactError: the disk does not take it; what was at `path` is untouched.
     """
+    check_embeddings(model, keep=("*",))
     model.eval()
     x = test.batch(slice(0, CHECKED))[0].cpu()
     reference = copy.deepcopy(model).cpu()  # a GPU rounds in its own way, to 10 bits by default
@@ -128,6 +131,21 @@ def export(
         provenance=description.provenance,
     )
     return artifact.save(path, manifest, contents)
+
+
+def check_embeddings(model: nn.Module, keep: Sequence[str]) -> None:
+    """Refuse a network with an embedding in two factors, or one that is not kept from them.
+
+    Raises:
+        ExportError: there is one; graphs of points have no such node yet.
+    """
+    for name, module in model.named_modules():
+        kept = isinstance(module, nn.Embedding) and any(fnmatchcase(name, at) for at in keep)
+        if isinstance(module, nn.Embedding | LowRankEmbedding) and not kept:
+            raise ExportError(
+                f"'{name}' is an embedding, which can be exported only dense: "
+                f"name it in `keep` of the hyper-parameters"
+            )
 
 
 def make_template(model: nn.Module, x: Tensor) -> ModelProto:

@@ -1,9 +1,10 @@
-"""Linear and convolution layers in two ordered factors, cut to any rank by a prefix view.
+"""Linear, convolution and embedding layers in two ordered factors, cut by a prefix view.
 
 Knows how one layer computes at a rank. Which layers of a network to factorise is factorize.py's.
 """
 
 from collections.abc import Sequence
+from math import sqrt
 from typing import Self
 
 import torch
@@ -39,6 +40,18 @@ class LowRankLinear(nn.Module):
         """Return the layer of full rank that computes what `dense` does; nothing is shared."""
         layer = cls(dense.in_features, dense.out_features, 0, bias=dense.bias is not None)
         _take_factors_(layer, dense)
+        return layer
+
+    @classmethod
+    def tied(cls, dense: nn.Linear, embedding: "LowRankEmbedding") -> Self:
+        """Return `dense`, whose weight was the table of `embedding`, with the factors of that.
+
+        They change places: y = down[:r]ᵀ up[:r] x of the embedding's own. They are the same
+        parameters, so both are trained and cut together.
+        """
+        layer = cls(dense.in_features, dense.out_features, 0, bias=dense.bias is not None)
+        layer.down, layer.up = embedding.up, embedding.down
+        _take_rest_(layer, dense)
         return layer
 
     @property
@@ -169,7 +182,166 @@ class LowRankConv2d(nn.Module):
         )
 
 
-LowRankLayer = LowRankLinear | LowRankConv2d
+class LowRankEmbedding(nn.Module):
+    """A table of vectors, row i `up[:r]ᵀ down[:r, i]`, whose rank is chosen at each call.
+
+    `down` is (rank, num_embeddings), `up` is (rank, embedding_dim). Unlike a dense table it costs
+    MACs to look up, rank · embedding_dim; what it saves is parameters, and MACs in the projection
+    tied to it (`LowRankLinear.tied`). Column `padding_idx` of `down` is not trained by lookups.
+    """
+
+    down: nn.Parameter
+    up: nn.Parameter
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, rank: int, padding_idx: int | None = None
+    ) -> None:
+        super().__init__()
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.padding_idx = padding_idx
+        self.down = nn.Parameter(torch.empty(rank, num_embeddings))
+        self.up = nn.Parameter(torch.empty(rank, embedding_dim))
+        _init_(self.down, self.up)
+
+    @classmethod
+    def from_dense(cls, dense: nn.Embedding) -> Self:
+        """Return the table of full rank that holds what `dense` does; nothing is shared.
+
+        Raises:
+            ValueError: `dense` changes its rows when they are read, or their gradients.
+        """
+        reason = why_dense(dense)
+        if reason:
+            raise ValueError(f"this embedding has {reason}")
+        layer = cls(dense.num_embeddings, dense.embedding_dim, 0, dense.padding_idx)
+        # The table is in × out, a linear layer's weight out × in: the factors change places.
+        layer.up, layer.down = _factors(dense.weight)
+        layer.train(dense.training)
+        return layer
+
+    @classmethod
+    def tied(cls, dense: nn.Embedding, embedding: "LowRankEmbedding") -> Self:
+        """Return `dense`, whose table was that of `embedding`, with the very same factors."""
+        layer = cls(dense.num_embeddings, dense.embedding_dim, 0, dense.padding_idx)
+        layer.down, layer.up = embedding.down, embedding.up
+        layer.train(dense.training)
+        return layer
+
+    @property
+    def rank(self) -> int:
+        """Return how many components there are."""
+        return self.down.shape[0]
+
+    def forward(self, tokens: Tensor, rank: int | None = None) -> Tensor:
+        """Return (…, embedding_dim) for tokens (…) int64 with the first `rank` components.
+
+        Raises:
+            ValueError: the rank is not in 0..self.rank.
+        """
+        down, up = prefix(self, rank)
+        return F.embedding(tokens, down.t(), self.padding_idx) @ up  # (…) -> (…, r) -> (…, dim)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}"
+
+
+LowRankLayer = LowRankLinear | LowRankConv2d | LowRankEmbedding
+
+
+class LowRankAttention(nn.Module):
+    """nn.MultiheadAttention with its query, key, value and output maps as four low-rank layers.
+
+    Each map is one matrix for all heads together, with a rank of its own (Maestro, ICML 2024, §3).
+    """
+
+    def __init__(
+        self,
+        query: LowRankLinear,
+        key: LowRankLinear,
+        value: LowRankLinear,
+        output: LowRankLinear,
+        heads: int,
+        dropout: float,
+        batch_first: bool,
+    ) -> None:
+        super().__init__()
+        self.query = query
+        self.key = key
+        self.value = value
+        self.output = output
+        self.heads = heads
+        self.dropout = dropout
+        self.batch_first = batch_first
+
+    @classmethod
+    def from_dense(cls, dense: nn.MultiheadAttention) -> Self:
+        """Return the attention of full rank that computes what `dense` does; nothing is shared.
+
+        Raises:
+            ValueError: `dense` adds a key and a value of its own.
+        """
+        reason = why_dense(dense)
+        if reason:
+            raise ValueError(f"this attention has {reason}")
+        if dense.in_proj_weight is None:  # keys or values of another width
+            weights = (dense.q_proj_weight, dense.k_proj_weight, dense.v_proj_weight)
+        else:
+            weights = dense.in_proj_weight.chunk(3)
+        biases = (None,) * 3 if dense.in_proj_bias is None else dense.in_proj_bias.chunk(3)
+        trained = all(parameter.requires_grad for parameter in dense.parameters(recurse=False))
+        query, key, value = (
+            LowRankLinear.from_dense(_linear(weight, bias, trained))
+            for weight, bias in zip(weights, biases, strict=True)
+        )
+        output = LowRankLinear.from_dense(dense.out_proj)
+        attention = cls(
+            query, key, value, output, dense.num_heads, dense.dropout, dense.batch_first
+        )
+        return attention.train(dense.training)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,  # noqa: ARG002  a hint about attn_mask, which is applied anyway
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what nn.MultiheadAttention does: (b, t, d), or as `batch_first` says, and weights.
+
+        The weights are (b, t, s), or (b, heads, t, s) where they are not averaged, or None.
+        A mask is True where nothing may be attended to, or is added. Samples without a batch
+        around them are taken too.
+        """
+        single = query.dim() == 2
+        batch = 0 if self.batch_first or single else 1
+        q, k, v = (
+            self._split(layer(x.unsqueeze(0) if single else x.movedim(batch, 0)))
+            for layer, x in ((self.query, query), (self.key, key), (self.value, value))
+        )
+        scores = q @ k.transpose(-1, -2) / sqrt(q.shape[-1])  # (b, heads, t, s)
+        if attn_mask is not None:
+            shape = scores.shape if attn_mask.dim() == 3 else attn_mask.shape
+            scores = _masked(scores, attn_mask.view(shape))
+        if key_padding_mask is not None:
+            scores = _masked(scores, key_padding_mask.view(len(scores), 1, 1, -1))
+        weights = F.dropout(scores.softmax(-1), self.dropout, self.training)
+        y = self.output((weights @ v).transpose(1, 2).flatten(2))  # (b, t, d)
+        shown = weights.mean(1) if average_attn_weights else weights
+        if single:
+            return y[0], shown[0] if need_weights else None
+        return y.movedim(0, batch), shown if need_weights else None
+
+    def _split(self, x: Tensor) -> Tensor:
+        x = x.view(*x.shape[:2], self.heads, -1)
+        return x.transpose(1, 2)  # (b, t, d) -> (b, heads, t, d')
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, dropout={self.dropout}, batch_first={self.batch_first}"
 
 
 def prefix(layer: LowRankLayer, rank: int | None) -> tuple[Tensor, Tensor]:
@@ -185,8 +357,16 @@ def prefix(layer: LowRankLayer, rank: int | None) -> tuple[Tensor, Tensor]:
     return layer.down[:rank], layer.up[:rank]
 
 
-def why_dense(module: nn.Linear | nn.Conv2d) -> str:
+def why_dense(module: nn.Module) -> str:
     """Return why `module` can't be factorised, or an empty string."""
+    if isinstance(module, nn.MultiheadAttention) and (
+        module.bias_k is not None or module.add_zero_attn
+    ):
+        return "a key and a value of its own: only those of the inputs are factorised"
+    if isinstance(module, nn.Embedding) and (
+        module.max_norm is not None or module.scale_grad_by_freq or module.sparse
+    ):
+        return "max_norm, scale_grad_by_freq or sparse: only plain tables are factorised"
     if isinstance(module, nn.Conv2d):
         if module.groups != 1:
             return f"groups={module.groups}: only 1 is factorised"
@@ -217,18 +397,40 @@ def _init_(down: Tensor, up: Tensor) -> None:
             nn.init.uniform_(factor, -bound, bound)
 
 
-def _take_factors_(layer: LowRankLayer, dense: nn.Linear | nn.Conv2d) -> None:
-    """Give `layer` W = P S Qᵀ as up = (P √S)ᵀ and down = √S Qᵀ (Maestro, ICML 2024, §3.2)."""
-    weight = dense.weight.detach()  # (out, in, …)
-    exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    p, s, qt = torch.linalg.svd(exact.flatten(1), full_matrices=False)
-    root = s.sqrt()
-    down = (root[:, None] * qt).reshape(-1, *weight.shape[1:])
-    layer.down = nn.Parameter(down.to(weight.dtype).contiguous(), dense.weight.requires_grad)
-    layer.up = nn.Parameter((p * root).t().to(weight.dtype).contiguous(), layer.down.requires_grad)
+def _take_factors_(layer: LowRankLinear | LowRankConv2d, dense: nn.Linear | nn.Conv2d) -> None:
+    layer.down, layer.up = _factors(dense.weight)
+    _take_rest_(layer, dense)
+
+
+def _take_rest_(layer: LowRankLinear | LowRankConv2d, dense: nn.Linear | nn.Conv2d) -> None:
+    """Give `layer` the bias and the mode of `dense`."""
     if dense.bias is not None:
         layer.bias = nn.Parameter(dense.bias.detach().clone(), dense.bias.requires_grad)
     layer.train(dense.training)
+
+
+def _factors(weight: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return √S Qᵀ (rank, in, …) and (P √S)ᵀ (rank, out) of W = P S Qᵀ, (out, in, …) (§3.2)."""
+    exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    p, s, qt = torch.linalg.svd(exact.flatten(1), full_matrices=False)
+    root = s.sqrt()
+    down = (root[:, None] * qt).reshape(-1, *weight.shape[1:])
+    first, second = (
+        nn.Parameter(factor.to(weight.dtype).contiguous(), weight.requires_grad)
+        for factor in (down, (p * root).t())
+    )
+    return first, second
+
+
+def _linear(weight: Tensor, bias: Tensor | None, trained: bool) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    layer.weight = nn.Parameter(weight.detach(), trained)
+    layer.bias = None if bias is None else nn.Parameter(bias.detach(), trained)  # type: ignore[assignment]
+    return layer
+
+
+def _masked(scores: Tensor, mask: Tensor) -> Tensor:
+    return scores.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
 
 
 def _padding(dense: nn.Conv2d) -> tuple[int, int]:
@@ -247,7 +449,7 @@ def _pair(values: Sequence[int]) -> tuple[int, int]:
 
 def _symbolic(
     kind: str,
-    layer: LowRankLayer,
+    layer: LowRankLinear | LowRankConv2d,
     x: Tensor,
     shape: Sequence[int | torch.SymInt],
     attributes: dict[str, Sequence[int]],

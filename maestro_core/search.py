@@ -18,6 +18,7 @@ from maestro_core.frontier import (
     spread,
 )
 from maestro_core.normalisation import Statistics, recalibrate
+from maestro_core.sentences import Samples
 
 CALIBRATING = 4_000  # training pictures that a point's normalisation is of
 
@@ -34,7 +35,7 @@ class Point:
 class SearchParameters:
     """How many `points` to look for, between which shares of the dense MACs, and how finely.
 
-    `probes` is the most ranks tried for each layer, on `samples` validation pictures (0: all). With
+    `probes` is the most ranks tried for each layer, on `samples` of validation (0: all). With
     `most_macs` under 1 the ranks above the last point's are dropped: training goes on without them,
     and they are not exported.
     """
@@ -49,7 +50,7 @@ class SearchParameters:
 def find_chain(
     model: nn.Module,
     cost: Cost,
-    validation: Pictures,
+    validation: Samples,
     parameters: SearchParameters,
     on_evaluation: Callable[[int, int], None],
 ) -> Chain:
@@ -77,7 +78,7 @@ def find_chain(
 def error_tables(
     model: nn.Module,
     cost: Cost,
-    validation: Pictures,
+    validation: Samples,
     parameters: SearchParameters,
     on_evaluation: Callable[[int, int], None],
 ) -> list[RankTable]:

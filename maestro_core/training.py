@@ -1,29 +1,30 @@
 """The training loop: dense, then with one layer cut at random, then on the chain found by it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, Adam, Optimizer
 
 from maestro_core import checkpoint, distributed
 from maestro_core.accounting import measure
 from maestro_core.consolidation import consolidation_loss
-from maestro_core.data import Data, Pictures
-from maestro_core.evaluation import evaluate
+from maestro_core.data import Data, Inputs
+from maestro_core.evaluation import Result, evaluate
 from maestro_core.factorize import factorize_, forward_at, low_rank_layers
 from maestro_core.frontier import Chain
 from maestro_core.lod import group_lasso, shrink_, truncate_
+from maestro_core.loss import cross_entropy
 from maestro_core.proximal import proximal_step_
 from maestro_core.sampling import Sampling, draw
+from maestro_core.sentences import Corpus, Samples, Sentences, example
 from maestro_core.target import FALLING, Pursuit, Target, first_weight
 from maestro_core.whitening import sample_inputs, whiten_
 
@@ -54,12 +55,23 @@ class Phase:
 
 
 @dataclass(frozen=True, slots=True)
+class Moments:
+    """What Adam (Kingma and Ba, 2015) remembers of gradients: decay of both means, and ε."""
+
+    betas: tuple[float, float]
+    epsilon: float
+
+
+@dataclass(frozen=True, slots=True)
 class HyperParameters:
-    """How a network is trained: SGD in phases, which come in the order dense, ordered, nested.
+    """How a network is trained: in phases, which come in the order dense, ordered, nested.
+
+    The optimiser is SGD, or Adam where there is `adam`; then a proximal step follows Adam's at its
+    rate alone, as decoupled weight decay does, and `momentum` is 0.
 
     `keep` names layers to leave dense. `lasso` weighs the group lasso, `threshold` is the
     importance at or below which a rank is removed (in the paper λ_gl and ε_ps); with `proximal` the
-    lasso is not in the loss but in a step after SGD's (proximal.py). `warmup` is the
+    lasso is not in the loss but in a step after the optimiser's (proximal.py). `warmup` is the
     share of a phase in which its rate rises. `precision` is that of forward and backward;
     parameters are float32 always. `sampling` is of the ordered phase (sampling.py). With
     `whitened` a network that was trained dense is factorised by its activations (whitening.py).
@@ -84,6 +96,7 @@ class HyperParameters:
     target: Target | None = None
     whitened: bool = False
     normalisation_rate: float = 1.0
+    adam: Moments | None = None
 
     def __post_init__(self) -> None:
         kinds = [phase.kind for phase in self.phases]
@@ -93,6 +106,8 @@ class HyperParameters:
             raise ValueError("a target needs one ordered phase, in which the network shrinks")
         if not self.normalisation_rate > 0:
             raise ValueError(f"normalisation_rate is {self.normalisation_rate}, not above 0")
+        if self.adam and (self.momentum or self.nesterov):
+            raise ValueError(f"momentum is SGD's: with adam it is 0, not {self.momentum}")
 
     def at(self, epoch: int) -> tuple[Phase, int]:
         """Return the phase of `epoch`, and how many of its epochs came before.
@@ -115,7 +130,7 @@ class HyperParameters:
 
 def train_(
     model: nn.Module,
-    data: Data,
+    data: Data | Corpus,
     hyper: HyperParameters,
     find: Callable[[], Chain],
     root: Path,
@@ -186,7 +201,7 @@ def train_(
             last = checkpoint.save(root, model, optimizer, state)
         progress.update(
             task,
-            description=f"epoch {epoch + 1}/{hyper.epochs}, validation {result.accuracy:.2%}, "
+            description=f"epoch {epoch + 1}/{hyper.epochs}, validation {_said(data, result)}, "
             f"ranks {'-'.join(map(str, ranks.values())) or 'all'}",
         )
     _start_(model, data, hyper, hyper.epochs)
@@ -199,17 +214,17 @@ def train_(
 def train_epoch_(
     model: nn.Module,
     optimizer: Optimizer,
-    pictures: Pictures,
+    samples: Samples,
     hyper: HyperParameters,
     epoch: int,
     chain: Chain,
     on_step: Callable[[], None],
     pursuit: Pursuit | None = None,
 ) -> None:
-    """Go once through `pictures` in random order, in the phase that `epoch` is of.
+    """Go once through `samples` in random order, in the phase that `epoch` is of.
 
     Each of several processes takes its part of a batch, and all make the same step; a rest of
-    pictures too few for all is left out. A `pursuit` says how the lasso is weighed, in place of
+    samples too few for all is left out. A `pursuit` says how the lasso is weighed, in place of
     `hyper`.
 
     Raises:
@@ -219,16 +234,17 @@ def train_epoch_(
     torch.manual_seed(rng.getrandbits(63))
     model.train()
     phase, before = hyper.at(epoch)
-    batches = torch.split(torch.randperm(len(pictures)), hyper.batch_size)
+    batches = _batches(samples, hyper.batch_size)
     if distributed.size() > 1:  # each augments and drops in its own way
         torch.manual_seed(Random(f"{hyper.seed}/{epoch}/{distributed.rank()}").getrandbits(63))
     losses: dict[int, Tensor] = {}
     parts = [part for part in map(distributed.part, batches) if len(part)]
-    for step, (x, labels) in enumerate(pictures.augmented(parts)):
+    changed: Iterator[tuple[Inputs, Tensor]] = samples.augmented(parts)
+    for step, (x, labels) in enumerate(changed):
         for group in optimizer.param_groups:
             rate = learning_rate(phase, hyper.warmup, before + step / len(batches))
             group["lr"] = rate * group.get("times", 1.0)
-        with torch.autocast(x.device.type, torch.bfloat16, hyper.precision == "bfloat16"):
+        with torch.autocast(labels.device.type, torch.bfloat16, hyper.precision == "bfloat16"):
             if phase.kind == "nested":
                 loss = consolidation_loss(model, chain, x, labels, rng, hyper.label_smoothing)
             elif phase.kind == "ordered":
@@ -237,7 +253,7 @@ def train_epoch_(
                     model, x, labels, lasso, rng, hyper.label_smoothing, hyper.sampling
                 )
             else:
-                loss = F.cross_entropy(model(x), labels, label_smoothing=hyper.label_smoothing)
+                loss = cross_entropy(model(x), labels, hyper.label_smoothing)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         losses[step] = distributed.average_(model, loss)
@@ -258,7 +274,7 @@ def train_epoch_(
 
 def ordered_loss(
     model: nn.Module,
-    x: Tensor,
+    x: Inputs,
     labels: Tensor,
     lasso: float,
     rng: Random,
@@ -270,7 +286,7 @@ def ordered_loss(
     names = list(layers)
     drawn = draw(sampling, [layer.rank for layer in layers.values()], rng)
     logits = forward_at(model, {names[index]: rank for index, rank in drawn.items()}, x)
-    loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    loss = cross_entropy(logits, labels, label_smoothing)
     return loss + lasso * group_lasso(layers.values()) if lasso else loss
 
 
@@ -290,6 +306,21 @@ def learning_rate(phase: Phase, warmup: float, epoch: float) -> float:
     return phase.learning_rate * 0.5 * (1 + math.cos(math.pi * fallen))
 
 
+def _batches(samples: Samples, size: int) -> Sequence[Tensor]:
+    """Return the indices of each batch, in an order that torch's generator has drawn."""
+    order = torch.randperm(len(samples))
+    if isinstance(samples, Sentences):
+        return samples.grouped(order, size)
+    return torch.split(order, size)
+
+
+def _said(data: Data | Corpus, result: Result) -> str:
+    """Return how well it went on the validation samples, in the measure of their kind."""
+    if isinstance(data, Corpus):
+        return f"perplexity {result.perplexity:.2f}"
+    return f"{result.accuracy:.2%}"
+
+
 def _check(losses: dict[int, Tensor], epoch: int, steps: int) -> None:
     """Raise Diverged if a loss, by step, is not finite; else forget them."""
     if losses and not torch.stack(list(losses.values())).isfinite().all():
@@ -298,7 +329,7 @@ def _check(losses: dict[int, Tensor], epoch: int, steps: int) -> None:
     losses.clear()
 
 
-def _start_(model: nn.Module, data: Data, hyper: HyperParameters, epoch: int) -> None:
+def _start_(model: nn.Module, data: Data | Corpus, hyper: HyperParameters, epoch: int) -> None:
     """Factorise `model` where it is dense, by its activations if it was trained and they count."""
     if low_rank_layers(model):
         return
@@ -309,14 +340,14 @@ def _start_(model: nn.Module, data: Data, hyper: HyperParameters, epoch: int) ->
 
 def _pursuit(
     model: nn.Module,
-    data: Data,
+    data: Data | Corpus,
     hyper: HyperParameters,
     target: Target,
     epoch: int,
     weight: float,
 ) -> Pursuit:
     """Return the pursuit of `target` at an epoch of the ordered phase; `weight` is the last λ."""
-    cost = measure(model, data.train.batch(slice(0, 1))[0])
+    cost = measure(model, example(data.train))
     target.check(cost)
     phase, before = hyper.at(epoch)
     if before == 0:
@@ -338,7 +369,10 @@ def cut_(model: nn.Module, ranks: tuple[int, ...]) -> None:
 
 
 def _optimizer(model: nn.Module, hyper: HyperParameters) -> Optimizer:
-    """Return SGD in two groups, the rest and normalisation's; `times` multiplies a group's rate."""
+    """Return the optimiser in two groups, the rest and normalisation's.
+
+    `times` multiplies a group's rate, which is set at each step.
+    """
     times = hyper.normalisation_rate
     normalisation = [
         parameter
@@ -349,12 +383,10 @@ def _optimizer(model: nn.Module, hyper: HyperParameters) -> Optimizer:
     faster = {id(parameter) for parameter in normalisation}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in faster]
     decay = hyper.weight_decay
-    return SGD(
-        [
-            {"params": rest, "weight_decay": decay, "times": 1.0},
-            {"params": normalisation, "weight_decay": decay / times, "times": times},
-        ],
-        lr=0.0,  # set at each step
-        momentum=hyper.momentum,
-        nesterov=hyper.nesterov,
-    )
+    groups = [
+        {"params": rest, "weight_decay": decay, "times": 1.0},
+        {"params": normalisation, "weight_decay": decay / times, "times": times},
+    ]
+    if hyper.adam:
+        return Adam(groups, lr=0.0, betas=hyper.adam.betas, eps=hyper.adam.epsilon)
+    return SGD(groups, lr=0.0, momentum=hyper.momentum, nesterov=hyper.nesterov)

@@ -10,47 +10,51 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maestro_core.data import Pictures
+from maestro_core.data import Inputs
 from maestro_core.factorize import low_rank_layers
-from maestro_core.layers import LowRankConv2d, LowRankLayer
+from maestro_core.layers import LowRankConv2d, LowRankEmbedding, LowRankLinear
 from maestro_core.normalisation import evaluating
+from maestro_core.sentences import Samples
 
 SHRINKAGE = 1e-4  # of the mean variance, added to each: a direction never seen has none
 
 
-def whiten_(model: nn.Module, batches: Iterable[Tensor]) -> None:
+Whitenable = LowRankLinear | LowRankConv2d
+
+
+def whiten_(model: nn.Module, batches: Iterable[Inputs]) -> None:
     """Give every factorised layer factors that are best, at each rank, on inputs like `batches`.
 
     A batch is what `model` takes. At its present rank a layer computes what it did. Layers that
-    the batches never reach keep their factors.
+    the batches never reach keep their factors, and so do embeddings: their inputs are no vectors.
     """
     moments = second_moments(model, batches)
-    for name, layer in low_rank_layers(model).items():
+    for name, layer in _layers(model).items():
         if name in moments:
             _rotate_(layer, moments[name])
 
 
-def sample_inputs(pictures: Pictures) -> Iterator[Tensor]:
+def sample_inputs(samples: Samples) -> Iterator[Inputs]:
     """Yield inputs to whiten by, a few at a time: more than 512 say no more (FlexRank, 2026)."""
-    few = pictures.first(512)
+    few = samples.first(512)
     for start in range(0, len(few), 16):
         yield few.batch(slice(start, start + 16))[0]
 
 
-def second_moments(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:
+def second_moments(model: nn.Module, batches: Iterable[Inputs]) -> dict[str, Tensor]:
     """Return by factorised layer Σ x xᵀ, (fan_in, fan_in) float64, over all its inputs x.
 
     The input of a convolution is each window, in·kh·kw values. The model is in inference mode.
     """
     moments: dict[str, Tensor] = {}
 
-    def add(name: str, layer: LowRankLayer, x: Tensor) -> None:
+    def add(name: str, layer: Whitenable, x: Tensor) -> None:
         rows = _rows(layer, x)
         moments[name] = moments.get(name, 0) + (rows.t() @ rows).double()
 
     handles = [
         layer.register_forward_pre_hook(lambda module, x, name=name: add(name, module, x[0]))
-        for name, layer in low_rank_layers(model).items()
+        for name, layer in _layers(model).items()
     ]
     try:
         with evaluating(model), torch.no_grad():
@@ -62,7 +66,15 @@ def second_moments(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Ten
     return moments
 
 
-def _rows(layer: LowRankLayer, x: Tensor) -> Tensor:
+def _layers(model: nn.Module) -> dict[str, Whitenable]:
+    return {
+        name: layer
+        for name, layer in low_rank_layers(model).items()
+        if not isinstance(layer, LowRankEmbedding)
+    }
+
+
+def _rows(layer: Whitenable, x: Tensor) -> Tensor:
     """Return every vector that `down` is applied to, (n, fan_in)."""
     if not isinstance(layer, LowRankConv2d):
         return x.flatten(0, -2)
@@ -70,7 +82,7 @@ def _rows(layer: LowRankLayer, x: Tensor) -> Tensor:
     return windows.transpose(1, 2).flatten(0, 1)  # (b, fan_in, h'·w') -> (b·h'·w', fan_in)
 
 
-def _rotate_(layer: LowRankLayer, moment: Tensor) -> None:
+def _rotate_(layer: Whitenable, moment: Tensor) -> None:
     """Set the factors to P √s and √s Rᵀ S⁻¹, where W S = P s Rᵀ and S Sᵀ is the moment."""
     shape, dtype = layer.down.shape, layer.down.dtype
     weight = layer.up.detach().double().t() @ layer.down.detach().double().flatten(1)

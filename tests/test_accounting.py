@@ -8,6 +8,7 @@ from maestro_core.accounting import Cost, measure
 from maestro_core.factorize import factorize_
 from maestro_core.models.lenet import LeNet
 from maestro_core.models.resnet import ResNet18, ResNet50
+from maestro_core.models.transformer import Transformer
 from maestro_core.models.vgg import VGG19
 from maestro_core.recipes import imagenet_resnet50_partial
 
@@ -168,3 +169,92 @@ def test_a_layer_that_is_never_called_is_refused() -> None:
 
     with pytest.raises(ValueError, match="layer 'idle' is factorised but never called"):
         measure(model, torch.zeros(1, 4, 8, 8))
+
+
+VOCABULARY = 9_521
+PAIR = (torch.ones(1, 28, dtype=torch.int64),) * 2
+# Pufferfish (Wang et al., MLSys 2021) leaves these dense.
+KEPT = ("embedding", "head", "encoder.0.*", "decoder.0.*")
+
+
+def transformer() -> Transformer:
+    with torch.device("meta"):
+        dense = Transformer(VOCABULARY)
+    model = dense.to_empty(device="cpu")
+    model.head.weight = model.embedding.weight  # to_empty parts them
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 0.1)
+    return model
+
+
+def test_the_dense_transformer_is_that_of_the_papers() -> None:
+    """44.1 M in 12 layers; 1.37 GMACs are all matrices and the projection, 28 times."""
+    table = VOCABULARY * 512
+
+    cost = measure(transformer(), PAIR)
+
+    assert cost.dense_params == 48_978_432
+    assert (cost.dense_embedding_params, cost.dense_params - table) == (table, 44_103_680)
+    assert cost.dense_macs == (44_040_192 + table) * 28
+    assert round(cost.dense_macs / 1e9, 2) == 1.37
+
+
+@pytest.mark.slow
+def test_pufferfish_at_a_quarter_has_the_parameters_of_its_paper() -> None:
+    model = transformer()
+    factorize_(model, KEPT)
+
+    cost = measure(model, PAIR)
+
+    quarter = [-(-layer.max_rank // 4) for layer in cost.layers]
+    assert cost.params_at(quarter) == 26_696_192
+    assert cost.embedding_params_at(quarter) == VOCABULARY * 512
+
+
+class Language(nn.Module):
+    """A table that is read three times and projects once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(40, 12)
+        self.map = nn.Linear(12, 12)
+        self.head = nn.Linear(12, 40)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        source, target = pair
+        x = self.embedding(source).sum(1, keepdim=True) + self.embedding(target)
+        logits: Tensor = self.head(self.map(x))
+        return logits
+
+
+def test_an_embedding_costs_macs_only_in_factors_and_parameters_once() -> None:
+    model = Language()
+    factorize_(model)
+
+    cost = measure(
+        model, (torch.ones(1, 5, dtype=torch.int64), torch.ones(1, 3, dtype=torch.int64))
+    )
+
+    assert [layer.max_rank for layer in cost.layers] == [12, 12]
+    rest = 12 + 40  # biases
+    assert cost.dense_params == 480 + 144 + rest
+    assert cost.dense_macs == (480 + 144) * 3
+    assert cost.macs_at([12, 12]) == cost.dense_macs
+    assert cost.macs_at([4, 12]) == 4 * 12 * (5 + 3) + 4 * (12 + 40) * 3 + 144 * 3
+    assert cost.params_at([4, 12]) == 4 * (12 + 40) + 144 + rest
+    assert cost.embedding_params_at([4, 12]) == 4 * (12 + 40)
+
+
+@pytest.mark.parametrize("keep", ["embedding", "head"])
+def test_a_table_left_dense_is_counted_apart(keep: str) -> None:
+    model = Language()
+    factorize_(model, keep=[keep])
+
+    cost = measure(
+        model, (torch.ones(1, 5, dtype=torch.int64), torch.ones(1, 3, dtype=torch.int64))
+    )
+
+    assert cost.embedding_params_at([3]) == 480
+    assert cost.params_at([3]) == 480 + 3 * 24 + 12 + 40
+    assert cost.macs_at([3]) == (480 + 3 * 24) * 3

@@ -15,7 +15,7 @@ from maestro_core.accounting import measure
 from maestro_core.artifact import Artifact, Image
 from maestro_core.data import Pictures
 from maestro_core.evaluation import evaluate
-from maestro_core.export import Description, ExportError, export, wilson
+from maestro_core.export import Description, ExportError, check_embeddings, export, wilson
 from maestro_core.factorize import factorize_, forward_at, low_rank_layers
 from maestro_core.lod import truncate_
 from maestro_core.normalisation import recalibrate
@@ -154,6 +154,49 @@ def test_points_are_scored_and_costed_as_a_whole(exported: Artifact) -> None:
     assert exported.points[-1].macs == exported.manifest.dense_macs
     assert exported.manifest.input.shape == (-1, 3, 8, 8)
     assert exported.manifest.metric.samples == 90
+
+
+class Attentive(nn.Module):
+    """Rows of a picture attend to each other; where they are is an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Linear(24, 12)
+        self.place = nn.Embedding(8, 12)
+        self.attention = nn.MultiheadAttention(12, 3, batch_first=True)
+        self.head = nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.rows(x.transpose(1, 2).flatten(2)) + self.place(torch.arange(8))  # (b, 8, 12)
+        logits: Tensor = self.head(self.attention(h, h, h)[0].mean(1))
+        return logits
+
+
+def test_attention_is_exported_and_its_maps_are_cut(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Attentive()
+    factorize_(model, keep=["place"])
+    cost = measure(model, torch.zeros(1, 3, 8, 8))
+    chain = [Point(ranks, {}) for ranks in ((2, 1, 2, 3, 4, 3), (12, 12, 12, 12, 12, 8))]
+
+    made = export(model, cost, chain, pictures(), DESCRIPTION, tmp_path / "a.maestro", lambda: None)
+
+    names = [f"attention.{part}" for part in ("query", "key", "value", "output")]
+    assert [layer.name for layer in made.manifest.layers] == ["rows", *names, "head"]
+    assert made.points[0].macs < made.points[1].macs
+
+
+def test_an_embedding_in_two_factors_is_refused(tmp_path: Path) -> None:
+    model = Attentive()
+    factorize_(model)
+    cost = measure(model, torch.zeros(1, 3, 8, 8))
+
+    with pytest.raises(ExportError, match=r"'place' is an embedding, which .* only dense: name it"):
+        export(model, cost, [], pictures(), DESCRIPTION, tmp_path / "a.maestro", lambda: None)
+    with pytest.raises(ExportError, match="'place'"):
+        check_embeddings(Attentive(), keep=["head"])
+    check_embeddings(Attentive(), keep=["pla*"])
+    assert not list(tmp_path.iterdir())
 
 
 class Untrue(Net):

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from maestro_core.factorize import factorize_, forward_at, low_rank_layers
-from maestro_core.layers import LowRankConv2d, LowRankLinear
+from maestro_core.layers import LowRankConv2d, LowRankEmbedding, LowRankLinear
+from maestro_core.lod import truncate_
 
 
 class Net(nn.Module):
@@ -36,6 +37,25 @@ class Shared(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.tied(self.again(self.first(x).relu())))
+        return logits
+
+
+class Language(nn.Module):
+    """A table that two embeddings and the projection share, and an attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.source = nn.Embedding(40, 12)
+        self.target = nn.Embedding(40, 12)
+        self.attention = nn.MultiheadAttention(12, 3, batch_first=True)
+        self.head = nn.Linear(12, 40)
+        nn.init.normal_(self.source.weight, std=0.3)
+        self.target.weight = self.source.weight
+        self.head.weight = self.source.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x, y = self.source(tokens), self.target(tokens.flip(1))
+        logits: Tensor = self.head(self.attention(y, x, x)[0])
         return logits
 
 
@@ -119,9 +139,76 @@ def test_attention_that_reads_its_children_still_runs() -> None:
     done = factorize_(model)
 
     assert done.low_rank == ()
-    assert set(done.dense) == {"self_attn.out_proj", "linear1", "linear2"}
+    assert set(done.dense) == {"self_attn", "linear1", "linear2"}
     with torch.no_grad():
         torch.testing.assert_close(model(x), before, rtol=0, atol=1e-5)
+
+
+def test_a_table_and_its_projection_share_their_factors_and_count_once() -> None:
+    model, tokens = Language(), torch.randint(40, (3, 7))
+    before = model(tokens)
+
+    done = factorize_(model)
+
+    torch.testing.assert_close(model(tokens), before, rtol=0, atol=1e-5)
+    maps = ("query", "key", "value", "output")
+    assert done.low_rank == ("source", "target", *(f"attention.{m}" for m in maps), "head")
+    assert list(low_rank_layers(model)) == ["source", *(f"attention.{m}" for m in maps)]
+    source, head = model.get_submodule("source"), model.get_submodule("head")
+    assert isinstance(source, LowRankEmbedding)
+    assert isinstance(head, LowRankLinear)
+    assert head.up is source.down
+    assert head.down is source.up
+    tables = sum(p.numel() for p in (source.down, source.up))
+    assert sum(p.numel() for p in model.parameters()) == tables + 4 * 2 * 144 + 48 + 40
+
+
+@pytest.mark.parametrize("rank", [0, 5, 12])
+def test_a_table_and_its_projection_are_cut_together(rank: int) -> None:
+    model, tokens = Language(), torch.randint(40, (3, 7))
+    factorize_(model)
+    source = low_rank_layers(model)["source"]
+    table = source.down[:rank].t() @ source.up[:rank]
+
+    cut = forward_at(model, {"source": rank}, tokens)
+
+    y = model.attention(table[tokens.flip(1)], table[tokens], table[tokens])[0]
+    torch.testing.assert_close(cut, y @ table.t() + model.head.bias, rtol=0, atol=1e-5)
+    truncate_(source, rank)
+    assert [layer.rank for layer in (model.source, model.target, model.head)] == [rank] * 3
+    torch.testing.assert_close(model(tokens), cut)
+
+
+def test_a_table_that_is_kept_keeps_its_projection() -> None:
+    model, tokens = Language(), torch.randint(40, (3, 7))
+    before = model(tokens)
+
+    done = factorize_(model, keep=["source"])
+
+    assert set(done.dense) == {"source", "target", "head"}
+    assert model.head.weight is model.source.weight
+    torch.testing.assert_close(model(tokens), before, rtol=0, atol=1e-5)
+
+
+def test_attention_that_is_kept_stays_one_module() -> None:
+    model = Language()
+
+    done = factorize_(model, keep=["attention"])
+
+    assert isinstance(model.attention, nn.MultiheadAttention)
+    assert done.dense == {"attention": "kept"}
+
+
+def test_attention_of_a_decoder_layer_of_torch_is_factorised() -> None:
+    model = nn.TransformerDecoderLayer(8, 2, 16, batch_first=True).eval()
+    x, memory = torch.randn(2, 5, 8), torch.randn(2, 6, 8)
+    before = model(x, memory)
+
+    done = factorize_(model)
+
+    assert not done.dense
+    assert len(low_rank_layers(model)) == 10
+    torch.testing.assert_close(model(x, memory), before, rtol=0, atol=1e-5)
 
 
 def test_forward_at_equals_the_layers_called_with_ranks() -> None:

@@ -112,6 +112,19 @@ class Net(nn.Module):
         return logits
 
 
+class Language(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(30, 8)
+        self.head = nn.Linear(8, 30)
+        self.head.weight = self.embedding.weight
+        factorize_(self)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.embedding(tokens).relu())
+        return logits
+
+
 def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
     loss = model(torch.randn(8, 2, 6, 6)).square().mean()
@@ -156,6 +169,28 @@ def test_shrinking_removes_rows_from_weights_gradients_and_optimiser_state(
     torch.testing.assert_close(model(x), before, rtol=0, atol=1e-6)
     step(model, optimizer)
     assert model(x).isfinite().all()
+
+
+def test_a_table_shrinks_with_its_projection_and_their_optimiser_state() -> None:
+    model = Language()
+    optimizer = adam(model)
+    tokens = torch.randint(30, (4, 6))
+    torch.autograd.backward(model(tokens).square().mean())
+    optimizer.step()
+    layer = low_rank_layers(model)["embedding"]
+    layer.up.data[5:] = 0
+    before = model(tokens).detach()
+
+    ranks = shrink_(model, optimizer, 1e-5)
+
+    assert ranks == {"embedding": 5}
+    assert model.head.down.shape == (5, 8)
+    for factor in (layer.down, layer.up):
+        assert [v.shape for v in optimizer.state[factor].values() if v.dim()] == [factor.shape] * 2
+    torch.testing.assert_close(model(tokens), before, rtol=0, atol=1e-6)
+    torch.autograd.backward(model(tokens).square().mean())
+    optimizer.step()
+    assert model(tokens).isfinite().all()
 
 
 def test_shrinking_equals_running_at_those_ranks() -> None:

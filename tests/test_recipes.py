@@ -156,6 +156,7 @@ def test_a_recipe_with_a_target_makes_points_up_to_it_and_is_exported_alone(
 @pytest.mark.parametrize("name", ["cifar10-small", "cifar10-resnet18", "cifar10-vgg19"])
 def test_a_recipe_for_larger_networks_starts_and_takes_steps(name: str, tmp_path: Path) -> None:
     recipe = running.RECIPES[name]
+    assert isinstance(recipe, Recipe)
     rng = np.random.default_rng(0)
     arrays: dict[str, Any] = {
         f"{kind}_{part}": rng.integers(0, top, shape).astype(np.uint8)
@@ -174,6 +175,7 @@ IMAGENET = ["imagenet-resnet50", "imagenet-resnet50-partial"]
 def small(name: str) -> Recipe:
     """Return a recipe for ImageNet with an eighth of the width, of pictures that are smaller."""
     recipe = running.RECIPES[name]
+    assert isinstance(recipe, Recipe)
     return replace(
         recipe,
         network=lambda: ResNet50(len(CLASSES), width=1 / 8),

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from maestro_core.factorize import factorize_, low_rank_layers
+from maestro_core.layers import LowRankEmbedding
 from maestro_core.whitening import second_moments, whiten_
 
 
@@ -50,6 +51,7 @@ def test_no_matrix_of_the_rank_has_less_error(model: Net, name: str) -> None:
     """The least error is that of the whole outputs' own truncated SVD (Eckart and Young)."""
     model.eval()
     layer = low_rank_layers(model)[name]
+    assert not isinstance(layer, LowRankEmbedding)
     inputs: list[Tensor] = []
     layer.register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
     for x in batches():

@@ -54,3 +54,35 @@ class Recipe:
             **asdict(self.training),
             "search": asdict(self.search),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class TextRecipe:
+    """A network from sentence to sentence, the text it reads, and how it is trained and searched.
+
+    `languages` are source and target, `splits` the names of training, validation and test files
+    (sentences.py). `vocabulary` is how many tokens there are; the network has as many.
+    """
+
+    name: str
+    summary: str
+    network: Callable[[], nn.Module]
+    data_set: str
+    source: str
+    languages: tuple[str, str]
+    splits: tuple[str, str, str]
+    vocabulary: int
+    training: HyperParameters
+    search: SearchParameters
+
+    def identity(self, data_sha256: str) -> dict[str, Any]:
+        """Return, as plain JSON, what a checkpoint must agree on to be resumed."""
+        return {
+            "recipe": self.name,
+            "data_sha256": data_sha256,
+            "languages": self.languages,
+            "splits": self.splits,
+            "vocabulary": self.vocabulary,
+            **asdict(self.training),
+            "search": asdict(self.search),
+        }

@@ -14,7 +14,7 @@ from torch import nn
 from maestro_core import checkpoint, data, distributed, folders, held_out
 from maestro_core.accounting import Cost, measure
 from maestro_core.data import Data
-from maestro_core.export import Description
+from maestro_core.export import Description, ExportError, check_embeddings
 from maestro_core.export import export as export_artifact
 from maestro_core.factorize import factorize_
 from maestro_core.frontier import Chain
@@ -25,12 +25,14 @@ from maestro_core.recipes.cifar10_vgg19 import RECIPE as CIFAR10_VGG19
 from maestro_core.recipes.imagenet_resnet50 import RECIPE as IMAGENET_RESNET50
 from maestro_core.recipes.imagenet_resnet50_partial import RECIPE as IMAGENET_RESNET50_PARTIAL
 from maestro_core.recipes.mnist_lenet import RECIPE as MNIST_LENET
-from maestro_core.recipes.recipe import Recipe
+from maestro_core.recipes.multi30k_transformer import RECIPE as MULTI30K_TRANSFORMER
+from maestro_core.recipes.recipe import Recipe, TextRecipe
+from maestro_core.recipes.text import run_text
 from maestro_core.search import error_tables, find_chain, make_points
 from maestro_core.target import Target
 from maestro_core.training import cut_, train_
 
-RECIPES = {
+RECIPES: dict[str, Recipe | TextRecipe] = {
     recipe.name: recipe
     for recipe in (
         MNIST_LENET,
@@ -39,6 +41,7 @@ RECIPES = {
         CIFAR10_VGG19,
         IMAGENET_RESNET50,
         IMAGENET_RESNET50_PARTIAL,
+        MULTI30K_TRANSFORMER,
     )
 }
 
@@ -55,6 +58,7 @@ def run(
 
     `device` is cpu or cuda. With a target the network is trained to that size, and its points are
     all up to it. Of several processes the first makes the artifact, and the others return None.
+    Of text, which no artifact can hold yet, it is a JSON file of the points.
     Checkpoints are in `out/NAME-checkpoints`. Progress is shown on standard error.
 
     Raises:
@@ -66,6 +70,8 @@ def run(
     recipe = _aimed(_recipe(name), target)
     chosen = _device(device)
     with distributed.joined():
+        if isinstance(recipe, TextRecipe):
+            return run_text(recipe, data_path, out, _progress(), chosen)
         return run_recipe(recipe, data_path, out, _progress(), chosen)
 
 
@@ -77,11 +83,17 @@ def export(path: Path, data_path: Path, out: Path, device: str = "cpu") -> Path:
     Raises:
         ValueError: the checkpoint is of no recipe here, or of other data or hyper-parameters, or
             there is no such device.
+        ExportError: it is of a recipe for text.
     """
     chosen = _device(device)
     trained = checkpoint.read_state(path).run
     aim = trained.get("target")
     recipe = _aimed(_recipe(str(trained.get("recipe"))), Target(**aim) if aim else None)
+    if isinstance(recipe, TextRecipe):
+        raise ExportError(
+            f"{recipe.name} reads text, which an artifact can't hold yet: `maestro train` writes "
+            f"its points into {recipe.name}-points.json"
+        )
     with _progress() as progress:
         loaded = _load(recipe, data_path, progress).on(chosen)
         model = _network(recipe).to(chosen)
@@ -102,6 +114,7 @@ def run_recipe(
     with progress:
         loaded = _load(recipe, data_path, progress).on(device)
         model = _network(recipe).to(device)
+        check_embeddings(model, recipe.training.keep)
         if recipe.prepare:
             recipe.prepare(model, loaded.train)
         chain = train_(
@@ -194,7 +207,7 @@ def _cost(model: nn.Module, loaded: Data) -> Cost:
     return measure(model, x)
 
 
-def _aimed(recipe: Recipe, target: Target | None) -> Recipe:
+def _aimed(recipe: Recipe | TextRecipe, target: Target | None) -> Recipe | TextRecipe:
     """Return the recipe with that target, which alone then says how large the network is."""
     if target is None:
         return recipe
@@ -205,7 +218,7 @@ def _aimed(recipe: Recipe, target: Target | None) -> Recipe:
     )
 
 
-def _recipe(name: str) -> Recipe:
+def _recipe(name: str) -> Recipe | TextRecipe:
     if name not in RECIPES:
         raise ValueError(f"no recipe '{name}'; there are: {', '.join(RECIPES)}")
     return RECIPES[name]
