@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import networks, profiler, report
-from benchmarks.profiler import Effort
+from benchmarks.effort import FULL, Effort
 from maestro_core.profile import Profile
 from server.engine import Engine
 from server.worker import Turns
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def compared(engine: Engine, load: float, seconds: float) -> dict[str, Any]:
     """Return response times with and without a calibration, and profiles with and without load."""
-    effort = Effort("full", seconds / 4, profiler.FULL.precision)
+    effort = Effort("full", seconds / 4, FULL.precision)
     quiet = _calibrated(engine, effort, Turns().trial)
     rate = load / (quiet.row(POINT)[0].p50_ms / 1e3)
     turns, gate, ended = Turns(), threading.Event(), threading.Event()
@@ -62,7 +62,7 @@ def compared(engine: Engine, load: float, seconds: float) -> dict[str, Any]:
         return turns.trial(expected_s)
 
     def calibrate() -> None:
-        effort = Effort("full", seconds, profiler.FULL.precision)
+        effort = Effort("full", seconds, FULL.precision)
         while not ended.is_set():
             busy.append(_calibrated(engine, effort, gated))
 

@@ -16,8 +16,9 @@ import numpy as np
 import onnxruntime as ort
 
 from benchmarks import networks, report
+from benchmarks.effort import Precision
 from benchmarks.memory import grown_mib, inline
-from benchmarks.profiler import Precision, measure
+from benchmarks.profiler import measure
 from maestro_core.artifact import Artifact
 from maestro_core.host import Elsewhere
 from maestro_core.profile import Latency

@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import report
+from benchmarks.effort import Precision
 from benchmarks.methods import ABLATIONS, METHODS, TEXT, Bench, Task
-from benchmarks.profiler import Precision, measure
+from benchmarks.profiler import measure
 from maestro_core import data, sentences
 from maestro_core.frontier import pareto
 from maestro_core.host import Elsewhere

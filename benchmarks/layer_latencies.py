@@ -16,7 +16,8 @@ import onnx
 import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from benchmarks.profiler import CancelledError, Precision, Progress, Turn, measure
+from benchmarks.effort import CancelledError, Precision, Progress
+from benchmarks.profiler import Turn, measure
 from benchmarks.smoothing import isotonic
 from maestro_core import graph
 from maestro_core.artifact import Layer

@@ -20,7 +20,8 @@ import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from benchmarks import networks, report
-from benchmarks.profiler import Precision, measure
+from benchmarks.effort import Precision
+from benchmarks.profiler import measure
 from maestro_core.artifact import Layer
 from maestro_core.host import Elsewhere
 from server.engine import session_options

@@ -15,9 +15,11 @@ from statistics import geometric_mean
 
 import numpy as np
 
-from benchmarks.profiler import Precision, batch_sizes_to, measure
+from benchmarks.effort import Precision
+from benchmarks.profiler import batch_sizes_to, measure
 from maestro_core.artifact import Artifact
 from maestro_core.host import usable_cores
+from maestro_core.locking import locked
 from maestro_core.profile_store import write_atomically
 from server.engine import Engine
 
@@ -26,20 +28,23 @@ _BUDGET_S = 2.0
 _TOLERANCE = 0.05
 
 
-def best_threads(artifact: Artifact, state_dir: Path | None, cores: int = 0) -> int:
+def best_threads(
+    artifact: Artifact, state_dir: Path | None, cores: int = 0, workers: int = 1
+) -> int:
     """Return the best for an artifact on this host's cores (0: all), from the store or measured.
 
-    The fewest with the lowest latency at the cheapest, middle and dearest point.
+    The fewest with the lowest latency at the cheapest, middle and dearest point. Workers measure
+    at once, as they compute at once; what the first of them stores is what all return.
     """
-    cores = cores or usable_cores()
+    cores = cores or usable_cores(workers)
     engine = Engine(artifact, state_dir=state_dir, memory_budget_bytes=0)
-    host = json.dumps([asdict(engine.profile_key(0)), cores], sort_keys=True)
+    host = json.dumps([asdict(engine.profile_key(0, workers)), cores], sort_keys=True)
     name = sha256(host.encode()).hexdigest()[:16]
     path = state_dir / "parallelism" / f"{name}.json" if state_dir else None
     found = _stored(path, cores)
     if found is None:
         found = _measured(artifact, state_dir, cores)
-        _store(path, found)
+        found = _first_stored(path, found, cores)
     return found
 
 
@@ -88,11 +93,16 @@ def _stored(path: Path | None, cores: int) -> int | None:
     return found if isinstance(found, int) and 1 <= found <= cores else None
 
 
-def _store(path: Path | None, found: int) -> None:
+def _first_stored(path: Path | None, found: int, cores: int) -> int:
+    """Store what was measured, unless another process was first; return what is stored."""
     if path is None:
-        return
+        return found
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps({"intra_op_threads": found}).encode())
+        with locked(path.parent):
+            stored = _stored(path, cores)
+            if stored is None:
+                write_atomically(path, json.dumps({"intra_op_threads": found}).encode())
+            return stored or found
     except OSError:
-        return  # measured again at the next start
+        return found  # measured again at the next start

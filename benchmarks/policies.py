@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks import networks, policies_plot, profiler, report
+from benchmarks.effort import FULL
 from benchmarks.simulator import reach, scenarios
 from benchmarks.simulator.figures import Figures, figures, over_seeds
 from benchmarks.simulator.host import Quantiles
@@ -88,7 +89,7 @@ def read_quantiles(path: Path | None, profile_path: Path | None) -> tuple[Quanti
         else:
             engine = Engine(model, intra_op_threads=usable_cores(), state_dir=Path(folder))
             sizes = profiler.batch_sizes_to(MAX_BATCH)
-            profile = profiler.profile(engine, profiler.FULL, batch_sizes=sizes)
+            profile = profiler.profile(engine, FULL, batch_sizes=sizes)
     manifest, host = model.manifest, profile.key.host
     if manifest.metric.samples:
         accuracy = [point.score.value for point in manifest.points]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import networks, profiler, report
+from benchmarks.effort import FULL, Effort
 from maestro_core import artifact
 from maestro_core.host import Elsewhere
 from maestro_core.profile import Profile
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "artifact", type=Path, nargs="?", help="ResNet-18 of random weights if none"
     )
     parser.add_argument("--runs", type=int, default=100, help="of each pair")
-    parser.add_argument("--budget-s", type=float, default=profiler.FULL.budget_s)
+    parser.add_argument("--budget-s", type=float, default=FULL.budget_s)
     parser.add_argument("--out", type=Path, default=report.RESULTS / "prediction.json")
     chosen = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             path = Path(folder) / f"{network.name}.maestro"
             model = network.save(path, network.uniform_chain(16))
         engine = Engine(model, state_dir=Path(folder))
-        effort = profiler.Effort("full", chosen.budget_s, profiler.FULL.precision)
+        effort = Effort("full", chosen.budget_s, FULL.precision)
         sizes = profiler.batch_sizes_to(MAX_BATCH)
         profile = profiler.profile(engine, effort, batch_sizes=sizes)
         elsewhere = Elsewhere()

@@ -11,17 +11,18 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.effort import CancelledError, Effort, Precision, Progress
 from benchmarks.smoothing import smooth
 from benchmarks.tails import steadied
 from maestro_core.host import Elsewhere
-from maestro_core.profile import Kind, Latency, Profile, Stop
+from maestro_core.profile import Latency, Profile, Stop
 from server.engine import Engine
 
 Run = Callable[[int, int], object]  # point, batch
@@ -31,58 +32,8 @@ Turn = Callable[[float], AbstractContextManager[object]]  # the seconds it will 
 _BLOCK_S = 0.1  # runs so near in time share the state of the host
 _MIN_BLOCKS = 10
 _RESAMPLES = 200
-_LEAST_S = 1.0
 _FIRST_ROUND_SHARE = 0.5  # of the budget: larger batches that don't fit it are dropped
 _QUANTILES = (0.5, 0.9, 0.95, 0.99)
-
-
-class CancelledError(Exception):
-    """The calibration was cancelled; nothing of it is kept."""
-
-
-@dataclass(frozen=True, slots=True)
-class Precision:
-    """When a median is known well enough: half its 95 % interval is within the larger of both."""
-
-    relative: float = 0.02
-    absolute_ms: float = 0.005
-    min_runs: int = 100  # a p95 needs that many
-
-    def is_met(self, latency: Latency) -> bool:
-        """Return whether a latency is known well enough."""
-        half_ms = (latency.p50_high_ms - latency.p50_low_ms) / 2
-        wanted_ms = max(self.relative * latency.p50_ms, self.absolute_ms)
-        return latency.n >= self.min_runs and half_ms <= wanted_ms
-
-
-@dataclass(frozen=True, slots=True)
-class Effort:
-    """How much a calibration may cost; with `search`, points for the host are looked for first.
-
-    `budget_s` is for all there is to do: choosing threads, baking, loading, and the trials.
-    """
-
-    kind: Kind
-    budget_s: float
-    precision: Precision
-    search: bool = False
-
-    def after(self, spent_s: float) -> "Effort":
-        """Return what is left when so much is spent; the trials get a second in any case."""
-        return replace(self, budget_s=max(_LEAST_S, self.budget_s - spent_s))
-
-
-# A process that starts, and one that writes its profile, takes the rest of 15 s and of 120 s.
-QUICK = Effort("quick", 12.0, Precision(min_runs=20))
-FULL = Effort("full", 115.0, Precision())
-
-
-class Progress(NamedTuple):
-    """How far a calibration is: cells (point × batch size) known well enough, of all."""
-
-    done: int
-    total: int
-    left_s: float
 
 
 class Measured(NamedTuple):
@@ -126,6 +77,7 @@ def profile(
     *,
     batch_sizes: Sequence[int],
     compute_threads: int = 1,
+    workers: int = 1,
     overhead_ms: float = 0.0,
     seed: int = 0,
     turn: Turn = lambda _: nullcontext(),
@@ -154,7 +106,7 @@ def profile(
     )
     latencies, dominated = smooth(measured.latencies)
     return Profile(
-        key=engine.profile_key(compute_threads),
+        key=engine.profile_key(compute_threads, workers),
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
         kind=effort.kind,
         stopped_on=measured.stopped_on,

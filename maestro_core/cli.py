@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich import box
@@ -18,6 +18,9 @@ from rich.table import Table
 
 from maestro_core import artifact
 from maestro_core.artifact import Artifact
+
+if TYPE_CHECKING:
+    from server.settings import Settings
 
 app = typer.Typer(
     help="Serve one network at the best accuracy that each request's deadline allows.",
@@ -163,7 +166,7 @@ def profile(
     as_json: AsJson = False,
 ) -> None:
     """Measure every point on this host, store the profile, print the points."""
-    from benchmarks.profiler import FULL, QUICK
+    from benchmarks.effort import FULL, QUICK
     from server import local
     from server.answers import frontier_rows
     from server.measuring import HostModel
@@ -182,6 +185,10 @@ def serve(
     path: Annotated[Path | None, typer.Argument(metavar="[ARTIFACT]")] = None,
     host: Annotated[str | None, typer.Option(help="Else MAESTRO_HOST, or 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="Else MAESTRO_PORT, or 8000.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Processes, each on its own cores; else MAESTRO_WORKERS, or 1."),
+    ] = None,
     policy: Annotated[
         str | None,
         typer.Option(
@@ -191,13 +198,28 @@ def serve(
     ] = None,
 ) -> None:
     """Start the server; without ARTIFACT, for the model that ships with the project."""
-    from server import logs, running, tracing
-    from server.service import Service
+    from server import logs
     from server.settings import read_settings
 
-    given: dict[str, Any] = {"artifact": path, "host": host, "port": port, "policy": policy}
+    given: dict[str, Any] = {
+        "artifact": path,
+        "host": host,
+        "port": port,
+        "workers": workers,
+        "policy": policy,
+    }
     settings = read_settings(**{name: v for name, v in given.items() if v is not None})
     logs.set_up(settings.log_format)
+    if settings.workers == 1:
+        _serve_alone(settings)
+    else:
+        _serve_with_workers(settings)
+
+
+def _serve_alone(settings: "Settings") -> None:
+    from server import running, tracing
+    from server.service import Service
+
     tracing.export_spans("maestro")
     with _progress("calibrating") as progress:
         service = Service(settings, progress)
@@ -206,6 +228,26 @@ def serve(
         started = running.run(service)
     if not started:
         raise CommandError(f"the server did not start on {settings.host}:{settings.port}")
+
+
+def _serve_with_workers(settings: "Settings") -> None:
+    from server.processes import cores, listening
+    from server.processes.supervisor import WorkersError, supervise
+
+    name = artifact.load(settings.artifact).manifest.name  # what is wrong with it is said once
+    groups = cores.groups(settings.workers)
+    try:
+        listeners = listening.listen(settings.host, settings.port)
+    except OSError as error:
+        where = f"{settings.host}:{settings.port}"
+        raise CommandError(f"the server did not start on {where}: {error.strerror}") from error
+    port = listeners[0].getsockname()[1]
+    console.print(f"{name} on http://{settings.host}:{port}, {len(groups)} workers; API at /docs")
+    try:
+        with _progress("calibrating") as progress:
+            supervise(settings, groups, listeners, progress)
+    except WorkersError as error:
+        raise CommandError(str(error)) from error
 
 
 @app.command()
@@ -220,7 +262,7 @@ def infer(
     as_json: AsJson = False,
 ) -> None:
     """Answer one input without a server; calibrates first if this host has no profile yet."""
-    from benchmarks.profiler import QUICK
+    from benchmarks.effort import QUICK
     from server import local
     from server.measuring import HostModel
     from server.schemas import parse_parameters
@@ -344,7 +386,7 @@ def _progress(what: str) -> Iterator[Callable[[Any], None]]:
     task = bar.add_task(what, total=None, left="")
     state: dict[Literal["line"], int] = {"line": -1}
 
-    def update(seen: Any) -> None:  # noqa: ANN401  profiler.Progress, without importing it
+    def update(seen: Any) -> None:  # noqa: ANN401  effort.Progress, without importing it
         left = f"{seen.done} of {seen.total}, {seen.left_s:.0f} s at most"
         if errors.is_terminal:
             bar.start()

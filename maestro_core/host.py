@@ -49,13 +49,14 @@ class Host:
 
 
 class Elsewhere:
-    """What share of the host's cores others use, from its making until asked."""
+    """What share of this process's cores others use, from its making until asked."""
 
     def __init__(self) -> None:
+        self._cores = {f"cpu{core}" for core in affinity()}
         self._began = self._seconds()
 
     def share(self) -> float:
-        """Return 0 on a quiet host, 1 on one that others fill; 0 where there is no /proc/stat."""
+        """Return 0 on quiet cores, 1 on those that others fill; 0 where there is no /proc/stat."""
         total_s, others_s = (
             now - then for now, then in zip(self._seconds(), self._began, strict=True)
         )
@@ -63,23 +64,32 @@ class Elsewhere:
 
     def _seconds(self) -> tuple[float, float]:
         """Return core-seconds since boot, and those that this process did not compute."""
-        fields = _text("/proc/stat").partition("\n")[0].split()[1:9]
-        if not fields:
+        rows = [line.split() for line in _text("/proc/stat").splitlines()]
+        ours = [list(map(int, row[1:9])) for row in rows if row and row[0] in self._cores]
+        if not ours:
             return 0.0, 0.0
-        total, idle = sum(map(int, fields)), int(fields[3]) + int(fields[4])
+        total, idle = sum(map(sum, ours)), sum(row[3] + row[4] for row in ours)
         tick_s = 1 / os.sysconf("SC_CLK_TCK")
         return total * tick_s, (total - idle) * tick_s - time.process_time()
 
 
-def usable_cores() -> int:
-    """Return how many cores this process may use: its affinity, and a container's quota."""
+def affinity() -> list[int]:
+    """Return the cores that this process may run on, by number."""
     try:
-        cores = len(os.sched_getaffinity(0))
+        return sorted(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
-        cores = os.cpu_count() or 1
+        return list(range(os.cpu_count() or 1))
+
+
+def usable_cores(workers: int = 1) -> int:
+    """Return how many cores this process may use.
+
+    They are those of its affinity, and no more than a container's quota, shared by the workers.
+    """
+    cores = len(affinity())
     quota, _, period = _text("/sys/fs/cgroup/cpu.max").partition(" ")
     if quota.isdigit() and period.strip().isdigit():
-        cores = min(cores, max(1, int(quota) // int(period)))
+        cores = min(cores, max(1, int(quota) // int(period) // workers))
     return cores
 
 

@@ -34,6 +34,7 @@ class ProfileKey:
     provider: str
     intra_op_threads: int
     compute_threads: int
+    workers: int  # processes that serve at once, each on its own cores
     runtime: tuple[tuple[str, str], ...]  # (package, version), by name
 
     def digest(self) -> str:
@@ -191,6 +192,7 @@ def _profile(data: Mapping[str, Any]) -> Profile:
             provider=_typed(key, "provider", str),
             intra_op_threads=_typed(key, "intra_op_threads", int),
             compute_threads=_typed(key, "compute_threads", int),
+            workers=_typed(key, "workers", int),
             runtime=tuple((str(name), str(version)) for name, version in key["runtime"]),
         ),
         measured_at=_typed(data, "measured_at", str),

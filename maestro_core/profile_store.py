@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,5 +94,5 @@ def _set_aside(path: Path, reason: str) -> Found:
 
 
 def _difference(found: ProfileKey, wanted: ProfileKey) -> str:
-    names = ("artifact", "host", "provider", "intra_op_threads", "compute_threads", "runtime")
+    names = (field.name for field in fields(ProfileKey))
     return ", ".join(name for name in names if getattr(found, name) != getattr(wanted, name))

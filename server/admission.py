@@ -4,6 +4,7 @@ Looks at the request alone; who else waits is the scheduler's business (schedule
 """
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 
 from server.requests import Refusal, Request
@@ -34,16 +35,16 @@ class Admission:
         """
         tables = self.tables
         self._check(request)
-        accuracy, top = tables.latencies.accuracy, len(tables.latencies.accuracy) - 1
+        top = len(tables.best) - 1
         lowest, highest = 0, top
         if request.min_accuracy is not None:
-            lowest = next((p for p, a in enumerate(accuracy) if a >= request.min_accuracy), top + 1)
+            lowest = bisect_left(tables.reached, request.min_accuracy)
         if request.point is not None:
-            below = accuracy[request.point] < (request.min_accuracy or 0.0)
+            below = tables.accuracy[request.point] < (request.min_accuracy or 0.0)
             lowest = highest = request.point
             lowest += below * (top + 1)
         if lowest > top:
-            return self._between(request, top, top, number), _below_floor(request, accuracy)
+            return self._between(request, top, top, number), _below_floor(request, tables.accuracy)
         if request.deadline_s is None and request.point is None:
             lowest = tables.best[top]
         entry = self._between(request, lowest, highest, number)
@@ -60,14 +61,14 @@ class Admission:
         """Return when the engine must be done with a request; inf without a target."""
         if request.deadline_s is None:
             return math.inf
-        return request.deadline_s - self.tables.latencies.overhead_ms / MS
+        return request.deadline_s - self.tables.overhead_s
 
     def _check(self, request: Request) -> None:
-        points, max_batch = len(self.tables.best), self.tables.latencies.max_batch
-        if request.point is not None and request.point >= points:
-            raise ValueError(f"point must be in 0..{points - 1}, not {request.point}")
-        if request.rows > max_batch:
-            raise ValueError(f"rows must be in 1..{max_batch}, not {request.rows}")
+        tables = self.tables
+        if request.point is not None and request.point >= len(tables.best):
+            raise ValueError(f"point must be in 0..{len(tables.best) - 1}, not {request.point}")
+        if request.rows > tables.max_batch:
+            raise ValueError(f"rows must be in 1..{tables.max_batch}, not {request.rows}")
 
     def _between(self, request: Request, lowest: int, highest: int, number: int) -> Entry:
         expiry_s = self.expiry_s(request)
@@ -99,7 +100,7 @@ class Admission:
         )
 
     def _infeasible(self, request: Request, quickest_ms: float) -> Refusal:
-        least_ms = quickest_ms + self.tables.latencies.overhead_ms
+        least_ms = quickest_ms + self.tables.overhead_ms
         target_ms = MS * ((request.deadline_s or math.inf) - request.arrival_s)
         return Refusal(
             "infeasible",

@@ -47,7 +47,7 @@ def infer_answer(
     )
     return {
         "model": manifest.name,
-        "labels": labels and [labels[i] for i in output.argmax(-1)],
+        "labels": labels and [labels[i] for i in output.argmax(-1).tolist()],
         "top": top,
         "point": inference.point,
         "ranks": {layer.name: r for layer, r in zip(manifest.layers, point.ranks, strict=True)},

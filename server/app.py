@@ -10,11 +10,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
-from server import oip_routes, routes
+from server import oip_routes, routes, simple
 from server.bodies import Bodies
 from server.direct import Direct, DirectCalls
 from server.errors import PROBLEM_TYPE, InvalidError, ServiceError
-from server.http import Arrival
 from server.page import page
 from server.schemas import Problem
 from server.service import Service
@@ -58,16 +57,17 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
     app.include_router(oip_routes.protocol_v2(served, bodies))
     app.include_router(page(served.artifact.manifest))
     _add_errors(app, served)
+    if not settings.access_log:  # it is the usual way's to write
+        app.state.whole = simple.Whole(served, bodies)
     app.add_middleware(DirectCalls, calls=_direct(served, bodies), errors=app.exception_handlers)
     app.add_middleware(Tracing, access_log=settings.access_log)
-    app.add_middleware(Arrival)
     return app
 
 
 def _direct(service: Service, bodies: Bodies) -> dict[str, Direct]:
     name = service.artifact.manifest.name
     return {
-        routes.INFER: Direct(routes.INFER, routes.infer_call(service, bodies)),
+        simple.INFER: Direct(simple.INFER, simple.infer_call(service, bodies)),
         oip_routes.INFER.format(model=name): Direct(
             oip_routes.INFER, oip_routes.infer_call(service, bodies)
         ),

@@ -23,6 +23,7 @@ import onnx
 import onnxruntime as ort
 from onnx import ModelProto, TensorProto
 
+from maestro_core.locking import locked
 from maestro_core.profile_store import write_atomically
 from server.products import down_first
 from server.pruning import mark_used, prune
@@ -82,7 +83,8 @@ def bake(
 ) -> Baked:
     """Return the baked points of `graphs`, from `directory` where its key is `key`, else made now.
 
-    What is made takes the place of the directory beside it that was used longest ago.
+    What is made takes the place of the directory beside it that was used longest ago. Processes
+    that start at once bake once: the others wait, and read what the first made.
 
     Raises:
         BakeError: no permission, or no space; nothing is left half-written.
@@ -92,13 +94,10 @@ def bake(
         return found
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
-        try:
-            _bake(graphs, beside, key, options)
-            shutil.rmtree(directory, ignore_errors=True)
-            beside.rename(directory)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+        with locked(directory.parent):
+            found = _find(directory, key, len(graphs))
+            if found is None:
+                _replace(directory, graphs, key, options)
     except OSError as error:
         made_by_another = _find(directory, key, len(graphs))
         if made_by_another:
@@ -106,11 +105,23 @@ def bake(
         raise BakeError(error.errno, f"points not baked: {error.strerror}", str(directory)) from (
             error
         )
-    baked = _find(directory, key, len(graphs))
+    baked = found or _find(directory, key, len(graphs))
     if baked is None:
         raise BakeError(f"{directory}: what was baked does not read back")
     prune(directory.parent, _KEPT)
     return baked
+
+
+def _replace(
+    directory: Path, graphs: Sequence[Path], key: str, options: Callable[[], ort.SessionOptions]
+) -> None:
+    beside = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
+    try:
+        _bake(graphs, beside, key, options)
+        shutil.rmtree(directory, ignore_errors=True)
+        beside.rename(directory)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _bake(

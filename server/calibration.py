@@ -1,12 +1,13 @@
 """The /profile job: one calibration at a time, in a thread, with progress and cancel. No HTTP."""
 
+import asyncio
 import secrets
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from benchmarks.profiler import CancelledError, Effort, Progress
+from benchmarks.effort import QUICK, CancelledError, Effort, Progress
 from maestro_core.profile import Profile
 from maestro_core.profile_store import ProfileStore, StoreError
 
@@ -14,14 +15,22 @@ _KEPT_JOBS = 32
 
 # Effort, progress, cancelled -> a profile, or CancelledError
 Measure = Callable[[Effort, Callable[[Progress], object], Callable[[], bool]], Profile]
+Source = Literal["measured", "stored"]
+
+
+class Given(NamedTuple):
+    """A profile to serve with, and whether it was measured since the start."""
+
+    profile: Profile
+    source: Source
 
 
 class AlreadyRunningError(Exception):
-    """A calibration is under way; the message names its job, and so does `job_id`."""
+    """A calibration is under way: `job`. The message names it."""
 
     def __init__(self, job: "Job") -> None:
         super().__init__(f"calibration {job.id} is running; {job.done} of {job.total} measured")
-        self.job_id = job.id
+        self.job = job
 
 
 class UnknownJobError(KeyError):
@@ -146,3 +155,56 @@ class Calibrator:
         with self._lock:
             if job_id in self._jobs:
                 self._jobs[job_id] = replace(self._jobs[job_id], **changes)  # type: ignore[arg-type]
+
+
+def first_effort(budget_s: float) -> Effort:
+    """Return what a first start may measure."""
+    return Effort("quick", budget_s, QUICK.precision)
+
+
+class OwnCalibrations:
+    """The calibrations of a server alone; a worker among several asks `server.processes.team`."""
+
+    def __init__(self, calibrator: Calibrator) -> None:
+        self._calibrator = calibrator
+        self._first: str | None = None
+
+    @property
+    def first_job(self) -> Job | None:
+        """Return the calibration that the server waits for, or waited for."""
+        return None if self._first is None else self._calibrator.job(self._first)
+
+    async def first(self, stored: Profile | None, effort: Effort) -> Given | None:
+        """Return what to serve with; None while that is measured, and handed over later."""
+        if stored is not None:
+            return Given(stored, "stored")
+        self._first = self._calibrator.start(effort).id
+        return None
+
+    async def start(self, effort: Effort) -> Job:
+        """Start a calibration.
+
+        Raises:
+            AlreadyRunningError: one is under way.
+        """
+        return self._calibrator.start(effort)
+
+    async def job(self, job_id: str) -> Job:
+        """Return how far a calibration is.
+
+        Raises:
+            UnknownJobError: there is none of that id.
+        """
+        return self._calibrator.job(job_id)
+
+    async def cancel(self, job_id: str) -> Job:
+        """Ask a calibration to stop.
+
+        Raises:
+            UnknownJobError: there is none of that id.
+        """
+        return self._calibrator.cancel(job_id)
+
+    async def close(self) -> None:
+        """Cancel what runs, and wait until it has ended."""
+        await asyncio.to_thread(self._calibrator.close)

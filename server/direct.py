@@ -9,6 +9,9 @@ from typing import Any
 
 from fastapi import Request, Response
 
+# In the state of a request that was begun without ASGI (server.connections): its error.
+FAILED = "maestro.failed"
+
 Call = Callable[[Request], Awaitable[Response]]
 ErrorAnswers = Mapping[Any, Callable[[Request, Any], Any]]
 
@@ -43,6 +46,9 @@ class DirectCalls:
         scope["route"] = direct
         request = Request(scope, receive)
         try:
+            failed = scope.get("state", {}).get(FAILED)
+            if failed is not None:
+                raise failed
             response = await direct.call(request)
         except Exception as error:
             answer = next((self._errors[k] for k in type(error).__mro__ if k in self._errors), None)

@@ -6,10 +6,10 @@ What runs next is the scheduler's decision; who is told what, and when, is decid
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +23,12 @@ from server.errors import (
     ServiceError,
     UnavailableError,
 )
+from server.hangups import HangUps, Receive
 from server.requests import Batch, Refusal, Request
 from server.scheduler import Scheduler
 from server.worker import Turns, Worker
 
 Floats = NDArray[np.float32]
-Receive = Callable[[], Awaitable[Any]]
 
 MS = 1e3
 # A batch that takes this many times its predicted tail, and at least this long, is taken to hang.
@@ -82,6 +82,8 @@ class Dispatcher:
         self._loop = asyncio.get_running_loop()
         self._free = [Worker(f"compute-{i}") for i in range(slots)]
         self._callers: dict[str, _Caller] = {}
+        self._hang_ups = HangUps()
+        self._will_pump = False
         self._flights: dict[int, _Flight] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._drained = asyncio.Event()
@@ -95,6 +97,23 @@ class Dispatcher:
             ServiceError: refused, out of time, or the engine failed.
             ClientDisconnect: the client hung up.
         """
+        future = self.begin(request, x)
+        if receive is not None:
+            self._hang_ups.expect(future, receive)
+        try:
+            return await future
+        except (asyncio.CancelledError, ClientDisconnect):
+            self.give_up(request.id, future)
+            raise
+        finally:
+            self._hang_ups.forget(future)
+
+    def begin(self, request: Request, x: Floats) -> asyncio.Future[Inference]:
+        """Take a request in; the future has the output for `x` (rows, …) or its error.
+
+        Raises:
+            ServiceError: it is refused.
+        """
         try:
             verdict = self.scheduler.submit(request, time.monotonic())
         except ValueError as error:
@@ -104,19 +123,17 @@ class Dispatcher:
         for displaced in verdict.displaced:
             gave_way = UnavailableError("a request of higher priority came", reason="displaced")
             self._fail(displaced.id, gave_way)
-        caller = _Caller(x, self._loop.create_future())
-        self._callers[request.id] = caller
+        future: asyncio.Future[Inference] = self._loop.create_future()
+        self._callers[request.id] = _Caller(x, future)
+        self._pump_soon()
+        return future
+
+    def give_up(self, request_id: str, future: asyncio.Future[Inference]) -> None:
+        """Forget a request whose client hung up."""
+        self._callers.pop(request_id, None)
+        future.cancel()
+        self.scheduler.cancel(request_id, time.monotonic())
         self._pump()
-        try:
-            if receive is None or request.id not in self._callers:
-                return await caller.future
-            return await self._unless_gone(caller.future, receive)
-        except (asyncio.CancelledError, ClientDisconnect):
-            self._callers.pop(request.id, None)
-            caller.future.cancel()
-            self.scheduler.cancel(request.id, time.monotonic())
-            self._pump()
-            raise
 
     async def drain(self, limit_s: float) -> None:
         """Take no more requests; wait until those taken are answered, `limit_s` at most."""
@@ -138,18 +155,15 @@ class Dispatcher:
         for worker in self._free:
             worker.stop()
 
-    async def _unless_gone(self, future: asyncio.Future[Inference], receive: Receive) -> Inference:
-        gone = asyncio.ensure_future(_hung_up(receive))
-        try:
-            await asyncio.wait((future, gone), return_when=asyncio.FIRST_COMPLETED)
-            if future.done():
-                return future.result()
-            raise ClientDisconnect
-        finally:
-            gone.cancel()
+    def _pump_soon(self) -> None:
+        """Plan once all that came in this turn of the loop are here: they can share a batch."""
+        if not self._will_pump:
+            self._will_pump = True
+            self._loop.call_soon(self._pump)
 
     def _pump(self) -> None:
         """Start what the scheduler plans, and be back when it wants to be asked again."""
+        self._will_pump = False
         while True:
             now = time.monotonic()
             plan = self.scheduler.plan(now)
@@ -160,6 +174,8 @@ class Dispatcher:
             if plan.batch is None:
                 break
             self._start(plan.batch)
+            if not self.scheduler.waiting:
+                break
         if self._timer:
             self._timer.cancel()
         self._timer = None
@@ -175,11 +191,12 @@ class Dispatcher:
         callers = {request.id: self._callers.pop(request.id) for request in batch.requests}
         inputs = [caller.x for caller in callers.values()]
         x = inputs[0] if len(inputs) == 1 else np.concatenate(inputs)
-        self._turns.set_idle(False)
         if batch.predicted_ms <= INLINE_MS and self._slots == 1:
+            self._turns.note_request()
             self._flights[batch.id] = _Flight(batch, callers)
             self._finished(batch.id, *self._computed(batch, x))
             return
+        self._turns.set_idle(False)
         worker = self._free.pop()
         limit_s = max(HANG_MIN_S, HANG_FACTOR * batch.predicted_ms / MS)
         watch = self._loop.call_later(limit_s, self._hung, batch.id)
@@ -300,8 +317,3 @@ def refused(refusal: Refusal) -> ServiceError:
         )
         return InfeasibleError(refusal.detail, reason=refusal.reason, **members)
     return UnavailableError(refusal.detail, refusal.retry_after_s or 1.0, reason=refusal.reason)
-
-
-async def _hung_up(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

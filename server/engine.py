@@ -82,14 +82,18 @@ class Engine:
         (output,) = self._sessions.get(point).run([self._output.name], {self._input.name: batch})
         return np.asarray(output, dtype=np.float32)
 
-    def profile_key(self, compute_threads: int) -> ProfileKey:
-        """Return what this engine's latencies hold for, with so many batches in it at once."""
+    def profile_key(self, compute_threads: int, workers: int = 1) -> ProfileKey:
+        """Return what this engine's latencies hold for.
+
+        That is with so many batches in it at once, beside workers that do the same.
+        """
         return ProfileKey(
             artifact=self.artifact.digest,
             host=Host.here(),
             provider=self.provider,
             intra_op_threads=self.intra_op_threads,
             compute_threads=compute_threads,
+            workers=workers,
             runtime=self.runtime,
         )
 

@@ -1,19 +1,21 @@
 """What to expect of requests that haven't come yet, learnt from those that have."""
 
 import math
-from collections import deque
 from dataclasses import dataclass, field
 
 # An observed burst is expected again until about so many requests have come without one like
 # it, or until nothing has come for about so long.
 MEMORY = 50_000
 MEMORY_S = 10.0
+FADING = 1 - 1 / MEMORY
 # Windows of a burst envelope, from the shortest batch to the longest.
 WINDOWS = 7
 # The mean rate looks back over so many times the longest window.
 LOOK_BACK = 4.0
 # Targets so many times the longest window can wait for any burst to pass.
 LOOSE = 8.0
+# Arrivals that every window has passed are let go when there are so many of them.
+PASSED = 64
 
 
 @dataclass(slots=True)
@@ -26,23 +28,39 @@ class Envelope:
 
     target_ms: float
     bursts: list[float] = field(default_factory=lambda: [0.0] * WINDOWS)
-    _counts: list[int] = field(default_factory=lambda: [0] * WINDOWS)
-    _late: list[deque[tuple[float, int]]] = field(
-        default_factory=lambda: [deque() for _ in range(WINDOWS)]
-    )
+    _total: int = 0
+    _times_s: list[float] = field(default_factory=list)
+    _before: list[int] = field(default_factory=list)  # rows that came before each of them
+    _firsts: list[int] = field(default_factory=lambda: [0] * WINDOWS)  # of each window
 
-    def observe(self, now: float, rows: int, windows_ms: list[float]) -> None:
+    def observe(self, now: float, rows: int, windows_s: list[float]) -> None:
         """Take in one arrival."""
-        bursts, counts, arrival = self.bursts, self._counts, (now, rows)
-        for j, late in enumerate(self._late):
-            late.append(arrival)
-            count = counts[j] + rows
-            since = now - windows_ms[j] / 1e3
-            while late[0][0] <= since:
-                count -= late.popleft()[1]
-            counts[j] = count
-            faded = bursts[j] * (1 - 1 / MEMORY)
-            bursts[j] = count if count > faded else faded
+        times_s, before, firsts = self._times_s, self._before, self._firsts
+        if times_s and times_s[-1] <= now - windows_s[-1]:  # alone in every window
+            times_s.clear()
+            before.clear()
+            firsts[:] = [0] * WINDOWS
+        times_s.append(now)
+        before.append(self._total)
+        self._total += rows
+        if len(times_s) == 1:
+            self.bursts = [max(FADING * burst, rows) for burst in self.bursts]
+            return
+        for j, window_s in enumerate(windows_s):
+            since, first = now - window_s, firsts[j]
+            while times_s[first] <= since:
+                first += 1
+            firsts[j] = first
+            count, faded = self._total - before[first], FADING * self.bursts[j]
+            self.bursts[j] = count if count > faded else faded
+        if firsts[-1] > PASSED:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        passed = self._firsts[-1]
+        del self._times_s[:passed]
+        del self._before[:passed]
+        self._firsts[:] = [first - passed for first in self._firsts]
 
 
 class Forecast:
@@ -55,6 +73,7 @@ class Forecast:
         "_rate",
         "_shortest_ms",
         "_tau_s",
+        "_windows_s",
         "envelopes",
         "windows_ms",
     )
@@ -62,6 +81,7 @@ class Forecast:
     def __init__(self, shortest_ms: float, longest_ms: float) -> None:
         ratio = (longest_ms / shortest_ms) ** (1 / (WINDOWS - 1))
         self.windows_ms = [shortest_ms * ratio**j for j in range(WINDOWS)]
+        self._windows_s = [window_ms / 1e3 for window_ms in self.windows_ms]
         self.envelopes: list[Envelope] = []  # tightest class first
         self._classes: list[int] = []
         self._shortest_ms = shortest_ms
@@ -88,7 +108,7 @@ class Forecast:
         own = self.envelopes[place]
         own.target_ms = min(target_ms, own.target_ms * (1 + 1 / MEMORY))
         for envelope in self.envelopes[place:]:
-            envelope.observe(now, rows, self.windows_ms)
+            envelope.observe(now, rows, self._windows_s)
 
     def rate(self, now: float) -> float:
         """Return the rows a second that came lately, the newest arrival left out of account."""

@@ -1,9 +1,11 @@
 """From the bytes of a request to the model's input tensor, and what can be wrong with them."""
 
 import io
+import struct
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import chain
 from math import prod
 from typing import Any
 
@@ -35,8 +37,9 @@ def from_json(body: bytes) -> dict[str, Any]:
         InvalidError: it is not an object, has no `inputs`, or holds true or false.
     """
     value = json_object(body)
-    # Among numbers NumPy would take them for 1 and 0. To look at each number costs more than this.
-    if b"true" in body or b"false" in body:
+    # Among numbers they would pass for 1 and 0. To look at each number costs more than this; so
+    # does a search for the words, where no "r" and no "f" rules them out (8 µs in 8 KB).
+    if (b"r" in body and b"true" in body) or (b"f" in body and b"false" in body):
         raise InvalidError("inputs and parameters take numbers and text, not true or false")
     if "inputs" not in value:
         raise InvalidError("inputs: missing; it takes the input tensor as nested lists")
@@ -72,6 +75,9 @@ def from_lists(values: object, tensor: Tensor) -> Floats:
     Raises:
         InvalidError: they are ragged, not numbers, not finite or of another shape.
     """
+    floats = _packed(values, tensor)
+    if floats is not None:
+        return shaped(floats, tensor)
     try:
         array = np.asarray(values)
     except ValueError as error:
@@ -79,6 +85,26 @@ def from_lists(values: object, tensor: Tensor) -> Floats:
     if array.dtype.kind not in "iuf":
         raise InvalidError("inputs: must hold numbers only")
     return shaped(array, tensor)
+
+
+def _packed(values: object, tensor: Tensor) -> Floats | None:
+    """Return lists of just the model's shape as an array; None for what NumPy has to look at.
+
+    NumPy finds out shape and type by itself, in twice the time: 16 µs for 784 numbers, not 8.
+    True and false would pass for 1 and 0; `from_json` lets none through.
+    """
+    if not isinstance(values, list):
+        return None
+    level = values
+    try:
+        for size in tensor.shape[1:]:
+            if set(map(len, level)) != {size}:
+                return None
+            level = list(chain.from_iterable(level))
+        packed = struct.pack(f"{len(level)}f", *level)
+    except (TypeError, OverflowError, struct.error):
+        return None
+    return np.frombuffer(packed, np.float32).reshape(len(values), *tensor.shape[1:])
 
 
 def from_npy(body: bytes, tensor: Tensor) -> Floats:
@@ -177,11 +203,12 @@ def shaped(array: NDArray[Any], tensor: Tensor) -> Floats:
         raise InvalidError(
             f"{tensor.name}: shape {list(array.shape)}, but the model takes {_text(tensor.shape)}"
         )
-    with np.errstate(over="ignore"):
-        floats = np.ascontiguousarray(array, np.float32)
-    if not np.isfinite(floats).all():
+    if array.dtype != np.float32 or not array.flags.c_contiguous:
+        with np.errstate(over="ignore"):
+            array = np.ascontiguousarray(array, np.float32)
+    if not np.isfinite(array).all():
         raise InvalidError(f"{tensor.name}: holds NaN or infinite values")
-    return floats
+    return array
 
 
 def _text(shape: Sequence[int]) -> str:

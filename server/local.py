@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.profiler import Effort, Progress
+from benchmarks.effort import Effort, Progress
 from maestro_core.artifact import Artifact, Tensor
 from maestro_core.profile import Profile
 from maestro_core.profile_store import ProfileStore
@@ -18,7 +18,7 @@ from server.answers import Inference, infer_answer
 from server.dispatcher import refused
 from server.engine import Engine
 from server.errors import UnsupportedMediaError
-from server.measuring import SLOTS, Hooks, HostModel, latencies_of
+from server.measuring import Hooks, HostModel, latencies_of
 from server.overhead import overhead_ms
 from server.requests import Refusal
 from server.scheduler import Scheduler
@@ -48,7 +48,7 @@ def profile(
 
 def stored_profile(model: HostModel, engine: Engine) -> Profile | None:
     """Return the profile of this host that a server would start with, if there is one."""
-    return ProfileStore(model.settings.state_dir).find(engine.profile_key(SLOTS)).profile
+    return ProfileStore(model.settings.state_dir).find(model.key(engine)).profile
 
 
 def read_input(path: Path, tensor: Tensor) -> Floats:

@@ -16,6 +16,10 @@ _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 class JsonFormatter(logging.Formatter):
     """One object a line: time, level, logger, message, what `extra={"facts": …}` adds, the ids."""
 
+    def __init__(self, worker: int | None = None) -> None:
+        super().__init__()
+        self._worker = {} if worker is None else {"worker": worker}
+
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as JSON."""
         entry: dict[str, Any] = {
@@ -23,6 +27,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
+            **self._worker,
             **getattr(record, "facts", {}),
         }
         trace = CURRENT.get()
@@ -36,19 +41,20 @@ class JsonFormatter(logging.Formatter):
 class TextFormatter(logging.Formatter):
     """A line for people, which ends with the request's id where there is one."""
 
-    def __init__(self) -> None:
+    def __init__(self, worker: int | None = None) -> None:
         super().__init__(_TEXT)
+        self._worker = "" if worker is None else f" worker={worker}"
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as text."""
         facts = "".join(f" {name}={value}" for name, value in getattr(record, "facts", {}).items())
         trace = CURRENT.get()
         about = f" request_id={trace.request_id}" if trace is not None else ""
-        return super().format(record) + facts + about
+        return super().format(record) + facts + about + self._worker
 
 
-def set_up(log_format: LogFormat) -> None:
-    """Send every log of this process to standard error in one format."""
+def set_up(log_format: LogFormat, worker: int | None = None) -> None:
+    """Send every log of this process to standard error in one format, with its number if any."""
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    handler.setFormatter(JsonFormatter(worker) if log_format == "json" else TextFormatter(worker))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

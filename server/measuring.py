@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from benchmarks import host_artifact, profiler
+from benchmarks.effort import Effort, Progress
 from benchmarks.host_artifact import Kept
 from benchmarks.layer_latencies import Measuring
 from benchmarks.parallelism import best_threads
-from benchmarks.profiler import Effort, Progress, Turn
+from benchmarks.profiler import Turn
 from maestro_core.artifact import Artifact
 from maestro_core.host import usable_cores
-from maestro_core.profile import Profile
-from server.engine import Engine
+from maestro_core.profile import Profile, ProfileKey
+from server.engine import Engine, EngineError
 from server.latencies import Latencies
 from server.settings import Settings
 
@@ -36,11 +37,14 @@ ALONE = Hooks()
 
 
 class HostModel:
-    """A model as this host serves it. `source` is its artifact, before any search here."""
+    """A model as this host serves it. `source` is its artifact, before any search here.
 
-    def __init__(self, source: Artifact, settings: Settings) -> None:
+    `workers` is how many processes serve it at once, each on its own cores.
+    """
+
+    def __init__(self, source: Artifact, settings: Settings, workers: int = 1) -> None:
         """Measure nothing yet."""
-        self.source, self.settings = source, settings
+        self.source, self.settings, self.workers = source, settings, workers
 
     @cached_property
     def threads(self) -> int:
@@ -48,26 +52,42 @@ class HostModel:
         if self.settings.threads:
             return self.settings.threads
         if self.settings.provider != "cpu":
-            return usable_cores()
-        return best_threads(self.source, self.settings.state_dir)
+            return usable_cores(self.workers)
+        return best_threads(self.source, self.settings.state_dir, workers=self.workers)
 
     def points(self) -> Kept:
         """Return the points found for this host where there are any, else the artifact's own."""
         return host_artifact.of_host(self.source, self.settings.state_dir, self.threads)
 
-    def engine(self, points: Artifact) -> Engine:
-        """Return the engine that the settings ask for.
+    def engine(self, points: Artifact, threads: int = 0) -> Engine:
+        """Return the engine that the settings ask for, with so many threads (0: the best).
 
         Raises:
             EngineError: the provider is not installed, or ONNX Runtime refuses the artifact.
         """
         return Engine(
             points,
-            intra_op_threads=self.threads,
+            intra_op_threads=threads or self.threads,
             provider=self.settings.provider,
             state_dir=self.settings.state_dir,
             memory_budget_bytes=self.settings.memory_budget_mib * 2**20 or None,
         )
+
+    def engine_of(self, profile: Profile) -> Engine:
+        """Return the engine that a profile was measured with, by another worker of this host.
+
+        Raises:
+            EngineError: it is of points that are not here.
+        """
+        wanted = profile.key.artifact
+        points = self.source if self.source.digest == wanted else self.points().artifact
+        if points.digest != wanted:
+            raise EngineError(f"the profile is of artifact {wanted}, which is not here any more")
+        return self.engine(points, profile.key.intra_op_threads)
+
+    def key(self, engine: Engine) -> ProfileKey:
+        """Return what a profile of an engine holds for, as it is served here."""
+        return engine.profile_key(SLOTS, self.workers)
 
     def measured(
         self, effort: Effort, overhead_ms: float, engine: Engine | None = None, hooks: Hooks = ALONE
@@ -92,6 +112,7 @@ class HostModel:
             effort.after(time.monotonic() - began_s),
             batch_sizes=profiler.batch_sizes_to(self.settings.max_batch),
             compute_threads=SLOTS,
+            workers=self.workers,
             overhead_ms=overhead_ms,
             turn=hooks.turn,
             progress=hooks.progress,

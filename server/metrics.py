@@ -1,6 +1,7 @@
 """What Prometheus may ask: one registry per server, seconds everywhere, buckets from 0.5 ms.
 
-Decisions take less; their buckets begin at 5 µs.
+Decisions take less; their buckets begin at 5 µs. The modes of gauges say what several workers'
+come to together (`server.processes.counters`).
 """
 
 from functools import cache
@@ -70,12 +71,23 @@ class Metrics:
             "maestro_batch_size", "Samples per batch.", buckets=_BATCH, registry=self.registry
         )
         self.queue_depth = Gauge(
-            "maestro_queue_depth", "Requests that wait.", registry=self.registry
+            "maestro_queue_depth",
+            "Requests that wait.",
+            registry=self.registry,
+            multiprocess_mode="livesum",
         )
         self.slowdown = Gauge(
-            "maestro_slowdown", "Measured over profiled latency, now.", registry=self.registry
+            "maestro_slowdown",
+            "Measured over profiled latency, now.",
+            registry=self.registry,
+            multiprocess_mode="livemax",
         )
-        self.ready = Gauge("maestro_ready", "1 when requests are served.", registry=self.registry)
+        self.ready = Gauge(
+            "maestro_ready",
+            "1 when requests are served.",
+            registry=self.registry,
+            multiprocess_mode="livemin",
+        )
 
     def _seconds(self, name: str, text: str, labels: list[str] | None = None) -> Histogram:
         return Histogram(

@@ -12,10 +12,10 @@ from server.answers import infer_answer
 from server.bodies import Bodies
 from server.direct import Call
 from server.errors import NotFoundError
-from server.http import ARRIVED, Json, header_targets_ms
+from server.http import Json, header_targets_ms, headers_of
 from server.schemas import parse_parameters
 from server.service import Service
-from server.tracing import ANSWER
+from server.tracing import ANSWER, ARRIVED
 
 INFER = "/v2/models/{model}/infer"
 PLATFORM = "onnxruntime_onnx"
@@ -112,7 +112,7 @@ def infer_call(service: Service, bodies: Bodies) -> Call:
             body = await arriving.read(request)
             length = request.headers.get(protocol.JSON_LENGTH)
             wanted = protocol.read(body, length, manifest.input, manifest.output)
-            targets_ms = [*header_targets_ms(request), wanted.timeout_ms]
+            targets_ms = [*header_targets_ms(headers_of(request.scope)), wanted.timeout_ms]
             given = {**wanted.parameters, "priority": wanted.priority}
             parameters = parse_parameters({}, given, targets_ms)
             served = service.artifact  # a search may replace it meanwhile

@@ -2,22 +2,18 @@
 
 import ipaddress
 import secrets
-import time
 from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import PlainTextResponse
-from numpy.typing import NDArray
 
-from benchmarks.profiler import FULL, QUICK
+from benchmarks.effort import FULL, QUICK
 from server import inputs
-from server.answers import infer_answer
 from server.bodies import Bodies
-from server.direct import Call
-from server.errors import ForbiddenError, UnauthorizedError, UnsupportedMediaError
-from server.http import ARRIVED, Json, form_file, header_targets_ms, media_type
+from server.errors import ForbiddenError, UnauthorizedError
+from server.http import Json, header_targets_ms, headers_of, query_of
 from server.schemas import (
     Explained,
     Frontier,
@@ -30,39 +26,8 @@ from server.schemas import (
 )
 from server.service import Service
 from server.settings import Settings
-from server.tracing import ANSWER
-
-INFER = "/infer"
-
-_JSON = "application/json"
-_NPY = ("application/x-npy", "application/npy")
-_PICTURES = ("image/png", "image/jpeg", "image/jpg")
-_FORM = "multipart/form-data"
-# What clients send when nobody told them the type: `curl --data-binary` the last.
-_UNSAID = ("", "application/octet-stream", "application/x-www-form-urlencoded")
-_SERVED = ", ".join((_JSON, *_PICTURES[:2], _NPY[0], _FORM))
-
-
-def infer_call(service: Service, bodies: Bodies) -> Call:
-    """Return what answers the simple call."""
-
-    async def infer(request: Request) -> Response:
-        service.serving()
-        arrived_s: float = request.scope[ARRIVED]
-        with bodies.one() as arriving:
-            x, given = await _read(request, await arriving.read(request), service)
-            parameters = parse_parameters(request.query_params, given, header_targets_ms(request))
-            served = service.artifact  # a search may replace it meanwhile
-            result = await service.infer(x, parameters, arrived_s, request.receive)
-        content = infer_answer(served, parameters, result, time.monotonic() - arrived_s)
-        service.count(result, content)
-        request.scope[ANSWER] = content
-        timing = ", ".join(
-            f"{name};dur={content[f'{name}_ms']}" for name in ("queue", "compute", "total")
-        )
-        return Json(content, headers={"Server-Timing": timing})
-
-    return infer
+from server.simple import FORM, INFER, JSON, NPY, PICTURES, infer_call
+from server.tracing import ARRIVED
 
 
 def inference(service: Service, bodies: Bodies) -> APIRouter:
@@ -88,7 +53,8 @@ def inference(service: Service, bodies: Bodies) -> APIRouter:
             body = await arriving.read(request)
         given = inputs.json_object(body) if body else {}
         given.pop("inputs", None)
-        parameters = parse_parameters(request.query_params, given, header_targets_ms(request))
+        targets_ms = header_targets_ms(headers_of(request.scope))
+        parameters = parse_parameters(query_of(request.scope), given, targets_ms)
         return Json(service.explain(parameters, request.scope[ARRIVED]))
 
     @router.get("/frontier", response_model=Frontier, summary="The points, as measured here")
@@ -116,17 +82,17 @@ def calibration(service: Service) -> APIRouter:
         check_admin(request, service.settings)
         wanted = wanted or ProfileRequest()
         effort = QUICK if wanted.kind == "quick" else FULL
-        job = service.start_calibration(replace(effort, search=wanted.search))
+        job = await service.start_calibration(replace(effort, search=wanted.search))
         return Json(job, 202, {"Location": f"/profile/jobs/{job['id']}"})
 
     @router.get("/profile/jobs/{job_id}", response_model=Job, summary="How far a calibration is")
     async def job(job_id: str) -> Response:
-        return Json(service.job(job_id))
+        return Json(await service.job(job_id))
 
     @router.delete("/profile/jobs/{job_id}", response_model=Job, summary="Cancel; an admin call")
     async def cancel(request: Request, job_id: str) -> Response:
         check_admin(request, service.settings)
-        return Json(service.cancel_calibration(job_id))
+        return Json(await service.cancel_calibration(job_id))
 
     return router
 
@@ -152,7 +118,7 @@ def health(service: Service) -> APIRouter:
         response_class=PlainTextResponse,
     )
     async def metrics() -> Response:
-        return Response(service.metrics_text(), media_type="text/plain; version=0.0.4")
+        return Response(await service.metrics_text(), media_type="text/plain; version=0.0.4")
 
     return router
 
@@ -180,26 +146,6 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-async def _read(
-    request: Request, body: bytes, service: Service
-) -> tuple[NDArray[np.float32], dict[str, Any]]:
-    """Return the input, (n, …), and the parameters that came with it in the body."""
-    tensor = service.artifact.manifest.input
-    kind = media_type(request)
-    if kind == _FORM:
-        kind, body = await form_file(request, body)
-    if kind in _UNSAID:
-        kind = inputs.type_of(body) or kind
-    if kind == _JSON:
-        given = inputs.from_json(body)
-        return inputs.from_lists(given.pop("inputs"), tensor), given
-    if kind in _NPY:
-        return inputs.from_npy(body, tensor), {}
-    if kind in _PICTURES:
-        return inputs.from_image(body, tensor), {}
-    raise UnsupportedMediaError(f"content-type '{kind}' is not served; send {_SERVED}")
-
-
 def _explain_description() -> dict[str, Any]:
     """Return what OpenAPI says of the parameters of `/explain`, in the query or in a JSON body."""
     schema = InferParameters.model_json_schema()["properties"]
@@ -213,7 +159,7 @@ def _explain_description() -> dict[str, Any]:
         "parameters": [
             {"name": name, "in": "query", "schema": field} for name, field in schema.items()
         ],
-        "requestBody": {"content": {_JSON: {"schema": as_json}}},
+        "requestBody": {"content": {JSON: {"schema": as_json}}},
     }
 
 
@@ -230,9 +176,9 @@ def _infer_description(service: Service) -> dict[str, Any]:
         "example": {"inputs": example, "max_latency_ms": 5},
     }
     content = {
-        _JSON: {"schema": as_json},
-        **{kind: {"schema": file} for kind in (*_PICTURES[:2], _NPY[0])},
-        _FORM: {"schema": {"type": "object", "required": ["file"], "properties": {"file": file}}},
+        JSON: {"schema": as_json},
+        **{kind: {"schema": file} for kind in (*PICTURES[:2], NPY[0])},
+        FORM: {"schema": {"type": "object", "required": ["file"], "properties": {"file": file}}},
     }
     return {
         "parameters": [

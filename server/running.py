@@ -2,22 +2,50 @@
 
 import asyncio
 import contextlib
+import resource
 import signal
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import uvicorn
 import uvloop
 
 from server.app import create_app
 from server.connections import Limits, limited
+from server.processes.accepting import Acceptor
+from server.processes.counters import ACCEPTS_NONE
 from server.service import Service
+from server.statistics import Row
 
 # Between the end of accepting and the end of idle connections: a request that is on its way on a
 # connection just accepted still arrives.
 LINGER_S = 0.2
 
-# Connections accepted at a time, before those over the limit are closed: each takes a file.
-BACKLOG = 128
+# Connections that may wait to be accepted. One that finds no room tries again a second later, so
+# that a burst of new ones, after 40 ms in which nobody could accept, took a second.
+BACKLOG = 1024
+# At least so many, however few files a process may open: all are accepted at once, before those
+# over the limit are closed, and each takes a file.
+LEAST_BACKLOG = 128
+OWN_FILES = 96
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What a worker shares with others: sockets to accept from, and how many connections each has.
+
+    `connections[index]` are this one's.
+    """
+
+    sockets: Sequence[socket.socket]
+    connections: Row
+    index: int
+
+    def count(self, connections: int) -> None:
+        """Say how many connections are open here, while any are accepted."""
+        if self.connections[self.index] != ACCEPTS_NONE:
+            self.connections[self.index] = connections
 
 
 class _Server(uvicorn.Server):
@@ -28,23 +56,49 @@ class _Server(uvicorn.Server):
         yield
 
 
-def run(service: Service) -> bool:
+class _Sharing(_Server):
+    """A server that accepts from sockets that others accept from too."""
+
+    def __init__(self, config: uvicorn.Config, shared: Shared) -> None:
+        super().__init__(config)
+        self._shared = shared
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets or [])
+        shared = self._shared
+        acceptor = Acceptor(shared.sockets, self._protocol, shared.connections, shared.index)
+        self.servers.append(acceptor)  # type: ignore[arg-type]  # closed as the others are
+
+    def _protocol(self) -> asyncio.Protocol:
+        return self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+
+
+def run(service: Service, shared: Shared | None = None) -> bool:
     """Serve until SIGTERM or SIGINT; return whether the server ever started.
 
     On SIGTERM readiness goes first, and requests are served on for `drain_s`, so that balancers
-    have time to look elsewhere; SIGINT does not wait. A second signal ends connections too.
+    have time to look elsewhere; SIGINT does not wait. A second signal ends connections too, but
+    of one among several workers: those may be told to end by their supervisor and by others.
     """
     settings = service.settings
+    app = create_app(settings, service)
+    limits = Limits(settings.max_connections, settings.receive_timeout_s)
     config = uvicorn.Config(
-        create_app(settings, service),
+        app,
         host=settings.host,
         port=settings.port,
         log_config=None,
         access_log=False,
-        http=limited(Limits(settings.max_connections, settings.receive_timeout_s)),
-        backlog=BACKLOG,
+        http=limited(
+            limits,
+            getattr(app.state, "whole", None),
+            *([shared.count] if shared else []),
+        ),
+        backlog=_backlog(settings.max_connections),
     )
-    server = _Server(config)
+    server = _Sharing(config, shared) if shared else _Server(config)
     with (
         contextlib.suppress(SystemExit),  # uvicorn's answer to a port that is taken; it says so
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
@@ -53,11 +107,22 @@ def run(service: Service) -> bool:
     return server.started
 
 
+def _backlog(max_connections: int) -> int:
+    """Return how many connections may wait, after asking for as many files as that takes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max_connections + BACKLOG + OWN_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    room = BACKLOG if soft == resource.RLIM_INFINITY else soft - max_connections - OWN_FILES
+    return max(LEAST_BACKLOG, min(BACKLOG, room))
+
+
 async def _serve(server: _Server, service: Service) -> None:
     loop = asyncio.get_running_loop()
 
     def leave(drain_s: float) -> None:
-        server.force_exit = service.is_leaving
+        server.force_exit = service.is_leaving and not isinstance(server, _Sharing)
         service.leave()
         loop.call_later(drain_s, close)
 

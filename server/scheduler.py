@@ -18,6 +18,9 @@ from server.slowdown import Slowdown
 from server.tables import MS, Tables
 from server.waiting import Entry, WaitingList
 
+# What profiled tails and medians are multiplied by now.
+Speed = tuple[float, float]
+
 
 @dataclass(slots=True, eq=False)
 class _Running:
@@ -76,47 +79,49 @@ class Scheduler:
             raise ValueError(f"request id {request.id!r} is here already")
         target_s = (request.deadline_s or math.inf) - request.arrival_s
         self._forecast.observe(now, request.rows, MS * target_s)
-        entry, refusal = self._prepare(request, now)
+        speed = self._speed(now)
+        entry, refusal = self._prepare(request, now, speed)
         if refusal is None:
-            refusal = self._no_room(entry, now)
+            refusal = self._no_room(entry, now, speed)
         displaced: tuple[Request, ...] = ()
-        if refusal is not None and refusal.reason in ("full", "overloaded"):
-            displaced = self._displace_for(entry, now)
-            refusal = refusal if not displaced else None
         if refusal is not None:
-            return refusal
+            if refusal.reason in ("full", "overloaded"):
+                displaced = self._displace_for(entry, now, speed)
+            if not displaced:
+                return refusal
         self._waiting.add(entry)
         self._entries[request.id] = entry
         return Admitted(displaced)
 
-    def _prepare(self, request: Request, now: float) -> tuple[Entry, Refusal | None]:
+    def _prepare(self, request: Request, now: float, speed: Speed) -> tuple[Entry, Refusal | None]:
         """Return the entry, and why it can be refused whatever else waits."""
         self._arrivals += 1
-        entry, refusal = self._admission.entry(request, self._factor(now), self._arrivals, now)
+        entry, refusal = self._admission.entry(request, speed[0], self._arrivals, now)
         if self._draining and (refusal is None or refusal.reason != "floor"):
             refusal = Refusal("draining", "the server is shutting down", retry_after_s=1.0)
         return entry, refusal
 
-    def _no_room(self, entry: Entry, now: float) -> Refusal | None:
+    def _no_room(self, entry: Entry, now: float, speed: Speed) -> Refusal | None:
         """Return why the queue can't take the entry, if it can't."""
-        if len(self._waiting) >= self._max_queue:
+        if len(self._waiting.entries) >= self._max_queue:
             return Refusal(
                 "full",
                 f"{self._max_queue} requests wait already",
-                retry_after_s=self._drain_s(now),
+                retry_after_s=self._drain_s(now, speed),
             )
         if not self._sheds:
             return None
-        view = self._view(now)
-        wait_ms = self._wait_ms(entry, view)
-        alone_ms = view.level * self._tables.p50_ms[entry.request.rows - 1][entry.lowest]
-        if now + (wait_ms + alone_ms) / MS <= entry.expiry_s and not self._delays(entry, view):
+        view = self._view(now, speed) if self._waiting.entries else None
+        wait_ms = self._wait_ms(entry, now, view)
+        alone_ms = speed[1] * self._tables.p50_ms[entry.request.rows - 1][entry.lowest]
+        in_time = now + (wait_ms + alone_ms) / MS <= entry.expiry_s
+        if in_time and (view is None or not self._delays(entry, view)):
             return None
         return Refusal(
             "overloaded",
             f"{len(self._waiting)} requests wait; with this one, one would be late",
-            min_feasible_ms=wait_ms + alone_ms + self._tables.latencies.overhead_ms,
-            retry_after_s=self._drain_s(now),
+            min_feasible_ms=wait_ms + alone_ms + self._tables.overhead_ms,
+            retry_after_s=self._drain_s(now, speed),
         )
 
     def _delays(self, entry: Entry, view: View) -> bool:
@@ -124,7 +129,7 @@ class Scheduler:
         if entry.expiry_s == math.inf:
             return False
         place = self._waiting.place(entry.order)
-        if place == len(self._waiting):
+        if place == len(self._waiting.entries):
             return False
         (limit_ms,) = limits_behind_ms(
             view, due_by_place(view), [place], entry.request.rows, tail=False
@@ -132,14 +137,14 @@ class Scheduler:
         wait_ms = self._residual_ms(view.now) + view.drain_ms(place)
         return limit_ms < wait_ms
 
-    def _displace_for(self, entry: Entry, now: float) -> tuple[Request, ...]:
+    def _displace_for(self, entry: Entry, now: float, speed: Speed) -> tuple[Request, ...]:
         """Give up one waiting request of lower priority, if the entry then fits."""
         levels = [other.request.level for other in self._waiting]
         if not levels or max(levels) <= entry.request.level:
             return ()
         victim = max(self._waiting, key=lambda other: (other.request.level, other.order))
         self._waiting.remove(victim)
-        if self._no_room(entry, now) is not None:
+        if self._no_room(entry, now, speed) is not None:
             self._waiting.add(victim)
             return ()
         del self._entries[victim.request.id]
@@ -150,15 +155,20 @@ class Scheduler:
     def plan(self, now: float) -> Plan:
         """Return the batch to run now, if a slot is free and something waits, and what expired."""
         now = self._tick(now)
-        expired = self._expire(now)
-        wake_s = self._next_expiry(now)
-        if not self._waiting or not self.has_slot:
-            return Plan(None, expired, wake_s)
-        choice = self._policy(self._view(now))
-        dropped = tuple(self._forget(e) for e in self._waiting.take(0, choice.drop))
+        waiting = self._waiting.entries
+        if not waiting:
+            return Plan()
+        speed = self._speed(now)
+        gone = self._expire(now, speed)
+        if not waiting or not self.has_slot:
+            return Plan(None, gone, self._next_expiry_s(speed))
+        choice = self._policy(self._view(now, speed))
         if choice.count == 0:
-            return Plan(None, expired + dropped, min(wake_s or math.inf, choice.wait_until_s))
-        return Plan(self._start(choice, now), expired + dropped, self._next_expiry(now))
+            wake_s = min(self._next_expiry_s(speed) or math.inf, choice.wait_until_s)
+            return Plan(None, gone + self._give_up(choice.drop), wake_s)
+        if choice.drop:
+            gone += self._give_up(choice.drop)
+        return Plan(self._start(choice, now, speed), gone, self._next_expiry_s(speed))
 
     def done(self, batch_id: int, measured_ms: float, now: float) -> tuple[Request, ...]:
         """Return the requests to answer with the batch's results; hung-up ones are left out.
@@ -231,7 +241,7 @@ class Scheduler:
 
     def slowdown(self, now: float) -> float:
         """Return what profiled tails are multiplied by now."""
-        return self._factor(max(now, self._now))
+        return self._speed(max(now, self._now))[0]
 
     def explain(self, request: Request, now: float) -> Explanation:
         """Return what would be chosen for a request if it came now. Changes nothing.
@@ -240,15 +250,16 @@ class Scheduler:
             ValueError: as `submit`.
         """
         now = max(now, self._now)
-        entry, refusal = self._prepare(request, now)
-        refusal = refusal or self._no_room(entry, now)
+        speed = self._speed(now)
+        entry, refusal = self._prepare(request, now, speed)
+        refusal = refusal or self._no_room(entry, now, speed)
         return explained(
             entry,
             refusal,
             self._tables.latencies,
             expiry_s=self._admission.expiry_s(request),
-            wait_ms=self._wait_ms(entry, self._view(now)),
-            slowdown=self._factor(now),
+            wait_ms=self._wait_ms(entry, now, self._view(now, speed)),
+            slowdown=speed[0],
             waiting=len(self._waiting),
             now=now,
         )
@@ -256,21 +267,22 @@ class Scheduler:
     # -- inside ------------------------------------------------------------------------------
 
     def _tick(self, now: float) -> float:
-        if math.isfinite(now):
-            self._now = max(self._now, now)
+        if self._now < now < math.inf:
+            self._now = now
         return self._now
 
-    def _factor(self, now: float) -> float:
-        return self._slowdown.factor(now) if self._sheds else 1.0
+    def _speed(self, now: float) -> Speed:
+        factor, level = self._slowdown.both(now)
+        return factor if self._sheds else 1.0, level
 
-    def _view(self, now: float) -> View:
+    def _view(self, now: float, speed: Speed) -> View:
         forecast = self._forecast
         return View(
             now,
             self._waiting,
             self._tables,
-            self._factor(now),
-            self._slowdown.typical(now),
+            speed[0],
+            speed[1],
             self._slots,
             len(self._running),
             Expected(
@@ -282,50 +294,58 @@ class Scheduler:
             self._finished,
         )
 
-    def _start(self, choice: Choice, now: float) -> Batch:
-        entries = self._waiting.take(choice.start, choice.count)
-        requests = tuple(self._forget(entry) for entry in entries)
-        rows = sum(request.rows for request in requests)
+    def _start(self, choice: Choice, now: float, speed: Speed) -> Batch:
+        factor, level = speed
         self._batches += 1
-        usual_ms = self._slowdown.typical(now) * self._tables.p50_ms[rows - 1][choice.point]
-        tail_ms = self._factor(now) * self._tables.tail_ms[rows - 1][choice.point]
+        requests = self._forget(self._waiting.take(choice.start, choice.count))
+        rows = 0
+        for request in requests:
+            rows += request.rows
+            self._where[request.id] = self._batches
+        usual_ms = level * self._tables.p50_ms[rows - 1][choice.point]
+        tail_ms = factor * self._tables.tail_ms[rows - 1][choice.point]
         batch = Batch(self._batches, requests, choice.point, rows, tail_ms, now)
         self._running[batch.id] = _Running(batch, now + usual_ms / MS, set())
-        self._where.update((request.id, batch.id) for request in requests)
         return batch
 
     def _release(self, batch_id: int) -> tuple[Request, ...]:
         running = self._running.pop(batch_id)
-        requests = tuple(r for r in running.batch.requests if r.id not in running.cancelled)
+        requests = running.batch.requests
+        if running.cancelled:
+            requests = tuple(r for r in requests if r.id not in running.cancelled)
         for request in requests:
             self._where.pop(request.id, None)
         return requests
 
-    def _forget(self, entry: Entry) -> Request:
-        del self._entries[entry.request.id]
-        return entry.request
+    def _give_up(self, count: int) -> tuple[Request, ...]:
+        return self._forget(self._waiting.take(0, count))
 
-    def _quickest_s(self, entry: Entry, now: float) -> float:
+    def _forget(self, entries: list[Entry]) -> tuple[Request, ...]:
+        requests = tuple([entry.request for entry in entries])
+        for request in requests:
+            del self._entries[request.id]
+        return requests
+
+    def _quickest_s(self, entry: Entry, speed: Speed) -> float:
         """Return how long the entry usually takes when it runs alone and at its lowest point."""
-        column = self._tables.p50_ms[entry.request.rows - 1]
-        return self._slowdown.typical(now) * column[entry.lowest] / MS
+        return speed[1] * self._tables.p50_ms[entry.request.rows - 1][entry.lowest] / MS
 
-    def _expire(self, now: float) -> tuple[Request, ...]:
+    def _expire(self, now: float, speed: Speed) -> tuple[Request, ...]:
         """Take out the heads that can't be on time any more."""
         if not self._sheds:
             return ()
         doomed = 0
-        for entry in self._waiting:
-            if now + self._quickest_s(entry, now) <= entry.expiry_s:
+        for entry in self._waiting.entries:
+            if now + self._quickest_s(entry, speed) <= entry.expiry_s:
                 break
             doomed += 1
-        return tuple(self._forget(entry) for entry in self._waiting.take(0, doomed))
+        return self._give_up(doomed) if doomed else ()
 
-    def _next_expiry(self, now: float) -> float | None:
-        if not self._waiting or not self._sheds:
+    def _next_expiry_s(self, speed: Speed) -> float | None:
+        if not self._waiting.entries or not self._sheds:
             return None
         head = self._waiting.entries[0]
-        doomed_s = head.expiry_s - self._quickest_s(head, now)
+        doomed_s = head.expiry_s - self._quickest_s(head, speed)
         return doomed_s if doomed_s < math.inf else None
 
     def _residual_ms(self, now: float) -> float:
@@ -334,13 +354,16 @@ class Scheduler:
             return 0.0
         return MS * max(0.0, min(running.ends_s for running in self._running.values()) - now)
 
-    def _wait_ms(self, entry: Entry, view: View) -> float:
-        """Return how long the entry usually waits: running batches, and who comes before it."""
-        residual_ms = self._residual_ms(view.now)
-        if not self._waiting:
-            return residual_ms
-        share = self._waiting.place(entry.order) / len(self._waiting)
-        return residual_ms + view.drain_ms(share * self._waiting.rows)
+    def _wait_ms(self, entry: Entry, now: float, view: View | None) -> float:
+        """Return how long the entry usually waits: running batches, and who comes before it.
 
-    def _drain_s(self, now: float) -> float:
-        return self._view(now).drain_ms(self._waiting.rows) / MS
+        view: None where nobody waits.
+        """
+        residual_ms, waiting = self._residual_ms(now), self._waiting
+        if view is None or not waiting.entries:
+            return residual_ms
+        share = waiting.place(entry.order) / len(waiting.entries)
+        return residual_ms + view.drain_ms(share * waiting.rows)
+
+    def _drain_s(self, now: float, speed: Speed) -> float:
+        return self._view(now, speed).drain_ms(self._waiting.rows) / MS

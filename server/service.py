@@ -6,19 +6,28 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.profiler import QUICK, Effort, Progress
+from benchmarks.effort import Effort, Progress
 from maestro_core import artifact, held_out
 from maestro_core.profile import Profile, ProfileError
 from maestro_core.profile_store import ProfileStore
 from server import inputs
 from server.answers import Inference, frontier_rows
-from server.calibration import AlreadyRunningError, Calibrator, Job, UnknownJobError
+from server.calibration import (
+    AlreadyRunningError,
+    Calibrator,
+    Job,
+    OwnCalibrations,
+    Source,
+    UnknownJobError,
+    first_effort,
+)
 from server.dispatcher import Dispatcher
 from server.engine import Engine
 from server.errors import ConflictError, InvalidError, NotFoundError, UnavailableError
@@ -26,10 +35,11 @@ from server.measuring import SLOTS, Hooks, HostModel, latencies_of
 from server.metrics import Metrics
 from server.overhead import overhead_ms
 from server.policies import scheduler_of
+from server.processes.team import Hands, Team
 from server.requests import Batch
 from server.schemas import InferParameters
 from server.settings import Settings
-from server.statistics import Statistics
+from server.statistics import Statistics, private_row
 from server.worker import Turns
 
 log = logging.getLogger("maestro")
@@ -46,19 +56,30 @@ class _Serving:
 
     dispatcher: Dispatcher
     profile: Profile
-    source: Literal["measured", "stored"]
+    source: Source
 
     def slowdown(self) -> float:
         return self.dispatcher.scheduler.slowdown(time.monotonic())
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A request in the queue: its inference or error to come, and how to give it up."""
+
+    future: asyncio.Future[Inference]
+    give_up: Callable[[], None]
 
 
 class Service:
     """Loads in its constructor; measures and serves once started on an event loop."""
 
     def __init__(
-        self, settings: Settings, on_progress: Callable[[Progress], object] = lambda _: None
+        self,
+        settings: Settings,
+        on_progress: Callable[[Progress], object] = lambda _: None,
+        team: Team | None = None,
     ) -> None:
-        """Load the artifact and every point.
+        """Load the artifact and every point; `team` is the other workers, if there are any.
 
         Raises:
             ArtifactError: the artifact cannot be served.
@@ -66,20 +87,29 @@ class Service:
         """
         self.settings = settings
         self.version = version("maestro-serve")
-        self._host = HostModel(artifact.load(settings.artifact), settings)
+        self._team = team
+        workers = team.size if team else 1
+        self._host = HostModel(artifact.load(settings.artifact), settings, workers)
         self.artifact, note = self._host.points()
         _warn(note)
         self.metrics = Metrics()
-        self.statistics = Statistics()
+        row = private_row()
+        self.statistics = team.statistics if team else Statistics(row, [row])
         self._engine = self._measured_engine = self._host.engine(self.artifact)
         _warn(self._engine.note)
         self._store = ProfileStore(settings.state_dir)
         self._turns = Turns()
-        self._calibrator = Calibrator(self._measure, self._on_profile, self._store)
+        self._calibrations: OwnCalibrations | Team
+        if team:
+            team.join(Hands(self._measure, self._load, self._take, self.gauge))
+            self._calibrations = team
+        else:
+            own = Calibrator(self._measure, self._on_profile, self._store)
+            self._calibrations = OwnCalibrations(own)
         self._on_progress = on_progress
-        self._first_job: str | None = None
         self._ids = map(str, itertools.count())
         self._overhead_ms = 0.0
+        self._uncounted: list[Callable[[], None]] = []
         self._serving: _Serving | None = None
         self.is_leaving = False
         self._stopping = False
@@ -91,14 +121,15 @@ class Service:
         self._loop = asyncio.get_running_loop()
         inputs.warm_up(self.artifact.manifest.input)
         self._overhead_ms = await overhead_ms(self.artifact)
-        found = self._store.find(self._engine.profile_key(SLOTS))
+        found = self._store.find(self._host.key(self._engine))
         if found.reason:
             log.warning("profile not used: %s", found.reason)
-        if found.profile is not None:
-            self._use(found.profile, "stored", self._engine)
+        effort = first_effort(self.settings.calibration_budget_s)
+        given = await self._calibrations.first(found.profile, effort)
+        if given is not None:
+            await self._take(*given)
             return
-        log.info("no profile of this host yet: calibrating, %g s at most", self._quick().budget_s)
-        self._first_job = self._calibrator.start(self._quick()).id
+        log.info("no profile of this host yet: calibrating, %g s at most", effort.budget_s)
 
     def leave(self) -> None:
         """Be not ready from now on, and serve on until stopped."""
@@ -107,7 +138,7 @@ class Service:
     async def stop(self) -> None:
         """Answer what was taken, then end."""
         self._stopping = True
-        await asyncio.to_thread(self._calibrator.close)
+        await self._calibrations.close()
         if self._serving:
             await _retire(self._serving.dispatcher)
 
@@ -133,9 +164,10 @@ class Service:
 
     def progress(self) -> dict[str, Any]:
         """Return the first calibration, while there is no profile to serve with."""
-        if self._first_job is None or self._serving is not None:
+        job = self._calibrations.first_job
+        if job is None or self._serving is not None:
             return {}
-        return {"calibration": asdict(self._calibrator.job(self._first_job))}
+        return {"calibration": asdict(job)}
 
     # -- inference ---------------------------------------------------------------------------
 
@@ -150,6 +182,17 @@ class Service:
         serving = self.serving()
         request = parameters.request(next(self._ids), arrived_s, len(x))
         return await serving.dispatcher.infer(request, x, receive)
+
+    def begin(self, x: Floats, parameters: InferParameters, arrived_s: float) -> Place:
+        """Return the place of such an inference in the queue, for those who don't await it.
+
+        Raises:
+            ServiceError: it was refused.
+        """
+        dispatcher = self.serving().dispatcher
+        request = parameters.request(next(self._ids), arrived_s, len(x))
+        future = dispatcher.begin(request, x)
+        return Place(future, partial(dispatcher.give_up, request.id, future))
 
     def explain(self, parameters: InferParameters, arrived_s: float) -> dict[str, Any]:
         """Return what would be chosen for one sample now, and why.
@@ -166,20 +209,26 @@ class Service:
 
     def count(self, inference: Inference, content: dict[str, Any]) -> None:
         """Count an answer."""
-        self.metrics.answered(inference, content["total_ms"], content["max_latency_ms"])
-        self.statistics.answered(inference, content["total_ms"])
+        self._count_later(partial(self._answered, inference, content))
 
     def refused(self, code: str, reason: str | None = None) -> None:
         """Count a request that was answered with an error; a `reason` is the scheduler's."""
         self.metrics.refused(code, reason)
-        self.statistics.fail.add(0.0)
+        self.statistics.failed()
 
-    def metrics_text(self) -> bytes:
-        """Return the metrics in Prometheus' text format."""
+    def gauge(self) -> None:
+        """Bring the gauges, and the counts of answers just sent, up to date."""
+        self._count()
         self.metrics.ready.set(self.is_ready)
         if self._serving:
             self.metrics.queue_depth.set(self._serving.dispatcher.scheduler.waiting)
             self.metrics.slowdown.set(self._serving.slowdown())
+
+    async def metrics_text(self) -> bytes:
+        """Return the metrics in Prometheus' text format, of all workers together."""
+        if self._team:
+            return await self._team.metrics_text()
+        self.gauge()
         return self.metrics.text()
 
     # -- profile -----------------------------------------------------------------------------
@@ -211,7 +260,7 @@ class Service:
             "profile": asdict(serving.profile),
         }
 
-    def start_calibration(self, effort: Effort) -> dict[str, Any]:
+    async def start_calibration(self, effort: Effort) -> dict[str, Any]:
         """Start a calibration beside the serving; return its job.
 
         Raises:
@@ -222,34 +271,31 @@ class Service:
             files = f"{held_out.EVAL} and {held_out.ERRORS}"
             raise InvalidError(f"search: {self.artifact.manifest.name} lacks {files}; export again")
         try:
-            return asdict(self._calibrator.start(effort))
+            return asdict(await self._calibrations.start(effort))
         except AlreadyRunningError as error:
-            raise ConflictError(str(error), job=error.job_id) from error
+            raise ConflictError(str(error), job=error.job.id) from error
 
-    def job(self, job_id: str) -> dict[str, Any]:
+    async def job(self, job_id: str) -> dict[str, Any]:
         """Return how far a calibration is.
 
         Raises:
             NotFoundError: there is no such job.
         """
-        return self._known(self._calibrator.job, job_id)
+        return await self._known(self._calibrations.job, job_id)
 
-    def cancel_calibration(self, job_id: str) -> dict[str, Any]:
+    async def cancel_calibration(self, job_id: str) -> dict[str, Any]:
         """Cancel a calibration; one that has ended stays as it is.
 
         Raises:
             NotFoundError: there is no such job.
         """
-        return self._known(self._calibrator.cancel, job_id)
+        return await self._known(self._calibrations.cancel, job_id)
 
     # -- inside ------------------------------------------------------------------------------
 
-    def _quick(self) -> Effort:
-        return Effort("quick", self.settings.calibration_budget_s, QUICK.precision)
-
-    def _known(self, call: Callable[[str], Job], job_id: str) -> dict[str, Any]:
+    async def _known(self, call: Callable[[str], Awaitable[Job]], job_id: str) -> dict[str, Any]:
         try:
-            return asdict(call(job_id))
+            return asdict(await call(job_id))
         except UnknownJobError as error:
             raise NotFoundError(f"there is no calibration '{job_id}'") from error
 
@@ -271,11 +317,31 @@ class Service:
             _warn(self._measured_engine.note)
         return profile
 
+    def _load(
+        self,
+        effort: Effort,
+        progress: Callable[[Progress], object],
+        cancelled: Callable[[], bool],
+    ) -> Profile:
+        """Measure what is served while another worker measures what counts."""
+        hooks = Hooks(self._turns.trial, progress, cancelled)
+        _, profile = self._host.measured(effort, self._overhead_ms, self._engine, hooks)
+        return profile
+
+    async def _take(self, profile: Profile, source: Source) -> None:
+        """Serve with a profile that this or another worker measured."""
+        for engine in (self._engine, self._measured_engine):
+            if self._host.key(engine) == profile.key:
+                break
+        else:
+            engine = await asyncio.to_thread(self._host.engine_of, profile)
+        self._use(profile, source, engine)
+
     def _on_profile(self, profile: Profile) -> None:
         """Serve with a new profile; called in the calibration's thread."""
         self._loop.call_soon_threadsafe(self._use, profile, "measured", self._measured_engine)
 
-    def _use(self, profile: Profile, source: Literal["measured", "stored"], engine: Engine) -> None:
+    def _use(self, profile: Profile, source: Source, engine: Engine) -> None:
         """Let requests from now on go by this profile; those before stay with theirs."""
         if self._stopping:
             return
@@ -293,14 +359,35 @@ class Service:
             self._turns,
             slots=SLOTS,
             on_batch=self._ran,
-            on_decision=self.metrics.decided,
+            on_decision=lambda s: self._count_later(partial(self.metrics.decided, s)),
         )
         self._serving = _Serving(dispatcher, profile, source)
         log.info("ready; profile %s, of %s", source, profile.measured_at)
         if before is not None:
             self._retiring = asyncio.create_task(_retire(before.dispatcher))
 
+    def _count_later(self, count: Callable[[], None]) -> None:
+        """Count once the answers of this turn of the event loop and of the next are sent.
+
+        Nobody waits for counters, and to count a request takes 9 µs.
+        """
+        if not self._uncounted:
+            self._loop.call_soon(self._loop.call_soon, self._count)
+        self._uncounted.append(count)
+
+    def _count(self) -> None:
+        due, self._uncounted = self._uncounted, []
+        for count in due:
+            count()
+
+    def _answered(self, inference: Inference, content: dict[str, Any]) -> None:
+        self.metrics.answered(inference, content["total_ms"], content["max_latency_ms"])
+        self.statistics.answered(inference, content["total_ms"])
+
     def _ran(self, batch: Batch, compute_s: float) -> None:
+        self._count_later(partial(self._count_batch, batch, compute_s))
+
+    def _count_batch(self, batch: Batch, compute_s: float) -> None:
         self.metrics.ran(batch.point, batch.rows, compute_s, batch.predicted_ms / 1e3)
         self.statistics.ran(batch.rows, 1e3 * compute_s)
 

@@ -9,6 +9,7 @@ from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 SHIPPED = "mnist-lenet.maestro"
+LARGEST_BATCH = 1024
 
 OURS: Final = "maestro"
 PolicyName = Literal[
@@ -39,6 +40,8 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     artifact: Path = Field(default_factory=shipped_artifact)
     state_dir: Path = Field(default_factory=lambda: user_cache_path("maestro"))
+    # Processes that serve, each on its own cores.
+    workers: Annotated[int, Field(ge=1, le=1024)] = 1
     # Threads that compute one batch; 0 means as many as are measured to be best here.
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     # cuda needs onnxruntime-gpu in the place of onnxruntime.
@@ -47,7 +50,7 @@ class Settings(BaseSettings):
     memory_budget_mib: Annotated[int, Field(ge=0)] = 0
     # What chooses point and batch: ours, or another to compare it with.
     policy: PolicyName = OURS
-    max_batch: Annotated[int, Field(ge=1, le=1024)] = 16
+    max_batch: Annotated[int, Field(ge=1, le=LARGEST_BATCH)] = 16
     max_queue: Annotated[int, Field(ge=1)] = 1024
     max_body_bytes: Annotated[int, Field(ge=1)] = 16 * 2**20
     # Of the requests that are not answered yet, together.

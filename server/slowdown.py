@@ -47,15 +47,17 @@ class Slowdown:
 
     def factor(self, now: float) -> float:
         """Return what to multiply profiled tails by: 1 when calm, less on a faster host."""
-        covered = self.tail + DEVIATIONS * math.sqrt(self.variance)
-        return self._faded(max(min(1.0, self.level), covered), now)
+        return self.both(now)[0]
 
     def typical(self, now: float) -> float:
         """Return what to multiply profiled medians by."""
-        return self._faded(self.level, now)
+        return self.both(now)[1]
 
-    def _faded(self, value: float, now: float) -> float:
+    def both(self, now: float) -> tuple[float, float]:
+        """Return `factor` and `typical`."""
         if self.batches == 0:
-            return 1.0
-        age_s = max(0.0, now - self.updated_s)
-        return 1.0 + (value - 1.0) * math.exp(-age_s / FORGET_S)
+            return 1.0, 1.0
+        covered = self.tail + DEVIATIONS * math.sqrt(self.variance)
+        kept = math.exp(-max(0.0, now - self.updated_s) / FORGET_S)
+        factor = 1.0 + (max(min(1.0, self.level), covered) - 1.0) * kept
+        return factor, 1.0 + (self.level - 1.0) * kept

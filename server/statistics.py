@@ -1,85 +1,93 @@
-"""What `/v2/models/NAME/stats` counts: requests and batches, in the protocol's own terms."""
+"""What `/v2/models/NAME/stats` counts: requests and batches, in the protocol's own terms.
+
+The counters are one row of integers for each worker. A server alone has one row; several workers
+map the rows of all (`server.processes.counters`), and each answers with their sum.
+"""
 
 import time
-from collections import defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 from server.answers import Inference
+from server.settings import LARGEST_BATCH
 
 NS_PER_MS = 1e6
 
+Row = memoryview  # of 64-bit integers
 
-@dataclass(slots=True)
-class Spent:
-    """How often, and how long in all."""
-
-    count: int = 0
-    ns: int = 0
-
-    def add(self, ms: float) -> None:
-        """Count one more."""
-        self.count += 1
-        self.ns += round(ms * NS_PER_MS)
-
-    def entry(self) -> dict[str, int]:
-        return {"count": self.count, "ns": self.ns}
+# Columns of a row. From _SUCCESS on each is a count, and nanoseconds in the column after it; from
+# _BATCHES on one for each size of a batch: a stored profile may have larger ones than the settings.
+_INFERENCES, _LAST_UNIX_MS, _SUCCESS, _FAIL, _QUEUE, _COMPUTE, _BATCHES = 0, 1, 2, 4, 6, 8, 10
+WIDTH = _BATCHES + 2 * LARGEST_BATCH
 
 
-@dataclass(slots=True)
+def private_row() -> Row:
+    """Return a row that no other process sees."""
+    return memoryview(bytearray(8 * WIDTH)).cast("q")
+
+
 class Statistics:
-    """Counters since the start of the server."""
+    """Counters since the start of the server: this process adds to `row`, one of `rows`."""
 
-    inferences: int = 0
-    last_unix_ms: int = 0
-    success: Spent = field(default_factory=Spent)
-    fail: Spent = field(default_factory=Spent)
-    queue: Spent = field(default_factory=Spent)
-    compute: Spent = field(default_factory=Spent)
-    batches: dict[int, Spent] = field(default_factory=lambda: defaultdict(Spent))
+    def __init__(self, row: Row, rows: Sequence[Row]) -> None:
+        self._row, self._rows = row, rows
 
     def answered(self, inference: Inference, total_ms: float) -> None:
         """Count an answer."""
-        self.inferences += len(inference.output)
-        self.last_unix_ms = time.time_ns() // 1_000_000
-        self.success.add(total_ms)
-        self.queue.add(inference.queue_ms)
-        self.compute.add(inference.compute_ms)
+        self._row[_INFERENCES] += len(inference.output)
+        self._row[_LAST_UNIX_MS] = time.time_ns() // 1_000_000
+        self._add(_SUCCESS, total_ms)
+        self._add(_QUEUE, inference.queue_ms)
+        self._add(_COMPUTE, inference.compute_ms)
+
+    def failed(self) -> None:
+        """Count a request that was answered with an error."""
+        self._add(_FAIL, 0.0)
 
     def ran(self, size: int, compute_ms: float) -> None:
         """Count a batch."""
-        self.batches[size].add(compute_ms)
+        self._add(_BATCHES + 2 * (size - 1), compute_ms)
 
     def answer(self, name: str, version: str) -> dict[str, Any]:
-        """Return the statistics extension's answer."""
-        nothing = Spent().entry()
+        """Return the statistics extension's answer, of all workers together."""
+        total = [sum(column) for column in zip(*self._rows, strict=True)]
+        nothing = _entry([0, 0], 0)
+        sizes = [at for at in range(_BATCHES, len(total), 2) if total[at]]
         return {
             "model_stats": [
                 {
                     "name": name,
                     "version": version,
-                    "last_inference": self.last_unix_ms,
-                    "inference_count": self.inferences,
-                    "execution_count": sum(spent.count for spent in self.batches.values()),
+                    "last_inference": max(row[_LAST_UNIX_MS] for row in self._rows),
+                    "inference_count": total[_INFERENCES],
+                    "execution_count": sum(total[at] for at in sizes),
                     "inference_stats": {
-                        "success": self.success.entry(),
-                        "fail": self.fail.entry(),
-                        "queue": self.queue.entry(),
+                        "success": _entry(total, _SUCCESS),
+                        "fail": _entry(total, _FAIL),
+                        "queue": _entry(total, _QUEUE),
                         "compute_input": nothing,
-                        "compute_infer": self.compute.entry(),
+                        "compute_infer": _entry(total, _COMPUTE),
                         "compute_output": nothing,
                         "cache_hit": nothing,
                         "cache_miss": nothing,
                     },
                     "batch_stats": [
                         {
-                            "batch_size": size,
+                            "batch_size": (at - _BATCHES) // 2 + 1,
                             "compute_input": nothing,
-                            "compute_infer": spent.entry(),
+                            "compute_infer": _entry(total, at),
                             "compute_output": nothing,
                         }
-                        for size, spent in sorted(self.batches.items())
+                        for at in sizes
                     ],
                 }
             ]
         }
+
+    def _add(self, at: int, ms: float) -> None:
+        self._row[at] += 1
+        self._row[at + 1] += round(ms * NS_PER_MS)
+
+
+def _entry(counts: Sequence[int], at: int) -> dict[str, int]:
+    return {"count": counts[at], "ns": counts[at + 1]}

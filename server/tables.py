@@ -2,8 +2,6 @@
 
 import math
 
-import numpy as np
-
 from server.latencies import Latencies
 
 MS = 1e3
@@ -14,27 +12,39 @@ TABULATED = 2048
 class Tables:
     """`p50_ms` and `tail_ms` are columns: [rows - 1][point], rising along the points.
 
-    best[p]: the most accurate of points 0..p. unit_ms[p]: a row's share of the batch size that
-    gets most rows a second through, full_batch[p]. prices[p]: what time is worth when the load is
-    such that all can run at p, in accuracy per ms; prices[-1] when not even 0 carries it.
+    best[p]: the most accurate of points 0..p, reached[p] its accuracy. unit_ms[p]: a row's share
+    of the batch size that gets most rows a second through, full_batch[p]. prices[p]: what time is
+    worth when the load is such that all can run at p, in accuracy per ms; prices[-1] when not even
+    0 carries it. drains_ms[r]: how long one slot usually takes for r rows at point 0. shares_ms,
+    batches_ms and batch_tails_ms: a row, the median and the tail of a batch at point 0, for each
+    of the batch sizes that a queue is worked off in. The rest is as in `latencies`.
     """
 
     __slots__ = (
-        "batch_ms",
-        "batch_tail_ms",
+        "accuracy",
+        "batch_tails_ms",
+        "batches_ms",
         "best",
         "drains_ms",
         "full_batch",
         "latencies",
+        "max_batch",
+        "overhead_ms",
+        "overhead_s",
         "p50_ms",
         "prices",
-        "share_ms",
+        "reached",
+        "shares_ms",
         "tail_ms",
         "unit_ms",
     )
 
     def __init__(self, latencies: Latencies) -> None:
         self.latencies = latencies
+        self.accuracy = latencies.accuracy
+        self.max_batch = latencies.max_batch
+        self.overhead_ms = latencies.overhead_ms
+        self.overhead_s = latencies.overhead_ms / MS
         sizes = range(1, latencies.max_batch + 1)
         self.p50_ms = [[row[rows - 1] for row in latencies.p50_ms] for rows in sizes]
         self.tail_ms = [[row[rows - 1] for row in latencies.tail_ms] for rows in sizes]
@@ -42,14 +52,15 @@ class Tables:
         for point, accuracy in enumerate(latencies.accuracy):
             last = self.best[-1] if self.best else 0
             self.best.append(point if accuracy > latencies.accuracy[last] else last)
+        self.reached = [latencies.accuracy[point] for point in self.best]
         units = [min((row[rows - 1] / rows, -rows) for rows in sizes) for row in latencies.p50_ms]
         self.unit_ms = [unit_ms for unit_ms, _ in units]
         self.full_batch = [-rows for _, rows in units]
-        column = np.array([latencies.p50_ms[0], latencies.tail_ms[0]])[:, :, None]
         uniform = [1 << k for k in range(self.full_batch[0].bit_length())]
-        chosen = np.array(sorted({*uniform, self.full_batch[0]})) - 1
-        self.batch_ms, self.batch_tail_ms = column[:, chosen]
-        self.share_ms = self.batch_ms / (chosen[:, None] + 1)
+        chosen = sorted({*uniform, self.full_batch[0]})
+        self.batches_ms = [latencies.p50_ms[0][rows - 1] for rows in chosen]
+        self.batch_tails_ms = [latencies.tail_ms[0][rows - 1] for rows in chosen]
+        self.shares_ms = [self.batches_ms[k] / rows for k, rows in enumerate(chosen)]
         self.prices = _prices(latencies.accuracy, self.unit_ms)
         self.drains_ms = [self._work_off_ms(rows) for rows in range(TABULATED + 1)]
 

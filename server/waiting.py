@@ -1,6 +1,8 @@
 """The requests that wait, earliest deadline first. Keeps order and sums; decides nothing."""
 
-from bisect import bisect_left, insort
+import math
+from array import array
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -28,12 +30,16 @@ class Entry:
 
 
 class WaitingList:
-    """Entries sorted by `order`, with the sums that the selector needs."""
+    """Entries sorted by `order`, with the sums that the selector needs.
 
-    __slots__ = ("_orders", "entries", "rows", "work_ms")
+    expiries_s: of the entries, and inf as one more; an array, for numpy to read at once.
+    """
+
+    __slots__ = ("_orders", "entries", "expiries_s", "rows", "work_ms")
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
+        self.expiries_s = array("d", [math.inf])
         self._orders: list[tuple[float, int, int]] = []
         self.rows = 0
         self.work_ms = 0.0
@@ -50,16 +56,20 @@ class WaitingList:
 
     def add(self, entry: Entry) -> None:
         """Put an entry in its place."""
-        self.entries.insert(self.place(entry.order), entry)
-        insort(self._orders, entry.order)
+        place = bisect_left(self._orders, entry.order)
+        self.entries.insert(place, entry)
+        self.expiries_s.insert(place, entry.expiry_s)
+        self._orders.insert(place, entry.order)
         self.rows += entry.request.rows
         self.work_ms += entry.work_ms
 
     def take(self, start: int, count: int) -> list[Entry]:
         """Remove and return `count` entries from place `start` on."""
         taken = self.entries[start : start + count]
-        del self.entries[start : start + count]
-        del self._orders[start : start + count]
+        end = start + len(taken)
+        del self.entries[start:end]
+        del self.expiries_s[start:end]
+        del self._orders[start:end]
         for entry in taken:
             self.rows -= entry.request.rows
             self.work_ms -= entry.work_ms

@@ -48,11 +48,16 @@ class Turns:
 
     def set_idle(self, idle: bool) -> None:
         """Say whether requests wait or run."""
-        if idle:
+        if not idle:
+            self.note_request()
+        if idle and not self._idle.is_set():
             self._idle.set()
-        else:
-            self._last_request_s = self._clock()
+        elif not idle and self._idle.is_set():
             self._idle.clear()
+
+    def note_request(self) -> None:
+        """Say that there is traffic."""
+        self._last_request_s = self._clock()
 
     def replace_lock(self) -> None:
         """Leave the lock to a batch that hangs, and go on with another."""

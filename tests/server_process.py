@@ -31,6 +31,16 @@ def server_process(
     state_dir: Path, artifact: Path | None = None, **variables: str
 ) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
     """Start `maestro serve` on a free port; yield its address and itself once it is ready."""
+    with starting_server(state_dir, artifact, **variables) as (address, process):
+        _wait_until_ready(address, process)
+        yield address, process
+
+
+@contextmanager
+def starting_server(
+    state_dir: Path, artifact: Path | None = None, **variables: str
+) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
+    """Start `maestro serve` on a free port; yield its address and itself at once."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -45,7 +55,6 @@ def server_process(
     )
     address = f"http://127.0.0.1:{port}"
     try:
-        _wait_until_ready(address, process)
         yield address, process
     finally:
         process.kill()

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import layers, prediction, report, slots
+from benchmarks.effort import Effort, Precision
 from benchmarks.memory import grown_mib
-from benchmarks.profiler import Effort, Precision, profile
+from benchmarks.profiler import profile
 from maestro_core.artifact import Artifact
 from maestro_core.profile import Latency, Profile
 from server.engine import Engine

@@ -6,15 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.profiler import (
-    QUICK,
-    CancelledError,
-    Effort,
-    Precision,
-    Progress,
-    batch_sizes_to,
-    profile,
-)
+from benchmarks.effort import QUICK, CancelledError, Effort, Precision, Progress
+from benchmarks.profiler import batch_sizes_to, profile
 from maestro_core.artifact import Artifact
 from maestro_core.profile import Profile
 from maestro_core.profile_store import ProfileStore

@@ -69,7 +69,8 @@ def request(name: str, target_s: float | None = None, n: int = 1, **fields: Any)
 
 async def start(driver: Dispatcher, wanted: Request, value: float) -> "asyncio.Task[Inference]":
     task = asyncio.create_task(driver.infer(wanted, rows(value, wanted.rows)))
-    await asyncio.sleep(0)
+    await asyncio.sleep(0)  # it is taken
+    await asyncio.sleep(0)  # it is planned for
     return task
 
 
@@ -98,6 +99,15 @@ def test_each_of_a_batch_gets_its_own_rows() -> None:
         assert engine.ran == [(1, 1), (4, 1)]
         for i, answer in enumerate(answers[1:]):
             np.testing.assert_array_equal(answer.output, rows(10 * i + 1, 1 + i % 2))
+
+    drive(scenario)
+
+
+def test_those_that_come_in_one_turn_of_the_loop_share_a_batch() -> None:
+    async def scenario(driver: Dispatcher, engine: FakeEngine) -> None:
+        await asyncio.gather(*(driver.infer(request(f"r{i}"), rows(i)) for i in range(4)))
+
+        assert engine.ran == [(4, 1)]
 
     drive(scenario)
 

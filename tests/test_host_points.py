@@ -11,9 +11,9 @@ from onnx import ModelProto
 
 from benchmarks import host_artifact, host_points, layer_latencies, networks
 from benchmarks.correction import Correction
+from benchmarks.effort import CancelledError
 from benchmarks.host_points import Candidate, Found, Network, Plan
 from benchmarks.layer_latencies import LayerLatency, Measuring
-from benchmarks.profiler import CancelledError
 from maestro_core import artifact, graph, held_out
 from maestro_core.artifact import Artifact
 from maestro_core.frontier import RankTable

@@ -24,6 +24,8 @@ WALLS = {
     "server/scheduler.py": {"asyncio", "time", "threading", "fastapi", "server.engine"},
     "maestro_core/held_out.py": {"torch", "server", "benchmarks", "onnxruntime"},
     "benchmarks/profiler.py": {"fastapi", "torch"},
+    "benchmarks/effort.py": {"server", "onnxruntime"},
+    "server/processes/hub.py": {"fastapi", "uvicorn", "server.engine", "onnxruntime"},
     "benchmarks/host_artifact.py": {"fastapi", "torch"},
     "benchmarks/host_points.py": {"fastapi", "torch"},
 }
@@ -62,6 +64,15 @@ def test_no_module_imports_pickle() -> None:
 @pytest.mark.parametrize("module", ["server.app", "benchmarks.profiler", "maestro_core.cli"])
 def test_importing_the_serving_path_loads_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+
+    finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
+
+    assert finished.returncode == 0
+
+
+@pytest.mark.parametrize("absent", ["onnxruntime", "fastapi", "uvicorn"])
+def test_the_supervisor_of_workers_loads_neither_runtime_nor_http(absent: str) -> None:
+    code = f"import sys, server.processes.supervisor; sys.exit({absent!r} in sys.modules)"
 
     finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
 

@@ -36,9 +36,22 @@ def test_lists_become_the_tensor(values: list[object]) -> None:
     np.testing.assert_array_equal(x[-1], SAMPLE)
 
 
+def test_whole_numbers_among_others_are_numbers() -> None:
+    values = [[[[2**40, 0, -1, 0.5, 1e-50, 3, 4, 5]] * 8]]
+
+    x = inputs.from_lists(values, TENSOR)
+
+    assert x.dtype == np.float32
+    np.testing.assert_array_equal(x, np.array(values, np.float32))
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ([[[["1.0"] * 8] * 8]], "inputs: must hold numbers only"),
+        ([[["12345678"] * 8]], "inputs: must hold numbers only"),
+        ([[[[None] * 8] * 8]], "inputs: must hold numbers only"),
+        ([[[[[1.0]] * 8] * 8]], r"x: shape \[1, 1, 8, 8, 1\], but"),
         ([[1.0, 2.0], [1.0]], "inputs: the lists are ragged"),
         ([["a"]], "inputs: must hold numbers only"),
         ([[None]], "inputs: must hold numbers only"),

@@ -13,7 +13,7 @@ from maestro_core.profile import Latency, Profile, ProfileKey
 
 
 def profile_of(points: int) -> Profile:
-    key = ProfileKey("digest", Host.here(), "cpu", 1, 1, ())
+    key = ProfileKey("digest", Host.here(), "cpu", 1, 1, 1, ())
     cells = [
         Latency(point, batch, ms, 1.1 * ms, 1.1 * ms, 1.2 * ms, 100, ms, ms)
         for point in range(points)

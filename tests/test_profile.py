@@ -18,6 +18,7 @@ KEY = ProfileKey(
     provider="cpu",
     intra_op_threads=1,
     compute_threads=1,
+    workers=1,
     runtime=(("onnxruntime", "1.32.0"),),
 )
 
@@ -157,6 +158,7 @@ def test_store_finds_what_was_saved(tmp_path: Path) -> None:
         replace(KEY, provider="cuda"),
         replace(KEY, intra_op_threads=2),
         replace(KEY, compute_threads=2),
+        replace(KEY, workers=4),
         replace(KEY, runtime=(("onnxruntime", "1.33.0"),)),
     ],
 )

@@ -11,16 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.profiler import (
-    FULL,
-    QUICK,
-    CancelledError,
-    Measured,
-    Precision,
-    Progress,
-    measure,
-    summary,
-)
+from benchmarks.effort import FULL, QUICK, CancelledError, Precision, Progress
+from benchmarks.profiler import Measured, measure, summary
 from benchmarks.smoothing import dominated_rows, isotonic, isotonic_grid, smooth
 from maestro_core.profile import Latency
 

@@ -193,3 +193,13 @@ def test_one_stall_moves_the_estimate_by_one_step_only() -> None:
     slowdown.observe(1e6, 1.0, 1.1, 100.0)
 
     assert slowdown.typical(100.0) <= 1 + 0.1 * LARGEST_STEP
+
+
+def test_a_head_that_would_be_late_one_time_in_two_is_passed_over_when_it_is_tight() -> None:
+    tail_ms = tuple(tuple(2 * ms for ms in row) for row in P50_MS)
+    spread = Tables(Latencies(ACCURACY, P50_MS, tail_ms))
+    view = make_view([1.05, 3.0])
+
+    choice = choose(View(0.0, view.waiting, spread))
+
+    assert (choice.start, choice.count) == (1, 1)

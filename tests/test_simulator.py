@@ -153,4 +153,4 @@ def test_far_too_much_load_does_not_lower_the_goodput() -> None:
     found = reach.overloaded(quantiles(), 1.0, 4000, seed=0)
 
     assert found["goodput"] > 0.9
-    assert found["on_time"] > 0.98
+    assert found["on_time"] > 0.99

@@ -1,0 +1,60 @@
+"""What a calibration may cost, and how far it is: words for those who ask for one.
+
+Apart from `profiler`, so that a process that only asks does not load a runtime.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from maestro_core.profile import Kind, Latency
+
+_LEAST_S = 1.0
+
+
+class CancelledError(Exception):
+    """The calibration was cancelled; nothing of it is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """When a median is known well enough: half its 95 % interval is within the larger of both."""
+
+    relative: float = 0.02
+    absolute_ms: float = 0.005
+    min_runs: int = 100  # a p95 needs that many
+
+    def is_met(self, latency: Latency) -> bool:
+        """Return whether a latency is known well enough."""
+        half_ms = (latency.p50_high_ms - latency.p50_low_ms) / 2
+        wanted_ms = max(self.relative * latency.p50_ms, self.absolute_ms)
+        return latency.n >= self.min_runs and half_ms <= wanted_ms
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much a calibration may cost; with `search`, points for the host are looked for first.
+
+    `budget_s` is for all there is to do: choosing threads, baking, loading, and the trials.
+    """
+
+    kind: Kind
+    budget_s: float
+    precision: Precision
+    search: bool = False
+
+    def after(self, spent_s: float) -> "Effort":
+        """Return what is left when so much is spent; the trials get a second in any case."""
+        return replace(self, budget_s=max(_LEAST_S, self.budget_s - spent_s))
+
+
+# A process that starts, and one that writes its profile, takes the rest of 15 s and of 120 s.
+QUICK = Effort("quick", 12.0, Precision(min_runs=20))
+FULL = Effort("full", 115.0, Precision())
+
+
+class Progress(NamedTuple):
+    """How far a calibration is: cells (point × batch size) known well enough, of all."""
+
+    done: int
+    total: int
+    left_s: float

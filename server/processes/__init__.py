@@ -1,0 +1,1 @@
+"""Several workers behind one port: processes that serve, and the supervisor that keeps them."""

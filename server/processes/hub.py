@@ -1,0 +1,200 @@
+"""What workers ask of all of them together: who measures, which profile is used, the totals.
+
+Lives in the supervisor's event loop. Knows nothing of how workers are started, nor of HTTP.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from benchmarks.effort import CancelledError, Effort, Precision, Progress
+from maestro_core.profile import Profile
+from maestro_core.profile_store import ProfileStore
+from server.calibration import (
+    AlreadyRunningError,
+    Calibrator,
+    Given,
+    Job,
+    UnknownJobError,
+    first_effort,
+)
+from server.processes import counters
+from server.processes.channel import Channel, LostError
+from server.settings import Settings
+
+T = TypeVar("T")
+
+# A worker that hangs does not hold up the metrics of the others.
+_GAUGE_S = 1.0
+
+
+class Hub:
+    """The workers that have joined, by number, and what they share; made on an event loop."""
+
+    def __init__(
+        self, settings: Settings, directory: Path, on_progress: Callable[[Progress], object]
+    ) -> None:
+        self._settings, self._directory, self._on_progress = settings, directory, on_progress
+        self._board = counters.Board(directory, settings.workers)
+        self._loop = asyncio.get_running_loop()
+        self._members: dict[int, Channel] = {}
+        self._given: Given | None = None
+        store = ProfileStore(settings.state_dir)
+        self._calibrator = Calibrator(self._measure, self._share, store)
+        self._lead = 0
+        self._round: dict[str, Any] | None = None  # job and effort, while one measures
+        self._seen: Callable[[Progress], object] = lambda _: None
+
+    async def answer(self, index: int, channel: Channel, name: str, given: dict[str, Any]) -> Any:  # noqa: ANN401  any JSON
+        """Return what a worker asks for."""
+        match name:
+            case "join":
+                return await self._join(index, channel, given["profile"])
+            case "calibrate":
+                effort = given["effort"]
+                precision = Precision(**effort["precision"])
+                return self._start(index, Effort(**{**effort, "precision": precision}))
+            case "job":
+                return self._known(self._calibrator.job, given["job"])
+            case "cancel":
+                return self._cancel(given["job"])
+            case "progress":
+                self._seen(Progress(**given))
+            case "metrics":
+                return await self._totals()
+        return None
+
+    def left(self, index: int) -> bool:
+        """Go on without a worker that has ended; return whether it accepted connections."""
+        self._members.pop(index, None)
+        counters.forget_gauges(index, self._directory)
+        accepted = self._board.connections[index] != counters.ACCEPTS_NONE
+        self._board.connections[index] = counters.ACCEPTS_NONE
+        return accepted
+
+    async def _join(
+        self, index: int, channel: Channel, stored: str | None
+    ) -> dict[str, str] | None:
+        """Take a worker in; return the profile that all use, if there is one yet."""
+        self._members[index] = channel
+        if self._given is None and stored is not None:
+            self._given = Given(Profile.from_json(stored), "stored")
+            for other in set(self._members.values()) - {channel}:
+                other.tell("use", **_handed(self._given))
+        if self._round is not None:
+            channel.tell("load", **self._round)
+        if self._given is None and self._round is None:
+            await asyncio.to_thread(self._calibrator.wait)  # one that ends, with a profile or not
+            self._start_first()
+        return None if self._given is None else _handed(self._given)
+
+    def _start_first(self) -> None:
+        """Measure once all workers run, if there is nothing to serve with yet."""
+        if self._given is None and len(self._members) == self._settings.workers:
+            self._start(min(self._members), first_effort(self._settings.calibration_budget_s))
+
+    # -- calibrations ------------------------------------------------------------------------
+
+    def _start(self, lead: int, effort: Effort) -> tuple[bool, dict[str, Any]]:
+        """Start a calibration; return whether none was under way, and the one that is now."""
+        try:
+            job = self._calibrator.start(effort)
+        except AlreadyRunningError as error:
+            return False, asdict(error.job)
+        # The job's thread has its work done on this event loop, so after this.
+        self._lead = lead
+        self._round = {"job": job.id, "effort": asdict(effort)}
+        return True, asdict(job)
+
+    def _measure(
+        self,
+        _effort: Effort,
+        progress: Callable[[Progress], object],
+        cancelled: Callable[[], bool],
+    ) -> Profile:
+        """Have the lead measure; in the calibrator's thread."""
+        return self._wait(self._lead_measures(progress, cancelled))
+
+    async def _lead_measures(
+        self, progress: Callable[[Progress], object], cancelled: Callable[[], bool]
+    ) -> Profile:
+        """Return what one worker measures while all others load their cores as it does."""
+        work = self._round or {}
+
+        def seen(now: Progress) -> None:
+            progress(now)
+            self._on_progress(now)
+
+        self._seen = seen
+        try:
+            if cancelled():
+                raise CancelledError
+            for other in self._others(self._lead):
+                other.tell("load", **work)
+            text = await self._member(self._lead).call("measure", **work)
+        except CancelledError:
+            raise
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"
+            failed = Job(work["job"], "failed", error=message)
+            for member in self._members.values():
+                member.tell("failed", **asdict(failed))
+            raise
+        finally:
+            self._round = None
+            for other in self._others(self._lead):
+                other.tell("stop")
+        if text is None:
+            raise CancelledError
+        return Profile.from_json(text)
+
+    def _share(self, profile: Profile) -> None:
+        """Have all workers use a profile; in the calibrator's thread."""
+        self._wait(self._all_use(Given(profile, "measured")))
+
+    async def _all_use(self, given: Given) -> None:
+        self._given = given
+        calls = [member.call("use", **_handed(given)) for member in self._members.values()]
+        for result in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(result, BaseException) and not isinstance(result, LostError):
+                raise result
+
+    def _cancel(self, job_id: str) -> dict[str, Any] | None:
+        job = self._known(self._calibrator.cancel, job_id)
+        if job is not None and job["state"] == "running" and self._lead in self._members:
+            self._members[self._lead].tell("stop")
+        return job
+
+    def _known(self, call: Callable[[str], Job], job_id: str) -> dict[str, Any] | None:
+        try:
+            return asdict(call(job_id))
+        except UnknownJobError:
+            return None
+
+    def _member(self, index: int) -> Channel:
+        if index not in self._members:
+            raise LostError(f"worker {index} has ended")
+        return self._members[index]
+
+    def _others(self, index: int) -> list[Channel]:
+        return [member for i, member in self._members.items() if i != index]
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    # -- metrics -----------------------------------------------------------------------------
+
+    async def _totals(self) -> str:
+        calls = [member.call("gauge") for member in self._members.values()]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_GAUGE_S):
+                await asyncio.gather(*calls, return_exceptions=True)
+        return counters.totals(self._directory).decode()
+
+
+def _handed(given: Given) -> dict[str, str]:
+    """Return a profile as it is handed over."""
+    return {"profile": given.profile.to_json(), "source": given.source}

@@ -1,0 +1,45 @@
+"""The sockets that all workers accept from, opened once by the supervisor.
+
+Each worker inherits the same sockets. With a socket of its own for each (SO_REUSEPORT) the kernel
+deals connections out by a hash of their addresses: of few, one worker may get all, and those dealt
+to a worker that dies before it accepts them are lost. In a shared queue they wait for another one.
+"""
+
+import socket
+
+_BACKLOG = 1024
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Return sockets that listen at every address of a host, on one port (0: one that is free).
+
+    Raises:
+        OSError: the name is unknown, or the port is taken.
+    """
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    sockets: list[socket.socket] = []
+    try:
+        for family, _, _, _, address in dict.fromkeys(found):
+            sockets.append(_bound(family, (address[0], port, *address[2:])))
+            port = sockets[-1].getsockname()[1]
+        for each in sockets:
+            each.listen(_BACKLOG)
+    except OSError:
+        for each in sockets:
+            each.close()
+        raise
+    return sockets
+
+
+def _bound(family: int, address: tuple[object, ...]) -> socket.socket:
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setblocking(False)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        bound.bind(address)
+    except OSError:
+        bound.close()
+        raise
+    return bound

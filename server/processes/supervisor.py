@@ -1,0 +1,168 @@
+"""Starts the workers, replaces one that ends, and ends with all. Knows no HTTP, runs no model."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.effort import Progress
+from server.processes import counters
+from server.processes.channel import Channel, open_channel
+from server.processes.hub import Hub
+from server.processes.member import Place
+from server.settings import Settings
+
+log = logging.getLogger("maestro")
+
+# A worker that ends so often before it could serve would only be started over and over.
+_MOST_FAILURES = 3
+
+
+class WorkersError(Exception):
+    """The workers do not start; the message says why."""
+
+
+@dataclass(slots=True)
+class _Worker:
+    process: Process
+    talk: asyncio.Task[None]
+    reason: str = ""  # why it could not start, in its own words
+
+
+def supervise(
+    settings: Settings,
+    cores: Sequence[list[int]],
+    listeners: Sequence[socket.socket],
+    on_progress: Callable[[Progress], object],
+) -> None:
+    """Keep a worker on each group of cores until SIGTERM or SIGINT, then let all end.
+
+    The signal goes to the workers, which drain as a server alone does; a second one kills them.
+
+    Raises:
+        WorkersError: a worker ended again and again before it served.
+    """
+    with counters.made(settings.workers) as directory:
+        asyncio.run(_run(settings, cores, listeners, directory, on_progress))
+
+
+async def _run(
+    settings: Settings,
+    cores: Sequence[list[int]],
+    listeners: Sequence[socket.socket],
+    directory: Path,
+    on_progress: Callable[[Progress], object],
+) -> None:
+    hub = Hub(settings, directory, on_progress)
+    places = [
+        Place(i, settings.workers, group, [s.fileno() for s in listeners], str(directory))
+        for i, group in enumerate(cores)
+    ]
+    await _Supervisor(hub, listeners, _environment(settings)).run(places)
+
+
+class _Supervisor:
+    def __init__(
+        self, hub: Hub, listeners: Sequence[socket.socket], environment: dict[str, str]
+    ) -> None:
+        self._hub, self._listeners, self._environment = hub, listeners, environment
+        self._workers: dict[int, _Worker] = {}
+        self._ending: signal.Signals | None = None
+
+    async def run(self, places: Sequence[Place]) -> None:
+        """Keep a worker at each place until a signal."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end, number)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for place in places:
+                    group.create_task(self._keep(place))
+        except* WorkersError as errors:
+            raise errors.exceptions[0] from None
+        finally:
+            self._signal(signal.SIGKILL)
+
+    def _end(self, number: signal.Signals) -> None:
+        """Have all workers end, and none started."""
+        again, self._ending = self._ending is not None, number
+        for listener in self._listeners:  # else connections would wait for nobody
+            listener.close()
+        self._signal(signal.SIGKILL if again else number)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for worker in self._workers.values():
+            with suppress(ProcessLookupError):
+                worker.process.send_signal(number)
+
+    async def _keep(self, place: Place) -> None:
+        failures = 0
+        while self._ending is None:
+            worker = await self._start(place)
+            status = await worker.process.wait()
+            await worker.talk  # what it said last
+            served = self._hub.left(place.index) or status == 0  # told to end by somebody
+            failures = 0 if served else failures + 1
+            del self._workers[place.index]
+            if self._ending is None:
+                self._judge(place.index, status, worker.reason, failures)
+
+    def _judge(self, index: int, status: int, reason: str, failures: int) -> None:
+        why = reason or _what(status)
+        if failures >= _MOST_FAILURES:
+            raise WorkersError(f"worker {index} ended {failures} times before it served: {why}")
+        log.warning("worker %d ended, and is replaced: %s", index, why)
+
+    async def _start(self, place: Place) -> _Worker:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-P", "-m", "server.processes.member"),
+                    place.text(theirs.fileno()),
+                    stdin=PIPE,  # ends with this process, whatever ends it: so does the worker then
+                    pass_fds=[theirs.fileno(), *place.listeners],
+                    process_group=0,  # a terminal's Ctrl-C is for this process alone
+                    env=self._environment,
+                )
+            except OSError as error:
+                why = f"worker {place.index} cannot be started: {error.strerror}"
+                raise WorkersError(why) from error
+        talk = asyncio.create_task(self._talk(place.index, ours))
+        worker = self._workers[place.index] = _Worker(process, talk)
+        if self._ending is not None:
+            process.send_signal(self._ending)
+        return worker
+
+    async def _talk(self, index: int, connection: socket.socket) -> None:
+        async def answer(name: str, given: dict[str, Any]) -> Any:  # noqa: ANN401  any JSON
+            if name == "why":
+                self._workers[index].reason = given["reason"]
+                return None
+            return await self._hub.answer(index, channel, name, given)
+
+        channel: Channel = await open_channel(connection, answer)
+        await channel.run()
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    """Return the environment in which a worker reads the same settings.
+
+    The token is left as it is: it comes from the environment, and from nowhere else.
+    """
+    fields = settings.model_dump(mode="json", exclude={"admin_token"})
+    return os.environ | {f"MAESTRO_{name.upper()}": str(value) for name, value in fields.items()}
+
+
+def _what(status: int) -> str:
+    if status >= 0:
+        return f"exit status {status}"
+    return f"signal {signal.Signals(-status).name}"

@@ -1,0 +1,173 @@
+"""The simple call, /infer: from what a client sends to what it is answered."""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from fastapi import Request, Response
+from numpy.typing import NDArray
+
+from maestro_core.artifact import Artifact
+from server import inputs, tracing
+from server.answers import Inference, infer_answer
+from server.bodies import Bodies, Body
+from server.direct import Call
+from server.errors import UnsupportedMediaError
+from server.http import (
+    Header,
+    Inferred,
+    form_file,
+    header_targets_ms,
+    headers_of,
+    media_type,
+    query_of,
+    to_json,
+)
+from server.schemas import InferParameters, parse_parameters
+from server.service import Place, Service
+
+Floats = NDArray[np.float32]
+
+INFER = "/infer"
+
+JSON = "application/json"
+NPY = ("application/x-npy", "application/npy")
+PICTURES = ("image/png", "image/jpeg", "image/jpg")
+FORM = "multipart/form-data"
+# What clients send when nobody told them the type: `curl --data-binary` the last.
+_UNSAID = ("", "application/octet-stream", "application/x-www-form-urlencoded")
+_SERVED = ", ".join((JSON, *PICTURES[:2], NPY[0], FORM))
+_JSON_BYTES = JSON.encode()
+
+
+def infer_call(service: Service, bodies: Bodies) -> Call:
+    """Return what answers the simple call."""
+
+    async def infer(request: Request) -> Response:
+        service.serving()
+        scope = request.scope
+        arrived_s: float = scope[tracing.ARRIVED]
+        headers = headers_of(scope)
+        kind = media_type(headers)
+        with bodies.one() as arriving:
+            body = await arriving.read(request)
+            if kind == FORM:
+                kind, body = await form_file(request, body)
+            x, given = _input(kind, body, service)
+            parameters = parse_parameters(query_of(scope), given, header_targets_ms(headers))
+            served = service.artifact  # a search may replace it meanwhile
+            result = await service.infer(x, parameters, arrived_s, request.receive)
+        answer, content = _answer(service, served, parameters, result, arrived_s)
+        scope[tracing.ANSWER] = content
+        return answer
+
+    return infer
+
+
+@dataclass(slots=True)
+class UnderWay:
+    """An inference that waits or runs, asked for by a request that came whole."""
+
+    _place: Place
+    _service: Service
+    _artifact: Artifact
+    _parameters: InferParameters
+    _arrived_s: float
+    _body: Body
+    _here: tracing.Trace
+
+    @property
+    def future(self) -> asyncio.Future[Inference]:
+        """Return what is done when there is an answer."""
+        return self._place.future
+
+    def answer(self) -> tuple[list[Header], bytes]:
+        """Return the headers and the body of the answer, once the inference is done.
+
+        Raises:
+            ServiceError: what became of it instead.
+        """
+        self._body.give_back()
+        result = self._place.future.result()
+        answer, _ = _answer(
+            self._service, self._artifact, self._parameters, result, self._arrived_s
+        )
+        return [*answer.raw_headers, *self._here.headers()], bytes(answer.body)
+
+    def give_up(self) -> None:
+        """Forget it: the client hung up."""
+        self._body.give_back()
+        self._place.give_up()
+        self._service.refused("client-gone")
+
+
+class Whole:
+    """The same call for requests that came whole, for who waits for no coroutine."""
+
+    paths = (INFER,)
+
+    def __init__(self, service: Service, bodies: Bodies) -> None:
+        self._service, self._bodies = service, bodies
+
+    def begin(self, scope: Mapping[str, Any], body: bytes) -> UnderWay | None:
+        """Return the inference that a request asks for; None: it goes the usual way.
+
+        Raises:
+            ServiceError: it is refused.
+        """
+        arrived_s = time.monotonic()
+        headers = headers_of(scope)
+        kind = media_type(headers)
+        if kind == FORM or tracing.is_recording():
+            return None
+        service = self._service
+        service.serving()
+        held = self._bodies.one()
+        try:
+            held.hold(len(body))
+            x, given = _input(kind, body, service)
+            parameters = parse_parameters(query_of(scope), given, header_targets_ms(headers))
+            served = service.artifact  # a search may replace it meanwhile
+            place = service.begin(x, parameters, arrived_s)
+        except BaseException:
+            held.give_back()
+            raise
+        here = tracing.read(scope["headers"])
+        return UnderWay(place, service, served, parameters, arrived_s, held, here)
+
+
+def _input(kind: str, body: bytes, service: Service) -> tuple[Floats, dict[str, Any]]:
+    """Return the input, (n, …), and the parameters that came with it in the body."""
+    tensor = service.artifact.manifest.input
+    if kind in _UNSAID:
+        kind = inputs.type_of(body) or kind
+    if kind == JSON:
+        given = inputs.from_json(body)
+        return inputs.from_lists(given.pop("inputs"), tensor), given
+    if kind in NPY:
+        return inputs.from_npy(body, tensor), {}
+    if kind in PICTURES:
+        return inputs.from_image(body, tensor), {}
+    raise UnsupportedMediaError(f"content-type '{kind}' is not served; send {_SERVED}")
+
+
+def _answer(
+    service: Service,
+    artifact: Artifact,
+    parameters: InferParameters,
+    result: Inference,
+    arrived_s: float,
+) -> tuple[Inferred, dict[str, Any]]:
+    """Return the answer, counted, and what it says."""
+    content = infer_answer(artifact, parameters, result, time.monotonic() - arrived_s)
+    service.count(result, content)
+    return Inferred(to_json(content), _JSON_BYTES, _timing(content)), content
+
+
+def _timing(content: dict[str, Any]) -> Header:
+    """Return the header that browsers show beside a request."""
+    queue, compute, total = content["queue_ms"], content["compute_ms"], content["total_ms"]
+    return b"server-timing", f"queue;dur={queue}, compute;dur={compute}, total;dur={total}".encode()

@@ -1,0 +1,276 @@
+"""Requests that are begun and answered on their connection, and those that the application has."""
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import uvicorn
+from uvicorn.server import ServerState
+
+from server.connections import Limits, limited
+from server.direct import FAILED
+from tests.server_process import running_server
+
+HEAD = b"POST /infer HTTP/1.1\r\nhost: x\r\n"
+SEVEN = HEAD + b"content-length: 7\r\n\r\nabcdefg"
+
+
+class FakeTransport(asyncio.Transport):
+    """Keeps what is written to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[bytes] = []
+        self.is_closed = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.written.append(bytes(data))
+
+    def is_closing(self) -> bool:
+        return self.is_closed
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+
+class UnderWay:
+    def __init__(self) -> None:
+        self.future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self.is_given_up = False
+
+    def answer(self) -> tuple[list[tuple[bytes, bytes]], bytes]:
+        body = self.future.result()
+        return [(b"content-length", str(len(body)).encode())], body
+
+    def give_up(self) -> None:
+        self.is_given_up = True
+        self.future.cancel()
+
+
+class Whole:
+    """Begins what has a body other than "usual"; "wrong" is refused."""
+
+    paths = ("/infer",)
+
+    def __init__(self) -> None:
+        self.begun: list[UnderWay] = []
+
+    def begin(self, scope: Mapping[str, Any], body: bytes) -> UnderWay | None:
+        assert scope["path"] in self.paths
+        if body == b"wrong":
+            raise ValueError("wrong")
+        if body == b"usual":
+            return None
+        self.begun.append(UnderWay())
+        return self.begun[-1]
+
+
+class Driven:
+    """A connection whose transport is a fake; `asked` is what came to the application."""
+
+    def __init__(self) -> None:
+        self.whole, self.transport = Whole(), FakeTransport()
+        self.asked: list[tuple[str, bytes, Exception | None]] = []
+        config = uvicorn.Config(self._app, interface="asgi3", log_config=None, lifespan="off")
+        config.load()
+        protocol: Any = limited(Limits(10, 30.0), self.whole)
+        self.protocol = protocol(config=config, server_state=ServerState(), app_state={})
+        self.protocol.connection_made(self.transport)
+
+    async def receive(self, *pieces: bytes) -> None:
+        for piece in pieces:
+            self.protocol.data_received(piece)
+            await turns()
+
+    async def finish(self, body: bytes | Exception = b"done") -> None:
+        """End what was begun last."""
+        future = self.whole.begun[-1].future
+        if isinstance(body, bytes):
+            future.set_result(body)
+        else:
+            future.set_exception(body)
+        await turns()
+
+    async def _app(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        message, body = await receive(), b""
+        while message["type"] == "http.request":
+            body += message["body"]
+            if not message["more_body"]:
+                break
+            message = await receive()
+        self.asked.append((scope["path"], body, scope["state"].get(FAILED)))
+        headers = [(b"content-length", b"3")]
+        await send({"type": "http.response.start", "status": 299, "headers": headers})
+        await send({"type": "http.response.body", "body": b"app"})
+
+
+async def turns() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def connection() -> AsyncIterator[Driven]:
+    driven = Driven()
+    yield driven
+    driven.transport.close()
+    driven.protocol.connection_lost(None)
+    await turns()
+
+
+def drive(scenario: Callable[[Driven], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with connection() as driven:
+            await scenario(driven)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("cut", [len(SEVEN), 20, len(SEVEN) - 7, len(SEVEN) - 3])
+def test_a_small_request_is_answered_in_one_write_past_the_application(cut: int) -> None:
+    async def scenario(driven: Driven) -> None:
+        await driven.receive(SEVEN[:cut], SEVEN[cut:])
+        assert driven.transport.written == []
+        await driven.finish()
+        await driven.receive(SEVEN)
+        await driven.finish(b"again")
+
+        first, second = driven.transport.written
+        assert first == b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\ndone"
+        assert second.endswith(b"\r\n\r\nagain")
+        assert not driven.transport.is_closed
+        assert driven.asked == []
+
+    drive(scenario)
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        pytest.param(HEAD + b"content-length: 5\r\n\r\nusual", id="not taken"),
+        pytest.param(SEVEN.replace(b"/infer", b"/other"), id="another path"),
+        pytest.param(SEVEN.replace(b"POST", b"PUT"), id="another method"),
+        pytest.param(
+            HEAD + b"expect: 100-continue\r\ncontent-length: 7\r\n\r\nabcdefg", id="it expects"
+        ),
+    ],
+)
+def test_other_requests_are_the_applications(request_bytes: bytes) -> None:
+    async def scenario(driven: Driven) -> None:
+        await driven.receive(request_bytes)
+
+        assert len(driven.asked) == 1
+        assert driven.asked[0][2] is None
+        assert b"".join(driven.transport.written).endswith(b"app")
+        assert driven.whole.begun == []
+
+    drive(scenario)
+
+
+@pytest.mark.parametrize("header", [b"content-length: 65537", b"transfer-encoding: chunked"])
+def test_a_body_that_may_be_large_is_the_applications_from_its_start(header: bytes) -> None:
+    async def scenario(driven: Driven) -> None:
+        await driven.receive(HEAD + header + b"\r\n\r\n")
+        assert driven.protocol.tasks
+
+    drive(scenario)
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_an_error_is_the_applications_to_answer(is_late: bool) -> None:
+    async def scenario(driven: Driven) -> None:
+        if is_late:
+            await driven.receive(SEVEN)
+            await driven.finish(ValueError("wrong"))
+        else:
+            await driven.receive(HEAD + b"content-length: 5\r\n\r\nwrong")
+
+        ((path, _, error),) = driven.asked
+        assert (path, str(error)) == ("/infer", "wrong")
+        assert b"".join(driven.transport.written).endswith(b"app")
+
+    drive(scenario)
+
+
+def test_a_client_that_hangs_up_gives_its_request_up() -> None:
+    async def scenario(driven: Driven) -> None:
+        await driven.receive(SEVEN)
+        driven.protocol.connection_lost(None)
+        await turns()
+
+        assert driven.whole.begun[0].is_given_up
+        assert driven.transport.written == []
+
+    drive(scenario)
+
+
+def test_requests_sent_ahead_are_answered_in_their_order() -> None:
+    async def scenario(driven: Driven) -> None:
+        await driven.receive(SEVEN + SEVEN + SEVEN)
+        assert (len(driven.whole.begun), driven.asked) == (1, [])
+        await driven.finish()
+
+        assert [path for path, *_ in driven.asked] == ["/infer"] * 2
+        written = b"".join(driven.transport.written)
+        assert written.index(b"done") < written.index(b"app")
+
+    drive(scenario)
+
+
+@pytest.mark.parametrize("http", [b"HTTP/1.1\r\nconnection: close", b"HTTP/1.0"])
+def test_a_connection_that_is_not_kept_is_closed_after_the_answer(http: bytes) -> None:
+    async def scenario(driven: Driven) -> None:
+        await driven.receive(SEVEN.replace(b"HTTP/1.1", http))
+        assert not driven.transport.is_closed
+        await driven.finish()
+
+        assert b"\r\nconnection: close\r\n\r\ndone" in driven.transport.written[0]
+        assert driven.transport.is_closed
+
+    drive(scenario)
+
+
+def test_both_ways_answer_alike(tmp_path: Path) -> None:
+    """A body of chunks is the application's; the same with a length is not."""
+    digit = np.zeros((1, 28, 28)).tolist()
+    bodies = [{"inputs": digit}, {"inputs": digit, "top_k": 2}, {"inputs": [1]}, {"wrong": 1}]
+    paths = [b"/infer?point=1", b"/infer?point=99", b"/infer", b"/infer?x=1"]
+    statuses = set()
+    with running_server(tmp_path, MAESTRO_CALIBRATION_BUDGET_S="1", MAESTRO_THREADS="1") as address:
+        for path, content in zip(paths * 4, sorted(bodies * 4, key=str), strict=True):
+            body = json.dumps(content).encode()
+            begun = asked(address, path, b"content-length: %d\r\n\r\n%b" % (len(body), body))
+            usual = asked(
+                address,
+                path,
+                b"transfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body),
+            )
+
+            assert begun == usual
+            statuses.add(begun[0][:12])
+    assert statuses == {b"HTTP/1.1 200", b"HTTP/1.1 422"}
+
+
+def asked(address: str, path: bytes, rest: bytes) -> tuple[bytes, list[bytes], dict[str, Any]]:
+    """Return status, names of headers and what is said but times."""
+    host, _, port = address.removeprefix("http://").partition(":")
+    head = b"POST %b HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n"
+    received = b""
+    with socket.create_connection((host, int(port)), timeout=10) as connected:
+        connected.sendall(head % path + rest)
+        while data := connected.recv(65536):
+            received += data
+    top, _, body = received.partition(b"\r\n\r\n")
+    status, *headers = top.split(b"\r\n")
+    said = {name: value for name, value in json.loads(body).items() if not name.endswith("_ms")}
+    return status, [header.partition(b":")[0] for header in headers], said
