@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,10 +49,10 @@ class Host:
 
 
 class Elsewhere:
-    """What share of this process's cores others use, from its making until asked."""
+    """What share of some cores others use, from its making until asked; else of this process's."""
 
-    def __init__(self) -> None:
-        self._cores = {f"cpu{core}" for core in affinity()}
+    def __init__(self, cores: Iterable[int] | None = None) -> None:
+        self._cores = {f"cpu{core}" for core in (affinity() if cores is None else cores)}
         self._began = self._seconds()
 
     def share(self) -> float:
