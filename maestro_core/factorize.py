@@ -8,9 +8,9 @@ from types import MappingProxyType
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from maestro_core.attention import LowRankAttention
 from maestro_core.data import Inputs
 from maestro_core.layers import (
-    LowRankAttention,
     LowRankConv2d,
     LowRankEmbedding,
     LowRankLayer,
