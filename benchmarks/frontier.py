@@ -88,7 +88,7 @@ TASKS = {
     ),
 }
 PICTURES = tuple(name for name in METHODS if name not in ABLATIONS)
-PERPLEXITIES = (4, 5, 6, 7, 8, 9, 10, 12, 14, 17, 20, 25, 30, 40, 50, 70, 100, 200, 500, 1_000)
+PERPLEXITIES = (4, 5, 6, 8, 10, 12, 14, 17, 20, 25, 30, 40, 50, 70, 100, 200, 500, 1_000)
 TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998)
 
 
