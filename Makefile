@@ -47,7 +47,7 @@ $(BIN)/python:
 
 $(VENV)-clients/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-clients
-	$(VENV)-clients/bin/pip install --quiet --disable-pip-version-check -e . pytest httpx2 'tritonclient[http]' kserve
+	$(VENV)-clients/bin/pip install --quiet --disable-pip-version-check -e . pytest hypothesis httpx2 'tritonclient[http]' kserve
 	touch $@
 
 $(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
