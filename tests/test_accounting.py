@@ -6,8 +6,10 @@ from torch import Tensor, nn
 
 from maestro_core.accounting import Cost, measure
 from maestro_core.factorize import factorize_
+from maestro_core.models import resnet9
 from maestro_core.models.lenet import LeNet
 from maestro_core.models.resnet import ResNet18, ResNet50
+from maestro_core.models.resnet9 import ResNet9
 from maestro_core.models.transformer import Transformer
 from maestro_core.models.vgg import VGG19
 from maestro_core.recipes import imagenet_resnet50_partial
@@ -258,3 +260,13 @@ def test_a_table_left_dense_is_counted_apart(keep: str) -> None:
     assert cost.embedding_params_at([3]) == 480
     assert cost.params_at([3]) == 480 + 3 * 24 + 12 + 40
     assert cost.macs_at([3]) == (480 + 3 * 24) * 3
+
+
+def test_the_small_network_for_cifar_is_as_large_as_it_says() -> None:
+    network = ResNet9()
+    factorize_(network, ("whitening",))
+
+    cost = measure(network, torch.zeros(1, 3, 32, 32))
+
+    assert (cost.dense_params, cost.dense_macs) == (2_638_314, 295_021_856)
+    assert "2.6 M parameters and 295 M MACs" in str(resnet9.__doc__)

@@ -4,7 +4,7 @@ Three stages of three convolutions, the last two of each residual; a stage begin
 rows and columns. What makes it learn fast from its first step is David Page's (How to Train Your
 ResNet, 2019) and Keller Jordan's (94 % on CIFAR-10 in 3.29 seconds, 2024): a fixed first layer that
 whitens windows, pooling before normalisation, and convolutions that begin as the identity.
-2.6 M parameters and 310 M MACs, nearly all in layers worth factorising.
+2.6 M parameters and 295 M MACs, nearly all in layers worth factorising.
 """
 
 from typing import cast
@@ -25,7 +25,7 @@ class Convolution(nn.Sequential):
     """A 3×3 convolution, with `pool` 2×2 max-pooling, then batch normalisation and ReLU.
 
     Its first channels begin as copies of the input's. Pooling comes first, so that less is left to
-    normalise: a step takes 0.8 of the time (bfloat16, batch 128, two cores of an AMD EPYC).
+    normalise.
     """
 
     def __init__(self, channels_in: int, channels: int, pool: bool = False) -> None:
