@@ -1,11 +1,12 @@
 """Networks to measure on, as artifacts with seeded random weights: latency doesn't know.
 
 ResNet-18 as on CIFAR-10 (3×3 stem, no max-pool; He et al., 2016, with the max ranks of Maestro,
-ICML 2024) and a transformer encoder of 6 layers, width 384, on 64 tokens. Scores are made up.
+ICML 2024), a transformer encoder of 6 layers, width 384, on 64 tokens, and LeNet (LeCun et al.,
+1998, as `maestro_core/models/lenet.py` has it). Scores are made up.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -136,18 +137,27 @@ class _Builder:
         self.layers.append(layer)
         return [f"{layer.name}.down", f"{layer.name}.up"]
 
-    def conv(self, x: str, layer: Layer) -> str:
-        """Add a convolution without bias, and its normalisation."""
+    def conv(self, x: str, layer: Layer, *bias: str) -> str:
         pads = [*layer.padding, *layer.padding]
         y = self.node(
             "LowRankConv2d",
-            [x, *self.factors(layer)],
+            [x, *self.factors(layer), *bias],
             domain=graph.DOMAIN,
             strides=layer.stride,
             pads=pads,
             dilations=layer.dilation,
         )
         self.dims[y] = 4
+        return y
+
+    def biased_conv(self, x: str, layer: Layer) -> str:
+        bias = f"{layer.name}.bias"
+        self.weights[bias] = np.zeros(layer.out_features, np.float32)
+        return self.conv(x, layer, bias)
+
+    def normalised_conv(self, x: str, layer: Layer) -> str:
+        """Add a convolution without bias, and its normalisation."""
+        y = self.conv(x, layer)
         norms = []
         for part in ("scale", "shift", "mean", "var"):
             name = f"{layer.name}.norm.{part}"
@@ -196,18 +206,18 @@ class _Builder:
 def resnet18() -> Network:
     """Return ResNet-18 on 3×32×32 pictures, 21 layers, 0.555 GMACs."""
     b = _Builder()
-    x = b.node("Relu", [b.conv("x", _window("stem", 3, 64, 3, 1, 32))])
+    x = b.node("Relu", [b.normalised_conv("x", _window("stem", 3, 64, 3, 1, 32))])
     channels, side = 64, 32
     for stage, width in enumerate((64, 128, 256, 512)):
         for block in range(2):
             stride = 2 if stage and not block else 1
             side //= stride
             name = f"layer{stage + 1}.{block}"
-            h = b.conv(x, _window(f"{name}.conv1", channels, width, 3, stride, side))
+            h = b.normalised_conv(x, _window(f"{name}.conv1", channels, width, 3, stride, side))
             h = b.node("Relu", [h])
-            h = b.conv(h, _window(f"{name}.conv2", width, width, 3, 1, side))
+            h = b.normalised_conv(h, _window(f"{name}.conv2", width, width, 3, 1, side))
             if stride == 2:
-                x = b.conv(x, _window(f"{name}.shortcut", channels, width, 1, 2, side))
+                x = b.normalised_conv(x, _window(f"{name}.shortcut", channels, width, 1, 2, side))
             x = b.node("Relu", [b.node("Add", [h, x])])
             channels = width
     x = b.node("Flatten", [b.node("GlobalAveragePool", [x])])
@@ -226,6 +236,23 @@ def encoder() -> Network:
     pooled = b.node("ReduceMean", [b.norm(x, "norm"), b.constant("tokens", [1])], keepdims=0)
     y = b.linear(pooled, "head", _WIDTH, 10, 1, 2)
     return b.network("encoder", y, (_TOKENS, _WIDTH), (10,))
+
+
+def lenet() -> Network:
+    """Return LeNet on 1×28×28 pictures, 5 layers, 281,640 MACs: next to nothing to compute."""
+    b = _Builder()
+    x, channels, side = "x", 1, 28
+    for i, width in enumerate((6, 16)):
+        side -= 4
+        layer = replace(_window(f"conv{i + 1}", channels, width, 5, 1, side), padding=(0, 0))
+        x = b.node("Relu", [b.biased_conv(x, layer)])
+        x = b.node("MaxPool", [x], kernel_shape=[2, 2], strides=[2, 2])
+        channels, side = width, side // 2
+    x, fan_in = b.node("Flatten", [x]), channels * side**2
+    for i, width in enumerate((120, 84)):
+        x = b.node("Relu", [b.linear(x, f"fc{i + 1}", fan_in, width, 1, 2)])
+        fan_in = width
+    return b.network("lenet", b.linear(x, "fc3", fan_in, 10, 1, 2), (1, 28, 28), (10,))
 
 
 def _attention(b: _Builder, x: str, name: str) -> str:

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import report
+from benchmarks import networks, report
 from benchmarks.http_load import Call, Latencies, closed_loop, open_loop
 from benchmarks.load import cores_apart, profiled
 from benchmarks.load import server as our_server
@@ -35,7 +35,7 @@ from benchmarks.rival_server import FLOOR, PROGRAMS, MissingError, Started, riva
 from maestro_core import artifact
 from maestro_core.artifact import Artifact
 from maestro_core.host import Elsewhere
-from server.settings import OURS, shipped_artifact
+from server.settings import OURS
 
 FORMS = ("json", "npy")
 MANY = 16
@@ -62,7 +62,9 @@ Cell = tuple[str, str, str]  # server, form, load
 def main(argv: Sequence[str] | None = None) -> None:
     """Run, print the result and a table, write the result where `--out` says."""
     parser = argparse.ArgumentParser(prog="maestro bench overhead", description=__doc__)
-    parser.add_argument("artifact", type=Path, nargs="?", default=shipped_artifact())
+    parser.add_argument(
+        "artifact", type=Path, nargs="?", help="default: LeNet, which computes next to nothing"
+    )
     parser.add_argument(
         "--rival",
         action="append",
@@ -82,13 +84,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("--seconds must be above 0, --rounds at least 1, --share in (0, 1)")
     pythons = {FLOOR: sys.executable, **dict.fromkeys(PROGRAMS, sys.executable)}
     pythons |= _pythons(chosen.rival)
-    model = artifact.load(chosen.artifact)
-    point = max(range(len(model.points)), key=lambda i: model.points[i].score.value)
     elsewhere = Elsewhere()
     missing: dict[str, str] = {}
     rivals: dict[str, Started] = {}
     with cores_apart() as (sending, serving), ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        model = artifact.load(chosen.artifact) if chosen.artifact else _lenet(folder)
+        point = max(range(len(model.points)), key=lambda i: model.points[i].score.value)
         profiled(model, folder, serving, quick=chosen.quick)
         addresses = {OURS: stack.enter_context(our_server(model, folder, OURS, serving))}
         file = model.path / model.points[point].graph
@@ -237,6 +239,11 @@ def table(rows: Sequence[Row]) -> Table:
             *(str(one[name]) for name in ("n", "failed")),
         )
     return found
+
+
+def _lenet(folder: Path) -> Artifact:
+    network = networks.lenet()
+    return network.save(folder / "lenet.maestro", network.uniform_chain(7))
 
 
 def _path(point: int, name: str, form: str) -> str:

@@ -13,6 +13,7 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
+from maestro_core.artifact import Artifact
 from server.connections import Limits, limited
 from server.direct import FAILED
 from tests.server_process import running_server
@@ -240,13 +241,14 @@ def test_a_connection_that_is_not_kept_is_closed_after_the_answer(http: bytes) -
     drive(scenario)
 
 
-def test_both_ways_answer_alike(tmp_path: Path) -> None:
+def test_both_ways_answer_alike(tiny_artifact: Artifact, tmp_path: Path) -> None:
     """A body of chunks is the application's; the same with a length is not."""
-    digit = np.zeros((1, 28, 28)).tolist()
-    bodies = [{"inputs": digit}, {"inputs": digit, "top_k": 2}, {"inputs": [1]}, {"wrong": 1}]
+    zeros = np.zeros(tiny_artifact.manifest.input.shape[1:]).tolist()
+    bodies = [{"inputs": zeros}, {"inputs": zeros, "top_k": 2}, {"inputs": [1]}, {"wrong": 1}]
     paths = [b"/infer?point=1", b"/infer?point=99", b"/infer", b"/infer?x=1"]
     statuses = set()
-    with running_server(tmp_path, MAESTRO_CALIBRATION_BUDGET_S="1", MAESTRO_THREADS="1") as address:
+    quick = {"MAESTRO_CALIBRATION_BUDGET_S": "1"}
+    with running_server(tmp_path, tiny_artifact.path, **quick) as address:
         for path, content in zip(paths * 4, sorted(bodies * 4, key=str), strict=True):
             body = json.dumps(content).encode()
             begun = asked(address, path, b"content-length: %d\r\n\r\n%b" % (len(body), body))

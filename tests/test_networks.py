@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.networks import Network, encoder, resnet18
+from benchmarks.networks import Network, encoder, lenet, resnet18
 from server.engine import Engine
 
 
-@pytest.fixture(scope="module", params=[resnet18, encoder], ids=["resnet18", "encoder"])
+@pytest.fixture(scope="module", params=[resnet18, encoder, lenet], ids=lambda make: make.__name__)
 def network(request: pytest.FixtureRequest) -> Network:
     made: Network = request.param()
     return made
@@ -27,6 +27,16 @@ def test_resnet18_is_the_published_one() -> None:
     assert len(network.layers) == 21
     assert sum(layer.max_rank for layer in network.layers) == 4325
     assert round(macs(network, network.uniform(1)) / 1e9, 3) == 0.555
+
+
+def test_lenet_is_the_published_one() -> None:
+    """281,640 MACs and 44,426 parameters, 236 of them biases (Maestro, ICML 2024)."""
+    network = lenet()
+    whole = network.uniform(1)
+
+    assert macs(network, whole) == 281_640
+    pairs = zip(network.layers, whole, strict=True)
+    assert sum(layer.params(rank) for layer, rank in pairs) == 44_426 - 236
 
 
 def test_chains_are_nested_and_end_whole(network: Network) -> None:
