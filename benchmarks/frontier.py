@@ -25,6 +25,7 @@ from benchmarks.effort import Precision
 from benchmarks.methods import ABLATIONS, METHODS, TEXT, Bench, Task
 from benchmarks.profiler import measure
 from maestro_core import data, sentences
+from maestro_core.allocator import keep_freed_memory
 from maestro_core.frontier import pareto
 from maestro_core.host import Elsewhere
 from maestro_core.models.lenet import LeNet
@@ -143,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="else results/frontier-TASK.json")
     chosen = parser.parse_args(argv)
     torch.set_num_threads(chosen.threads)
+    keep_freed_memory()
     task = TASKS[chosen.task]
     given = {name: getattr(chosen, name) for name in ("epochs", "samples")}
     task = replace(task, **{name: value for name, value in given.items() if value is not None})

@@ -20,6 +20,7 @@ from torch.optim import SGD
 
 from benchmarks import report
 from maestro_core.accounting import measure
+from maestro_core.allocator import keep_freed_memory
 from maestro_core.factorize import factorize_, low_rank_layers
 from maestro_core.host import Elsewhere
 from maestro_core.lod import truncate_
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(argv)
     batch, rounds = (16, 3) if chosen.quick else (chosen.batch, chosen.rounds)
     torch.set_num_threads(chosen.threads)
+    keep_freed_memory()  # as `maestro train` does
     result: dict[str, Any] = {
         **report.conditions(),
         "torch": torch.__version__,

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from maestro_core import artifact
+from maestro_core.allocator import keep_freed_memory
 from maestro_core.artifact import Artifact
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def train(
         return
     if recipe is None or data is None:
         raise CommandError("train: give a RECIPE and --data PATH; --list names the recipes")
+    keep_freed_memory()
     path = running.run(recipe, data, out, _target(target_macs, target_params), device)
     if path is None:
         return  # another process of torchrun has it

@@ -199,11 +199,13 @@ def train_(
         state = checkpoint.State(epoch + 1, ranks, run, chain, lasso)
         if distributed.rank() == 0:
             last = checkpoint.save(root, model, optimizer, state)
-        progress.update(
-            task,
-            description=f"epoch {epoch + 1}/{hyper.epochs}, validation {_said(data, result)}, "
-            f"ranks {'-'.join(map(str, ranks.values())) or 'all'}",
+        done = (
+            f"epoch {epoch + 1}/{hyper.epochs}, validation {_said(data, result)}, "
+            f"ranks {'-'.join(map(str, ranks.values())) or 'all'}"
         )
+        progress.update(task, description=done)
+        if not (progress.disable or progress.console.is_terminal):  # a log has no bar that moves
+            progress.console.print(done)
     _start_(model, data, hyper, hyper.epochs)
     if not chain:
         chain = distributed.agreed(find())

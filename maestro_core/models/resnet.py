@@ -26,9 +26,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (b, channels, h / stride, w / stride) for x (b, channels_in, h, w)."""
-        y = self.norm1(self.conv1(x)).relu()
+        y = self.norm1(self.conv1(x)).relu_()
         y = self.norm2(self.conv2(y))
-        return cast(Tensor, (y + self.shortcut(x)).relu())
+        return cast(Tensor, y.add_(self.shortcut(x)).relu_())
 
 
 class ResNet18(nn.Module):
@@ -50,7 +50,7 @@ class ResNet18(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (b, classes) of pictures (b, 3, 32, 32)."""
-        x = self.norm(self.stem(x)).relu()  # (b, 64, 32, 32)
+        x = self.norm(self.stem(x)).relu_()  # (b, 64, 32, 32)
         x = self.blocks(x)  # (b, 512, 4, 4)
         return cast(Tensor, self.head(x.mean((2, 3))))
 
@@ -79,10 +79,10 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (b, 4 · channels, h / stride, w / stride) for x (b, channels_in, h, w)."""
-        y = self.norm1(self.conv1(x)).relu()
-        y = self.norm2(self.conv2(y)).relu()
+        y = self.norm1(self.conv1(x)).relu_()
+        y = self.norm2(self.conv2(y)).relu_()
         y = self.norm3(self.conv3(y))
-        return cast(Tensor, (y + self.shortcut(x)).relu())
+        return cast(Tensor, y.add_(self.shortcut(x)).relu_())
 
 
 class ResNet50(nn.Module):
@@ -107,7 +107,7 @@ class ResNet50(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (b, classes) of pictures (b, 3, 224, 224)."""
-        x = self.pool(self.norm(self.stem(x)).relu())  # (b, 64, 56, 56)
+        x = self.pool(self.norm(self.stem(x)).relu_())  # (b, 64, 56, 56)
         x = self.stages(x)  # (b, 2048, 7, 7)
         return cast(Tensor, self.head(x.mean((2, 3))))
 

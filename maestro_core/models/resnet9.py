@@ -36,7 +36,7 @@ class Convolution(nn.Sequential):
             convolution,
             *([nn.MaxPool2d(2)] if pool else []),
             nn.BatchNorm2d(channels),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
         )
 
 

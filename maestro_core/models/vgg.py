@@ -23,7 +23,7 @@ class VGG19(nn.Module):
                 layers += [
                     nn.Conv2d(before, channels, 3, padding=1, bias=False),
                     nn.BatchNorm2d(channels),
-                    nn.ReLU(),
+                    nn.ReLU(inplace=True),
                 ]
                 before = channels
             layers.append(nn.MaxPool2d(2))
