@@ -220,21 +220,23 @@ class Load:
     price: float
 
 
-def load(view: View, due: Due) -> Load:
+def load(view: View, due: Due | None) -> Load:
     """Return the load of what waits and of what comes at the mean rate.
 
-    The most crowded of the prefixes of the queue counts, rows by time to its deadline (the
+    Without a target anywhere (`due` is None) what waits has for ever, and is no load. Else the most
+    crowded of the prefixes of the queue counts, rows by time to its deadline (the
     critical interval of Yao, Demers and Shenker, FOCS 1995), or the queue and what comes in
     the time of the loosest target.
     """
     tables, waiting, expected = view.tables, view.waiting, view.expected
-    horizon_ms = expected.target_ms
-    last_ms = MS * (waiting.entries[-1].expiry_s - view.now)
-    if last_ms < math.inf:
-        horizon_ms = max(horizon_ms, last_ms)
+    per_ms = expected.rate / MS
     others = waiting.rows - waiting.entries[0].request.rows
-    per_ms = others / horizon_ms + expected.rate / MS
-    if others:
+    if due and others:
+        horizon_ms = expected.target_ms
+        last_ms = MS * (waiting.entries[-1].expiry_s - view.now)
+        if last_ms < math.inf:
+            horizon_ms = max(horizon_ms, last_ms)
+        per_ms += others / horizon_ms
         crowded = due.rows[1:-1] / np.maximum(due.ms[1:-1], tables.unit_ms[0])
         per_ms = max(per_ms, float(np.maximum.reduce(crowded)))
     per_ms *= view.level / view.slots

@@ -109,7 +109,7 @@ class Scheduler:
                 f"{self._max_queue} requests wait already",
                 retry_after_s=self._drain_s(now, speed),
             )
-        if not self._sheds:
+        if not self._sheds or entry.expiry_s == math.inf:  # it is never late
             return None
         view = self._view(now, speed) if self._waiting.entries else None
         wait_ms = self._wait_ms(entry, now, view)

@@ -33,15 +33,17 @@ class WaitingList:
     """Entries sorted by `order`, with the sums that the selector needs.
 
     expiries_s: of the entries, and inf as one more; an array, for numpy to read at once.
+    timed: how many have a target.
     """
 
-    __slots__ = ("_orders", "entries", "expiries_s", "rows", "work_ms")
+    __slots__ = ("_orders", "entries", "expiries_s", "rows", "timed", "work_ms")
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
         self.expiries_s = array("d", [math.inf])
         self._orders: list[tuple[float, int, int]] = []
         self.rows = 0
+        self.timed = 0
         self.work_ms = 0.0
 
     def __len__(self) -> int:
@@ -61,6 +63,7 @@ class WaitingList:
         self.expiries_s.insert(place, entry.expiry_s)
         self._orders.insert(place, entry.order)
         self.rows += entry.request.rows
+        self.timed += entry.expiry_s < math.inf
         self.work_ms += entry.work_ms
 
     def take(self, start: int, count: int) -> list[Entry]:
@@ -72,6 +75,7 @@ class WaitingList:
         del self._orders[start:end]
         for entry in taken:
             self.rows -= entry.request.rows
+            self.timed -= entry.expiry_s < math.inf
             self.work_ms -= entry.work_ms
         if not self.entries:
             self.work_ms = 0.0  # rounding must not add up over days

@@ -26,7 +26,7 @@ DUES_MS = st.lists(st.floats(1.0, 30.0), min_size=1, max_size=6).map(sorted)
 def make_view(dues_ms: list[float], lowest: int = 0) -> View:
     waiting = WaitingList()
     for i, due_ms in enumerate(dues_ms):
-        request = Request(str(i), 0.0, due_ms / MS)
+        request = Request(str(i), 0.0, due_ms / MS if due_ms < 1e6 else None)
         order = (due_ms / MS, 2, i)
         work_ms = TABLES.unit_ms[lowest]
         waiting.add(Entry(request, order, due_ms / MS, lowest, 3, ACCURACY[lowest], work_ms))
@@ -95,6 +95,17 @@ def test_alone_the_choice_is_the_best_of_every_point(due_ms: float, lowest: int)
 @given(DUES_MS, st.integers(0, 3))
 def test_no_floor_is_broken(dues_ms: list[float], lowest: int) -> None:
     assert choose(make_view(dues_ms, lowest)).point >= lowest
+
+
+@given(st.integers(1, 12), st.integers(0, 3), st.floats(0, 5_000), st.integers(0, 1))
+def test_without_targets_the_choice_is_that_of_targets_far_off(
+    count: int, lowest: int, rate: float, running: int
+) -> None:
+    free, far = (make_view([due_ms] * count, lowest) for due_ms in (math.inf, 1e15))
+    free.expected.rate = far.expected.rate = rate
+    free.running = far.running = running
+
+    assert choose(free) == choose(far)
 
 
 def test_the_tightest_request_sets_the_point() -> None:
