@@ -24,6 +24,7 @@ from server.processes.accepting import is_ahead
 from server.processes.channel import Answer, Channel, LostError, RemoteError, open_channel
 from server.processes.counters import ACCEPTS_NONE, Board
 from server.processes.hub import Hub
+from server.processes.supervisor import pause_s
 from server.settings import read_settings
 from server.statistics import Statistics
 from tests.test_profile import PROFILE
@@ -103,6 +104,13 @@ def samples(directory: Path) -> dict[str, float]:
     text = counters.totals(directory).decode()
     families = text_string_to_metric_families(text)
     return {s.name: s.value for family in families for s in family.samples if "le" not in s.labels}
+
+
+def test_a_worker_that_ends_again_and_again_is_replaced_later_and_later() -> None:
+    pauses_s = [pause_s(short_lives) for short_lives in range(12)]
+
+    assert pauses_s[:5] == [0, 0, 1, 2, 4]
+    assert pauses_s[-1] == pauses_s[-2] == 30
 
 
 def test_counts_add_up_outlive_a_worker_and_go_on_with_the_next() -> None:

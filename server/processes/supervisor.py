@@ -24,6 +24,10 @@ log = logging.getLogger("maestro")
 
 # A worker that ends so often before it could serve would only be started over and over.
 _MOST_FAILURES = 3
+# One that serves and ends within so long, again and again, is replaced later and later: a start
+# takes a core for seconds, of those that the others serve on.
+_SHORT_LIFE_S = 60.0
+_LONGEST_PAUSE_S = 30.0
 
 
 class WorkersError(Exception):
@@ -76,6 +80,7 @@ class _Supervisor:
         self._hub, self._listeners, self._environment = hub, listeners, environment
         self._workers: dict[int, _Worker] = {}
         self._ending: signal.Signals | None = None
+        self._told_to_end = asyncio.Event()
 
     async def run(self, places: Sequence[Place]) -> None:
         """Keep a worker at each place until a signal."""
@@ -94,6 +99,7 @@ class _Supervisor:
     def _end(self, number: signal.Signals) -> None:
         """Have all workers end, and none started."""
         again, self._ending = self._ending is not None, number
+        self._told_to_end.set()
         for listener in self._listeners:  # else connections would wait for nobody
             listener.close()
         self._signal(signal.SIGKILL if again else number)
@@ -104,16 +110,26 @@ class _Supervisor:
                 worker.process.send_signal(number)
 
     async def _keep(self, place: Place) -> None:
-        failures = 0
+        failures = short_lives = 0
+        clock = asyncio.get_running_loop().time
         while self._ending is None:
+            began_s = clock()
             worker = await self._start(place)
             status = await worker.process.wait()
             await worker.talk  # what it said last
             served = self._hub.left(place.index) or status == 0  # told to end by somebody
             failures = 0 if served else failures + 1
+            short = status != 0 and clock() - began_s < _SHORT_LIFE_S
+            short_lives = short_lives + 1 if short else 0
             del self._workers[place.index]
             if self._ending is None:
                 self._judge(place.index, status, worker.reason, failures)
+                await self._pause(pause_s(short_lives))
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait so long, or until the workers are told to end."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._told_to_end.wait(), seconds)
 
     def _judge(self, index: int, status: int, reason: str, failures: int) -> None:
         why = reason or _what(status)
@@ -151,6 +167,14 @@ class _Supervisor:
 
         channel: Channel = await open_channel(connection, answer)
         await channel.run()
+
+
+def pause_s(short_lives: int) -> float:
+    """Return how long to wait before a worker is replaced after so many short lives in a row.
+
+    The first is replaced at once.
+    """
+    return 0.0 if short_lives < 2 else min(_LONGEST_PAUSE_S, 2.0 ** (short_lives - 2))
 
 
 def _environment(settings: Settings) -> dict[str, str]:
