@@ -36,6 +36,20 @@ def test_each_policy_plans_what_it_was_given(name: PolicyName) -> None:
     assert plan.batch.requests == (request,)
 
 
+@pytest.mark.parametrize("name", get_args(PolicyName))
+def test_no_policy_fills_a_batch_with_more_rows_than_it_holds(name: PolicyName) -> None:
+    scheduler = scheduler_of(name, LATENCIES, max_queue=10, slots=1)
+    for i in range(4):
+        scheduler.submit(Request(str(i), 0.0, 10.0, rows=2), 0.0)
+
+    plan = scheduler.plan(0.0)
+    if plan.batch is None and plan.wake_s is not None:
+        plan = scheduler.plan(plan.wake_s)
+
+    assert plan.batch is not None
+    assert plan.batch.rows == 2
+
+
 @pytest.mark.parametrize(("name", "point"), [("largest", 2), ("middle", 1), ("smallest", 0)])
 def test_a_fixed_policy_keeps_to_its_point(name: PolicyName, point: int) -> None:
     scheduler = scheduler_of(name, LATENCIES, max_queue=10, slots=1)

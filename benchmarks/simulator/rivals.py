@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 
@@ -37,7 +38,14 @@ def _largest_point(tables: Tables, rows: int, budget_ms: float) -> int:
 
 
 def _start(view: View, drop: int, point: int, rows: int) -> Choice:
-    return Choice(max(1, min(rows, len(view.waiting) - drop)), point, drop=drop)
+    """Return a batch of the first that is not dropped, and of the next up to so many rows."""
+    filled = count = 0
+    for entry in islice(view.waiting.entries, drop, drop + max(1, rows)):
+        filled += entry.request.rows
+        if count and filled > rows:
+            break
+        count += 1
+    return Choice(count, point, drop=drop)
 
 
 def _slack_ms(view: View, drop: int) -> float:
@@ -116,8 +124,8 @@ def infaas(view: View) -> Choice:
     for entry in entries[drop : drop + most]:
         if _variant(view.tables, entry) != point:
             break
-        rows += 1
-    return _start(view, drop, point, rows)
+        rows += entry.request.rows
+    return _start(view, drop, point, min(rows, most))
 
 
 def _variant(tables: Tables, entry: Entry) -> int:
