@@ -86,7 +86,7 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     @app.exception_handler(ServiceError)
     async def known(request: Request, error: ServiceError) -> Response:
         if request.url.path.endswith("/infer"):
-            service.refused(error.code, error.members.get("reason"))
+            service.counting.refused(error.code, error.members.get("reason"))
         return problem(error)
 
     @app.exception_handler(RequestValidationError)
@@ -112,7 +112,7 @@ def _add_errors(app: FastAPI, service: Service) -> None:
 
     @app.exception_handler(ClientDisconnect)
     async def gone(_request: Request, _error: ClientDisconnect) -> Response:
-        service.refused("client-gone")
+        service.counting.refused("client-gone")
         return Response(status_code=_CLIENT_GONE)
 
 

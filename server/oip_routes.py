@@ -118,7 +118,7 @@ def infer_call(service: Service, bodies: Bodies) -> Call:
             served = service.artifact  # a search may replace it meanwhile
             result = await service.infer(wanted.x, parameters, arrived_s, request.receive)
         content = infer_answer(served, parameters, result, time.monotonic() - arrived_s)
-        service.count(result, content)
+        service.counting.answered(result, content["total_ms"], parameters.max_latency_ms)
         request.scope[ANSWER] = content
         answer, headers = protocol.write(
             wanted,

@@ -28,6 +28,7 @@ from server.calibration import (
     UnknownJobError,
     first_effort,
 )
+from server.counting import Counting
 from server.dispatcher import Dispatcher
 from server.engine import Engine
 from server.errors import ConflictError, InvalidError, NotFoundError, UnavailableError
@@ -36,7 +37,6 @@ from server.metrics import Metrics
 from server.overhead import overhead_ms
 from server.policies import scheduler_of
 from server.processes.team import Hands, Team
-from server.requests import Batch
 from server.schemas import InferParameters
 from server.settings import Settings
 from server.statistics import Statistics, private_row
@@ -92,9 +92,9 @@ class Service:
         self._host = HostModel(artifact.load(settings.artifact), settings, workers)
         self.artifact, note = self._host.points()
         _warn(note)
-        self.metrics = Metrics()
         row = private_row()
         self.statistics = team.statistics if team else Statistics(row, [row])
+        self.counting = Counting(Metrics(), self.statistics)
         self._engine = self._measured_engine = self._host.engine(self.artifact)
         _warn(self._engine.note)
         self._store = ProfileStore(settings.state_dir)
@@ -109,7 +109,6 @@ class Service:
         self._on_progress = on_progress
         self._ids = map(str, itertools.count())
         self._overhead_ms = 0.0
-        self._uncounted: list[Callable[[], None]] = []
         self._serving: _Serving | None = None
         self.is_leaving = False
         self._stopping = False
@@ -207,29 +206,21 @@ class Service:
         except ValueError as error:
             raise InvalidError(str(error)) from error
 
-    def count(self, inference: Inference, content: dict[str, Any]) -> None:
-        """Count an answer."""
-        self._count_later(partial(self._answered, inference, content))
-
-    def refused(self, code: str, reason: str | None = None) -> None:
-        """Count a request that was answered with an error; a `reason` is the scheduler's."""
-        self.metrics.refused(code, reason)
-        self.statistics.failed()
-
     def gauge(self) -> None:
         """Bring the gauges, and the counts of answers just sent, up to date."""
-        self._count()
-        self.metrics.ready.set(self.is_ready)
+        self.counting.flush()
+        metrics = self.counting.metrics
+        metrics.ready.set(self.is_ready)
         if self._serving:
-            self.metrics.queue_depth.set(self._serving.dispatcher.scheduler.waiting)
-            self.metrics.slowdown.set(self._serving.slowdown())
+            metrics.queue_depth.set(self._serving.dispatcher.scheduler.waiting)
+            metrics.slowdown.set(self._serving.slowdown())
 
     async def metrics_text(self) -> bytes:
         """Return the metrics in Prometheus' text format, of all workers together."""
         if self._team:
             return await self._team.metrics_text()
         self.gauge()
-        return self.metrics.text()
+        return self.counting.metrics.text()
 
     # -- profile -----------------------------------------------------------------------------
 
@@ -358,38 +349,13 @@ class Service:
             self._engine,
             self._turns,
             slots=SLOTS,
-            on_batch=self._ran,
-            on_decision=lambda s: self._count_later(partial(self.metrics.decided, s)),
+            on_batch=self.counting.ran,
+            on_decision=self.counting.decided,
         )
         self._serving = _Serving(dispatcher, profile, source)
         log.info("ready; profile %s, of %s", source, profile.measured_at)
         if before is not None:
             self._retiring = asyncio.create_task(_retire(before.dispatcher))
-
-    def _count_later(self, count: Callable[[], None]) -> None:
-        """Count once the answers of this turn of the event loop and of the next are sent.
-
-        Nobody waits for counters, and to count a request takes 9 µs.
-        """
-        if not self._uncounted:
-            self._loop.call_soon(self._loop.call_soon, self._count)
-        self._uncounted.append(count)
-
-    def _count(self) -> None:
-        due, self._uncounted = self._uncounted, []
-        for count in due:
-            count()
-
-    def _answered(self, inference: Inference, content: dict[str, Any]) -> None:
-        self.metrics.answered(inference, content["total_ms"], content["max_latency_ms"])
-        self.statistics.answered(inference, content["total_ms"])
-
-    def _ran(self, batch: Batch, compute_s: float) -> None:
-        self._count_later(partial(self._count_batch, batch, compute_s))
-
-    def _count_batch(self, batch: Batch, compute_s: float) -> None:
-        self.metrics.ran(batch.point, batch.rows, compute_s, batch.predicted_ms / 1e3)
-        self.statistics.ran(batch.rows, 1e3 * compute_s)
 
 
 def _warn(note: str | None) -> None:

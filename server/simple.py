@@ -101,7 +101,7 @@ class UnderWay:
         """Forget it: the client hung up."""
         self._body.give_back()
         self._place.give_up()
-        self._service.refused("client-gone")
+        self._service.counting.refused("client-gone")
 
 
 class Whole:
@@ -163,7 +163,7 @@ def _answer(
 ) -> tuple[Inferred, dict[str, Any]]:
     """Return the answer, counted, and what it says."""
     content = infer_answer(artifact, parameters, result, time.monotonic() - arrived_s)
-    service.count(result, content)
+    service.counting.answered(result, content["total_ms"], parameters.max_latency_ms)
     return Inferred(to_json(content), _JSON_BYTES, _timing(content)), content
 
 
