@@ -36,8 +36,8 @@ from maestro_core.recipes.cifar10_small import RECIPE as CIFAR10_SMALL
 from maestro_core.recipes.mnist_lenet import RECIPE as MNIST_LENET
 from maestro_core.recipes.multi30k_transformer import RECIPE as MULTI30K_TRANSFORMER
 from maestro_core.recipes.recipe import TextRecipe
+from maestro_core.schedule import Phase
 from maestro_core.sentences import Corpus
-from maestro_core.training import Phase
 from server.engine import session_options
 
 # Points of our own and of the networks cut by our search: enough for a curve, scored in minutes.

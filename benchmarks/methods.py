@@ -32,9 +32,10 @@ from maestro_core.normalisation import scratch
 from maestro_core.perplexity import TextPoint, score_points
 from maestro_core.recipes.recipe import Recipe, TextRecipe
 from maestro_core.sampling import Sampling
+from maestro_core.schedule import HyperParameters, Kind, Phase
 from maestro_core.search import Point, by_name, find_chain, make_points
 from maestro_core.sentences import Corpus, example
-from maestro_core.training import HyperParameters, Kind, Phase, train_
+from maestro_core.training import train_
 from maestro_core.whitening import sample_inputs, whiten_
 
 QUARTER = 4  # Pufferfish: a rank is a quarter of the whole

@@ -2,10 +2,9 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.progress import Progress
@@ -24,12 +23,10 @@ from maestro_core.lod import group_lasso, shrink_, truncate_
 from maestro_core.loss import cross_entropy
 from maestro_core.proximal import proximal_step_
 from maestro_core.sampling import Sampling, draw
+from maestro_core.schedule import HyperParameters, learning_rate
 from maestro_core.sentences import Corpus, Samples, Sentences, example
 from maestro_core.target import FALLING, Pursuit, Target, first_weight
 from maestro_core.whitening import sample_inputs, whiten_
-
-Kind = Literal["dense", "ordered", "nested"]
-
 
 # A loss is looked at after so many steps: to look makes the host wait for the device.
 CHECKED = 20
@@ -37,95 +34,6 @@ CHECKED = 20
 
 class Diverged(ValueError):  # noqa: N818  it says what happened
     """The loss is no longer a finite number; the message names the step."""
-
-
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """Some epochs of one kind; the rate rises to `learning_rate` and falls to 0 along a cosine.
-
-    `dense`: the network before it is factorised. `ordered`: one layer cut at random in each step
-    (Maestro, ICML 2024). `nested`: the points of the chain together (consolidation.py).
-    With `milestones`, rising shares of the epochs, the rate is divided by 10 at each instead.
-    """
-
-    kind: Kind
-    epochs: int
-    learning_rate: float
-    milestones: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Moments:
-    """What Adam (Kingma and Ba, 2015) remembers of gradients: decay of both means, and ε."""
-
-    betas: tuple[float, float]
-    epsilon: float
-
-
-@dataclass(frozen=True, slots=True)
-class HyperParameters:
-    """How a network is trained: in phases, which come in the order dense, ordered, nested.
-
-    The optimiser is SGD, or Adam where there is `adam`; then a proximal step follows Adam's at its
-    rate alone, as decoupled weight decay does, and `momentum` is 0.
-
-    `keep` names layers to leave dense. `lasso` weighs the group lasso, `threshold` is the
-    importance at or below which a rank is removed (in the paper λ_gl and ε_ps); with `proximal` the
-    lasso is not in the loss but in a step after the optimiser's (proximal.py). `warmup` is the
-    share of a phase in which its rate rises. `precision` is that of forward and backward;
-    parameters are float32 always. `sampling` is of the ordered phase (sampling.py). With
-    `whitened` a network that was trained dense is factorised by its activations (whitening.py).
-    With a `target` the ordered phase ends at that size, whatever `lasso` (target.py).
-    Scales and shifts of batch normalisation learn `normalisation_rate` times as fast as the rest.
-    """
-
-    phases: tuple[Phase, ...]
-    batch_size: int
-    momentum: float
-    weight_decay: float
-    lasso: float
-    threshold: float
-    seed: int
-    keep: tuple[str, ...] = ()
-    nesterov: bool = False
-    warmup: float = 0.0
-    label_smoothing: float = 0.0
-    precision: Literal["float32", "bfloat16"] = "float32"
-    sampling: Sampling = "pairs"
-    proximal: bool = False
-    target: Target | None = None
-    whitened: bool = False
-    normalisation_rate: float = 1.0
-    adam: Moments | None = None
-
-    def __post_init__(self) -> None:
-        kinds = [phase.kind for phase in self.phases]
-        if kinds != sorted(kinds, key=("dense", "ordered", "nested").index):
-            raise ValueError(f"phases come as dense, ordered, nested, not as {', '.join(kinds)}")
-        if self.target and kinds.count("ordered") != 1:
-            raise ValueError("a target needs one ordered phase, in which the network shrinks")
-        if not self.normalisation_rate > 0:
-            raise ValueError(f"normalisation_rate is {self.normalisation_rate}, not above 0")
-        if self.adam and (self.momentum or self.nesterov):
-            raise ValueError(f"momentum is SGD's: with adam it is 0, not {self.momentum}")
-
-    def at(self, epoch: int) -> tuple[Phase, int]:
-        """Return the phase of `epoch`, and how many of its epochs came before.
-
-        Raises:
-            ValueError: the phases end before.
-        """
-        before = 0
-        for phase in self.phases:
-            if epoch < before + phase.epochs:
-                return phase, epoch - before
-            before += phase.epochs
-        raise ValueError(f"there are {before} epochs, no epoch {epoch + 1}")
-
-    @property
-    def epochs(self) -> int:
-        """Return how many epochs there are in all phases."""
-        return sum(phase.epochs for phase in self.phases)
 
 
 def train_(
@@ -290,22 +198,6 @@ def ordered_loss(
     logits = forward_at(model, {names[index]: rank for index, rank in drawn.items()}, x)
     loss = cross_entropy(logits, labels, label_smoothing)
     return loss + lasso * group_lasso(layers.values()) if lasso else loss
-
-
-def learning_rate(phase: Phase, warmup: float, epoch: float) -> float:
-    """Return the rate at `epoch` of the phase, 0..phase.epochs.
-
-    It rises in a line, then falls in steps of 10, or along half a cosine (Loshchilov and Hutter,
-    SGDR, 2017).
-    """
-    done = epoch / phase.epochs
-    if done < warmup:
-        return phase.learning_rate * done / warmup
-    if phase.milestones:
-        passed = sum(done >= milestone for milestone in phase.milestones)
-        return float(phase.learning_rate * 0.1**passed)
-    fallen = (done - warmup) / (1 - warmup)
-    return phase.learning_rate * 0.5 * (1 + math.cos(math.pi * fallen))
 
 
 def _batches(samples: Samples, size: int) -> Sequence[Tensor]:

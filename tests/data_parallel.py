@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from maestro_core import distributed
 from maestro_core.data import Data
 from maestro_core.frontier import Chain
-from maestro_core.training import HyperParameters, Phase, train_
+from maestro_core.schedule import HyperParameters, Phase
+from maestro_core.training import train_
 from tests.test_target import HYPER, network
 from tests.test_training import pictures
 

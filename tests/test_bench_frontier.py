@@ -21,7 +21,7 @@ from maestro_core.data import Pictures
 from maestro_core.evaluation import evaluate
 from maestro_core.factorize import factorize_
 from maestro_core.recipes.mnist_lenet import RECIPE
-from maestro_core.training import Phase
+from maestro_core.schedule import Phase
 from tests.conftest import TINY_LAYERS
 from tests.test_recipes import write_digits
 

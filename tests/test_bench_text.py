@@ -16,7 +16,7 @@ from maestro_core import checkpoint
 from maestro_core.evaluation import evaluate
 from maestro_core.models.transformer import Transformer
 from maestro_core.recipes.recipe import TextRecipe
-from maestro_core.training import Phase
+from maestro_core.schedule import Phase
 from tests.text import write_text
 
 VOCABULARY = 90

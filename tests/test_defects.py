@@ -19,8 +19,9 @@ from maestro_core.factorize import factorize_, forward_at, low_rank_layers
 from maestro_core.frontier import Chain
 from maestro_core.layers import LowRankLayer
 from maestro_core.lod import sample, truncate_
+from maestro_core.schedule import HyperParameters, Phase
 from maestro_core.search import SearchParameters, find_chain
-from maestro_core.training import HyperParameters, Phase, train_
+from maestro_core.training import train_
 
 HYPER = HyperParameters(
     phases=(Phase("ordered", 2, 0.05),),

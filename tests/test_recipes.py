@@ -18,8 +18,9 @@ from maestro_core.models.resnet import ResNet50
 from maestro_core.recipes import running
 from maestro_core.recipes.mnist_lenet import RECIPE
 from maestro_core.recipes.recipe import Recipe
+from maestro_core.schedule import Phase, learning_rate
 from maestro_core.target import Target
-from maestro_core.training import Phase, learning_rate, train_epoch_
+from maestro_core.training import train_epoch_
 from tests.test_folders import CLASSES, write_folders
 
 SMALL = replace(

@@ -18,6 +18,7 @@ from maestro_core.evaluation import evaluate
 from maestro_core.factorize import factorize_, low_rank_layers
 from maestro_core.frontier import Chain
 from maestro_core.lod import importance, truncate_
+from maestro_core.schedule import HyperParameters, Phase
 from maestro_core.target import (
     Pursuit,
     Quantity,
@@ -27,7 +28,7 @@ from maestro_core.target import (
     first_weight,
     planned,
 )
-from maestro_core.training import HyperParameters, Phase, train_
+from maestro_core.training import train_
 from tests.test_training import IMAGE, pictures
 
 HYPER = HyperParameters(

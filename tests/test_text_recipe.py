@@ -20,9 +20,10 @@ from maestro_core.models.transformer import Transformer
 from maestro_core.recipes import running
 from maestro_core.recipes.multi30k_transformer import RECIPE
 from maestro_core.recipes.text import run_text
+from maestro_core.schedule import Moments, Phase
 from maestro_core.sentences import Corpus, example
 from maestro_core.target import Target
-from maestro_core.training import Moments, Phase, train_, train_epoch_
+from maestro_core.training import train_, train_epoch_
 from tests.text import write_text
 
 VOCABULARY = 90

@@ -19,7 +19,8 @@ from maestro_core.evaluation import evaluate
 from maestro_core.factorize import factorize_, low_rank_layers
 from maestro_core.frontier import Chain
 from maestro_core.sampling import Sampling
-from maestro_core.training import Diverged, HyperParameters, Kind, Phase, learning_rate, train_
+from maestro_core.schedule import HyperParameters, Kind, Phase, learning_rate
+from maestro_core.training import Diverged, train_
 from maestro_core.whitening import whiten_
 
 RATE = 0.05

@@ -3,8 +3,8 @@
 from maestro_core.models.vgg import VGG19
 from maestro_core.recipes import cifar10
 from maestro_core.recipes.recipe import Recipe
+from maestro_core.schedule import HyperParameters, Phase
 from maestro_core.search import SearchParameters
-from maestro_core.training import HyperParameters, Phase
 
 RECIPE = Recipe(
     name="cifar10-vgg19",

@@ -7,9 +7,9 @@ Pufferfish's size (MLSys 2021); here a target does (target.py), and `--target-pa
 
 from maestro_core.artifact import Image
 from maestro_core.folders import Folders
+from maestro_core.schedule import HyperParameters, Phase
 from maestro_core.search import SearchParameters
 from maestro_core.target import Target
-from maestro_core.training import HyperParameters, Phase
 
 DATA_SET = "ImageNet-1k"
 SOURCE = "Russakovsky et al., 2015"

@@ -3,8 +3,8 @@
 from maestro_core.artifact import Image
 from maestro_core.models.lenet import LeNet
 from maestro_core.recipes.recipe import Recipe
+from maestro_core.schedule import HyperParameters, Phase
 from maestro_core.search import SearchParameters
-from maestro_core.training import HyperParameters, Phase
 
 RECIPE = Recipe(
     name="mnist-lenet",

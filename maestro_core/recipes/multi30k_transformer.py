@@ -6,8 +6,8 @@ they are known; its number of epochs, 400, is not: the rate falls to 0 in fewer.
 
 from maestro_core.models.transformer import Transformer
 from maestro_core.recipes.recipe import TextRecipe
+from maestro_core.schedule import HyperParameters, Moments, Phase
 from maestro_core.search import SearchParameters
-from maestro_core.training import HyperParameters, Moments, Phase
 
 VOCABULARY = 9_521  # Pufferfish's (Wang et al., MLSys 2021), by its parameter counts
 

@@ -9,8 +9,8 @@ from torch import nn
 from maestro_core.artifact import Image
 from maestro_core.data import NO_AUGMENTATION, Augmentation, Pictures
 from maestro_core.folders import Folders
+from maestro_core.schedule import HyperParameters
 from maestro_core.search import SearchParameters
-from maestro_core.training import HyperParameters
 
 
 @dataclass(frozen=True, slots=True)
