@@ -1,6 +1,8 @@
 """`maestro bench engine`: all points in one engine, against each exported alone.
 
-Memory in processes of their own; speed and switching side by side in one process, interleaved.
+Of two networks of random weights, whose chains are made so that little or much is shared, and of
+ARTIFACT, whose chain training found. Memory in processes of their own; speed and switching side by
+side in one process, interleaved.
 """
 
 import argparse
@@ -19,10 +21,12 @@ from benchmarks import networks, report
 from benchmarks.effort import Precision
 from benchmarks.memory import grown_mib, inline
 from benchmarks.profiler import measure
+from maestro_core import artifact
 from maestro_core.artifact import Artifact
 from maestro_core.host import Elsewhere
 from maestro_core.profile import Latency
 from server.engine import Engine, session_options
+from server.settings import shipped_artifact
 
 POINTS = 16
 BATCHES = (1, 8)
@@ -32,9 +36,11 @@ STRIDE = 4  # a layer of the staggered chain grows at every fourth point
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the result, and write it where `--out` says."""
     parser = argparse.ArgumentParser(prog="maestro bench engine", description=__doc__)
+    parser.add_argument("artifact", type=Path, nargs="?", default=shipped_artifact())
     parser.add_argument("--budget-s", type=float, default=60.0, help="for speed, per network")
     parser.add_argument("--out", type=Path, default=report.RESULTS / "engine.json")
     chosen = parser.parse_args(argv)
+    trained = artifact.load(chosen.artifact)
     elsewhere = Elsewhere()
     result: dict[str, Any] = {**report.conditions(), "intra_op_threads": 1, "points": POINTS}
     with tempfile.TemporaryDirectory() as folder:
@@ -49,6 +55,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 **compared(uniform, state_dir, chosen.budget_s),
                 "staggered_memory_mib": _memory(staggered, state_dir),
             }
+        state_dir = Path(folder) / "trained"
+        state_dir.mkdir()
+        result[trained.manifest.name] = {
+            "points": len(trained.points),
+            **compared(trained, state_dir, chosen.budget_s),
+        }
     result["cores_used_by_others"] = elsewhere.share()
     report.write(result, chosen.out)
 
