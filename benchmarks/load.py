@@ -239,34 +239,48 @@ def server(model: Artifact, folder: Path, policy: str, cores: set[int]) -> Itera
     Raises:
         ChildProcessError: it ended, or isn't after three minutes; with the last lines of its log.
     """
+    with serving(model, folder, cores, "--policy", policy) as (address, _):
+        yield address
+
+
+@contextmanager
+def serving(
+    model: Artifact, folder: Path, cores: set[int], *options: str, workers: int = 1
+) -> Iterator[tuple[str, int]]:
+    """Serve on `cores`; yield the address and the process's number once it is ready.
+
+    Raises:
+        ChildProcessError: as `server`.
+    """
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    given = ["serve", str(model.path), "--port", str(port), "--policy", policy]
-    log = folder / f"{policy}.log"
-    process = _run(given, folder, cores, log)
+    words = [*options, "--workers", str(workers)]
+    log = folder / f"{'-'.join(words).strip('-')}.log"
+    given = ["serve", str(model.path), "--port", str(port), *words]
+    process = _run(given, folder, cores, log, workers)
     try:
         until_s = time.monotonic() + START_S
         while not _is_ready(address):
             if process.poll() is not None or time.monotonic() > until_s:
                 raise ChildProcessError(
-                    f"the server with policy {policy} did not start:\n{_end_of(log)}"
+                    f"the server ({' '.join(words)}) did not start:\n{_end_of(log)}"
                 )
             time.sleep(0.2)
-        yield address
+        yield address, process.pid
     finally:
         process.terminate()
         process.wait(30)
 
 
 def _run(
-    arguments: Sequence[str], folder: Path, cores: set[int], log: Path
+    arguments: Sequence[str], folder: Path, cores: set[int], log: Path, workers: int = 1
 ) -> "subprocess.Popen[bytes]":
     """Start the program on `cores`; a child has the cores of the thread that makes it."""
     ours = os.sched_getaffinity(0)
     settings = {
         "MAESTRO_STATE_DIR": str(folder),
-        "MAESTRO_THREADS": str(len(cores)),
+        "MAESTRO_THREADS": str(max(1, len(cores) // workers)),
         "MAESTRO_MAX_QUEUE": str(scenarios.MAX_QUEUE),
     }
     program = [sys.executable, "-c", "from maestro_core.cli import main; main()"]

@@ -44,6 +44,7 @@ BENCHES = {
     "training": "a step of low-rank ordered training against a dense one",
     "load": "our policy and its rivals on live servers, over HTTP, beside the simulator",
     "overhead": "what a server adds to a network: ours, a handler by hand, and other servers",
+    "workers": "several processes on one port against one: memory and answers a second",
     "search": "points found by this host's milliseconds, by MACs, and by other rules",
 }
 

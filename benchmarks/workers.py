@@ -1,0 +1,121 @@
+"""`maestro bench workers`: several processes on one port against one that has all the cores.
+
+Memory is the proportional set size of all processes of a server: a page that k of them map counts
+once. Both servers are up all along, and rounds of load go to them in random order. The sender runs
+on the same cores, so the network has to be large beside what it costs to ask.
+"""
+
+import argparse
+import asyncio
+import io
+import random
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from benchmarks import networks, report
+from benchmarks.http_load import Call, closed_loop
+from benchmarks.load import serving
+from maestro_core import artifact
+from maestro_core.artifact import Artifact
+from maestro_core.host import Elsewhere, affinity
+
+POINTS = 16
+STRIDE = 4
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print the result, and write it where `--out` says."""
+    cores = set(affinity())
+    parser = argparse.ArgumentParser(prog="maestro bench workers", description=__doc__)
+    parser.add_argument(
+        "artifact", type=Path, nargs="?", help="ResNet-18 of random weights if none"
+    )
+    parser.add_argument("--workers", type=int, default=len(cores))
+    parser.add_argument("--connections", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of load in each round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=report.RESULTS / "workers.json")
+    chosen = parser.parse_args(argv)
+    if not 2 <= chosen.workers <= len(cores):
+        raise ValueError(f"--workers must be in 2..{len(cores)}, the cores of this host")
+    if chosen.seconds <= 0 or chosen.rounds < 1 or chosen.connections < 1:
+        raise ValueError("--seconds must be above 0, --rounds and --connections at least 1")
+    elsewhere = Elsewhere()
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        model = artifact.load(chosen.artifact) if chosen.artifact else _resnet(Path(folder))
+        started = {
+            number: stack.enter_context(serving(model, Path(folder), cores, workers=number))
+            for number in (1, chosen.workers)
+        }
+        calls = {number: call(model, address) for number, (address, _) in started.items()}
+        per_s = throughput(calls, chosen.connections, chosen.seconds, chosen.rounds)
+        mib = {number: tree_mib(pid) for number, (_, pid) in started.items()}
+    one, several = per_s[1], per_s[chosen.workers]
+    result: dict[str, Any] = {
+        **report.conditions(),
+        "model": model.manifest.name,
+        "points": len(model.points),
+        "workers": chosen.workers,
+        "connections": chosen.connections,
+        "seconds": chosen.seconds,
+        "rounds": chosen.rounds,
+        "cores_used_by_others_and_us": elsewhere.share(),
+        "memory_mib": {str(number): found for number, found in mib.items()},
+        "memory_over_one": round(mib[chosen.workers]["pss"] / mib[1]["pss"], 3),
+        "per_s": {"1": median(one), str(chosen.workers): median(several)},
+        "per_s_over_one": round(median(b / a for a, b in zip(one, several, strict=True)), 3),
+    }
+    report.write(result, chosen.out)
+
+
+def call(model: Artifact, address: str) -> Call:
+    """Return the call that asks for one sample at the last point."""
+    shape = (1, *model.manifest.input.shape[1:])
+    file = io.BytesIO()
+    np.save(file, np.random.default_rng(0).standard_normal(shape, np.float32))
+    url = f"{address}/infer?point={len(model.points) - 1}"
+    return Call(url, "application/x-npy", file.getvalue())
+
+
+def throughput(
+    calls: dict[int, Call], connections: int, seconds: float, rounds: int
+) -> dict[int, list[float]]:
+    """Return answers a second of each server in each round."""
+    rng = random.Random(0)
+    found: dict[int, list[float]] = {number: [] for number in calls}
+    for round_ in range(rounds + 1):
+        for number in rng.sample(sorted(calls), len(calls)):
+            latencies, took_s = asyncio.run(closed_loop(calls[number], connections, seconds))
+            if round_:  # the first warms up
+                found[number].append(len(latencies.ms) / took_s)
+    return found
+
+
+def tree_mib(pid: int) -> dict[str, float]:
+    """Return the memory of a process and of its children, in MiB: proportional, and private."""
+    pids = [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+    kib = {"pss": 0, "private": 0}
+    for one in pids:
+        for line in Path(f"/proc/{one}/smaps_rollup").read_text(encoding="ascii").splitlines()[1:]:
+            name, value, *_ = line.split()
+            if name == "Pss:":
+                kib["pss"] += int(value)
+            elif name.startswith("Private_"):
+                kib["private"] += int(value)
+    return {name: round(size / 1024, 1) for name, size in kib.items()}
+
+
+def _resnet(folder: Path) -> Artifact:
+    network = networks.resnet18()
+    chain = network.staggered_chain(POINTS, STRIDE)
+    return network.save(folder / f"{network.name}.maestro", chain)
+
+
+if __name__ == "__main__":
+    main()
