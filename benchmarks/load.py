@@ -43,10 +43,11 @@ from maestro_core import artifact
 from maestro_core.artifact import Artifact
 from maestro_core.host import Elsewhere
 from maestro_core.profile import Profile
-from server.settings import OURS, PolicyName, shipped_artifact
+from server.policies import OWN
+from server.settings import PolicyName, shipped_artifact
 from server.tables import Tables
 
-POLICIES = (OURS, "largest", "smallest", "slackfit", "infaas")
+POLICIES = (*OWN, "largest", "smallest", "slackfit", "infaas")
 START_S = 180.0
 WARM_UP = 100  # requests, one after another, that also tell what the way there and back takes
 AGREE = 0.02  # of targets met, live and simulated
@@ -197,7 +198,7 @@ class Bench:
     def _simulated(self, case: Scenario, policy: str, seed: int) -> Figures:
         workload = case.workload(self._latencies, self._requests, seed, self._trace)
         tables = Tables(self._latencies)
-        chosen = None if policy == OURS else RIVALS[policy](tables, len(tables.unit_ms) // 2)
+        chosen = OWN.get(policy) or RIVALS[policy](tables, len(tables.unit_ms) // 2)
         outcome = scenarios.run(self._quantiles, workload, chosen, seed)
         return figures(outcome, self._latencies)
 

@@ -36,6 +36,7 @@ MAX_BATCH = 16
 # (NSDI 2025, on ImageNet), in the logarithm of the median.
 MADE_UP = (0.73, 0.80)
 WAITING = (16, 64, 256, 1024)
+OURS = ("ours", "reserve")
 
 Row = dict[str, Any]
 
@@ -65,8 +66,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "target_ms": scenarios.TARGET * quantiles.p50_ms[-1][0] + quantiles.overhead_ms,
         "largest_point_rps": 1e3 / Tables(quantiles.latencies()).unit_ms[-1],
         "reached": {
-            "against_rivals": against_rivals(rows),
-            "bursts": bursts(rows),
+            "against_rivals": against_rivals(rows, "ours"),
+            "reserve_against_rivals": against_rivals(rows, "reserve"),
+            "bursts": bursts(rows, "ours"),
+            "reserve_bursts": bursts(rows, "reserve"),
             **special_runs(quantiles, chosen.requests, range(chosen.seeds), chosen.steady),
         },
         "rows": rows,
@@ -197,8 +200,8 @@ def special_runs(
     }
 
 
-def against_rivals(rows: Sequence[Row]) -> list[Row]:
-    """Return for each scenario how ours stands, in shares.
+def against_rivals(rows: Sequence[Row], name: str) -> list[Row]:
+    """Return for each scenario how one of ours stands, in shares.
 
     met_margin: over the best rival's targets met. accuracy_margin: over SlackFit's accuracy,
     with the part of its slack that gives the most among those that meet as many targets as
@@ -207,9 +210,9 @@ def against_rivals(rows: Sequence[Row]) -> list[Row]:
     verdicts = []
     for key in dict.fromkeys(_scenario(row) for row in rows):
         own = {row["policy"]: row for row in rows if _scenario(row) == key}
-        ours, published = own["ours"], own["slackfit"]
-        others = [row for name, row in own.items() if name != "ours" and " " not in name]
-        fits = [row for name, row in own.items() if name.startswith("slackfit")]
+        ours, published = own[name], own["slackfit"]
+        others = [row for other, row in own.items() if other not in OURS and " " not in other]
+        fits = [row for other, row in own.items() if other.startswith("slackfit")]
         equal = [
             row["accuracy"][0]
             for row in fits
@@ -233,8 +236,8 @@ def against_rivals(rows: Sequence[Row]) -> list[Row]:
     return verdicts
 
 
-def bursts(rows: Sequence[Row]) -> list[Row]:
-    """Return the share of feasible targets that ours meets, where the load is bursty and the
+def bursts(rows: Sequence[Row], name: str) -> list[Row]:
+    """Return the share of feasible targets that one of ours meets, where the load is bursty and the
     largest point alone meets less than 0.6."""
     share = {(*_scenario(row), row["policy"]): row["met_feasible"] for row in rows}
     return [
@@ -243,7 +246,7 @@ def bursts(rows: Sequence[Row]) -> list[Row]:
             "targets": targets,
             "load": load,
             "largest": share[arrivals, targets, load, "largest"][0],
-            "ours": share[arrivals, targets, load, "ours"],
+            "ours": share[arrivals, targets, load, name],
         }
         for arrivals, targets, load in dict.fromkeys(_scenario(row) for row in rows)
         if arrivals in BURSTY and share[arrivals, targets, load, "largest"][0] < 0.6

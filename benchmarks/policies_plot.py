@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 SHOWN = {
     "ours": "black",
+    "reserve": "dimgray",
     "slackfit": "tab:blue",
     "maxbatch": "tab:cyan",
     "maxacc": "tab:orange",
@@ -36,7 +37,8 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             loads = [row["load"] for row in own]
             missed = [max(1e-5, 1 - row["met"][0]) for row in own]
             accuracy = [100 * row["accuracy"][0] if row["accuracy"] else None for row in own]
-            style = {"color": color, "marker": ".", "label": policy}
+            line = "--" if policy == "reserve" else "-"
+            style = {"color": color, "marker": ".", "linestyle": line, "label": policy}
             axes[0][column].plot(loads, missed, **style)
             axes[1][column].plot(loads, accuracy, **style)
         axes[0][column].set_title(arrivals)

@@ -195,8 +195,9 @@ def serve(
     policy: Annotated[
         str | None,
         typer.Option(
-            help="What chooses point and batch, else MAESTRO_POLICY: maestro, or to compare with "
-            "it largest, middle, smallest, infaas, maxacc, maxbatch, slackfit, clipper, bentoml."
+            help="What chooses point and batch, else MAESTRO_POLICY: maestro; reserve, which "
+            "leaves time for what may come on an idle host too; or to compare them with largest, "
+            "middle, smallest, infaas, maxacc, maxbatch, slackfit, clipper, bentoml."
         ),
     ] = None,
 ) -> None:

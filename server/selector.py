@@ -68,7 +68,18 @@ class Heads:
 def choose(view: View) -> Choice:
     """Return the batch to run now: the most accurate that leaves nobody late.
 
-    A request that finds the host idle gets the most accurate point in time, whatever may come.
+    A request that finds the host idle gets the most accurate point in time, whatever may come;
+    else `reserve`.
+    """
+    if len(view.waiting.entries) == 1 and not view.running:
+        point = _most_accurate(view, view.waiting.entries[0])
+        if point is not None:
+            return Choice(1, point)
+    return reserve(view)
+
+
+def reserve(view: View) -> Choice:
+    """Return the batch to run now, with time left for what may come, on an idle host too.
 
     A batch is some of the earliest deadlines. Its time is limited by the tightest of them, by
     those left behind and by a burst that may come meanwhile; within the limit the point is the
@@ -76,10 +87,6 @@ def choose(view: View) -> Choice:
     batch is short enough for the burst, the one that gets most through; where none is for
     those that wait, `_tight` or `most_on_time`.
     """
-    if len(view.waiting.entries) == 1 and not view.running:
-        point = _most_accurate(view, view.waiting.entries[0])
-        if point is not None:
-            return Choice(1, point)
     options = sharing(view, 0)
     if not view.waiting.timed and not view.expected.envelopes:
         return _unhurried(view, options)

@@ -14,6 +14,7 @@ LARGEST_BATCH = 1024
 OURS: Final = "maestro"
 PolicyName = Literal[
     "maestro",
+    "reserve",
     "largest",
     "middle",
     "smallest",
@@ -48,7 +49,8 @@ class Settings(BaseSettings):
     provider: Literal["cpu", "cuda"] = "cpu"
     # Weights in memory; 0 keeps every point there, else those last used that fit.
     memory_budget_mib: Annotated[int, Field(ge=0)] = 0
-    # What chooses point and batch: ours, or another to compare it with.
+    # What chooses point and batch: ours, with or without time left for what may come on an idle
+    # host, or another to compare them with.
     policy: PolicyName = OURS
     max_batch: Annotated[int, Field(ge=1, le=LARGEST_BATCH)] = 16
     max_queue: Annotated[int, Field(ge=1)] = 1024

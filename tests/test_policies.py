@@ -66,18 +66,18 @@ def test_the_verdict_compares_accuracy_at_equal_targets_met() -> None:
         row("largest", 0.4, 0.80),
     ]
 
-    [verdict] = policies.against_rivals(rows)
+    [verdict] = policies.against_rivals(rows, "ours")
     assert verdict["best_rival"] == "smallest"
     assert verdict["met_margin"] == pytest.approx(-0.001)
     assert verdict["accuracy_margin"] == pytest.approx(0.01)
     assert verdict["misses"] == pytest.approx(0.2)
-    assert policies.bursts(rows)[0]["ours"] == (0.998, 0.0)
+    assert policies.bursts(rows, "ours")[0]["ours"] == (0.998, 0.0)
 
 
 def test_bursts_leave_out_what_the_largest_point_carries() -> None:
     rows = [row("ours", 1.0, 0.8), row("largest", 0.7, 0.8)]
 
-    assert policies.bursts(rows) == []
+    assert policies.bursts(rows, "ours") == []
 
 
 def test_counts_out_of_range_are_refused() -> None:

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.forecast import Envelope
 from server.latencies import TAIL_REACH, Latencies
-from server.outlook import View
+from server.outlook import Expected, View
 from server.requests import Request
-from server.selector import choose
+from server.selector import choose, reserve
 from server.slowdown import LARGEST_STEP, Slowdown
 from server.tables import MS, Tables
 from server.waiting import Entry, WaitingList
@@ -95,6 +96,15 @@ def test_alone_the_choice_is_the_best_of_every_point(due_ms: float, lowest: int)
 @given(DUES_MS, st.integers(0, 3))
 def test_no_floor_is_broken(dues_ms: list[float], lowest: int) -> None:
     assert choose(make_view(dues_ms, lowest)).point >= lowest
+
+
+def test_reserve_leaves_time_for_a_burst_where_choose_does_not() -> None:
+    view = make_view([30.0])
+    envelope = Envelope(6.0, [1.0, 1.0, 4.0, 4.0, 4.0, 4.0, 4.0])
+    view.expected = Expected(100.0, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], [envelope])
+
+    assert choose(view).point == 3
+    assert reserve(view).point < 3
 
 
 @given(st.integers(1, 12), st.integers(0, 3), st.floats(0, 5_000), st.integers(0, 1))

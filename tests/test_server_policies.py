@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.simulator.rivals import RIVALS
 from server.latencies import Latencies
-from server.policies import scheduler_of
+from server.policies import OWN, scheduler_of
 from server.requests import Admitted, Request
 from server.settings import OURS, PolicyName, Settings, read_settings
 
@@ -17,7 +17,7 @@ LATENCIES = Latencies((0.7, 0.8, 0.9), P50_MS, P50_MS)
 
 
 def test_every_rival_of_the_simulator_can_serve() -> None:
-    assert set(get_args(PolicyName)) == {OURS, *RIVALS}
+    assert set(get_args(PolicyName)) == {*OWN, *RIVALS}
     assert Settings().policy == OURS
 
 

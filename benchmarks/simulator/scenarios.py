@@ -12,7 +12,7 @@ from benchmarks.simulator.rivals import RIVALS
 from benchmarks.simulator.workloads import Workload
 from server.latencies import Latencies
 from server.scheduler import Scheduler
-from server.selector import Policy
+from server.selector import Policy, choose, reserve
 from server.tables import Tables
 
 MAX_QUEUE = 4096
@@ -77,13 +77,16 @@ def run(
     spell: SlowSpell | None = None,
     time_decisions: bool = False,
 ) -> Outcome:
-    """Return what becomes of a workload on one host; policy None is ours."""
+    """Return what becomes of a workload on one host; policy None is `choose`.
+
+    Rivals give up nothing that is not late already.
+    """
     latencies = quantiles.latencies()
     host = Host(quantiles, np.random.default_rng(1000 + seed), spell)
-    if policy is None:
-        scheduler = Scheduler(latencies, max_queue=MAX_QUEUE)
-    else:
-        scheduler = Scheduler(latencies, policy=policy, max_queue=MAX_QUEUE, sheds=False)
+    policy = policy or choose
+    scheduler = Scheduler(
+        latencies, policy=policy, max_queue=MAX_QUEUE, sheds=policy in (choose, reserve)
+    )
     replica = Replica(scheduler, host, latencies)
     return simulate(workload, [replica], time_decisions=time_decisions)
 
@@ -91,7 +94,8 @@ def run(
 def policies(tables: Tables, rate: float) -> dict[str, Policy | None]:
     """Return ours and its rivals, new for each run: some of them learn."""
     carrying = rivals.carrying_point(tables, rate)
-    return {"ours": None} | {name: make(tables, carrying) for name, make in RIVALS.items()}
+    others = {name: make(tables, carrying) for name, make in RIVALS.items()}
+    return {"ours": None, "reserve": reserve, **others}
 
 
 def slack_fits(tables: Tables) -> dict[str, Policy | None]:
