@@ -124,7 +124,7 @@ async def _serve(server: _Server, service: Service) -> None:
     def leave(drain_s: float) -> None:
         server.force_exit = service.is_leaving and not isinstance(server, _Sharing)
         service.leave()
-        loop.call_later(drain_s, close)
+        loop.call_later(0.0 if server.force_exit else drain_s, close)
 
     def close() -> None:
         for listener in server.servers:

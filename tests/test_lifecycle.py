@@ -55,6 +55,18 @@ def test_readiness_goes_first_and_serving_goes_on(tiny_artifact: Artifact, tmp_p
         assert process.wait(30) == 0
 
 
+def test_a_second_sigterm_does_not_wait_for_the_drain(
+    tiny_artifact: Artifact, tmp_path: Path
+) -> None:
+    with server_process(tmp_path, tiny_artifact.path, MAESTRO_DRAIN_S="600") as (address, process):
+        process.send_signal(signal.SIGTERM)
+        while httpx.get(f"{address}/readyz").status_code == 200:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+
+        assert process.wait(30) == 0
+
+
 def test_a_port_that_is_taken_is_one_clear_error(tiny_artifact: Artifact, tmp_path: Path) -> None:
     with server_process(tmp_path, tiny_artifact.path) as (address, _):
         port = address.rpartition(":")[2]
