@@ -206,8 +206,10 @@ def kept(bench: Bench, name: str) -> dict[str, Any]:
         ValueError: what is kept is of another task, number of epochs or data.
     """
     path = bench.root / f"{name}.json"
-    identity = json.loads(json.dumps({**bench.identity(bench.task.recipe.training)}))
-    identity["epochs"] = bench.task.epochs
+    task = bench.task
+    own = {"epochs": task.epochs, "narrower": task.narrower, "kept": task.kept}
+    own["threads"] = torch.get_num_threads()
+    identity = json.loads(json.dumps({**bench.identity(task.recipe.training), **own}))
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text())
         if found["identity"] != identity:

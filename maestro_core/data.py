@@ -122,8 +122,15 @@ class Pictures:
             torch.tensor(values, device=self.device) for values in (self.image.mean, self.image.std)
         )
         # The channels stay innermost in memory: convolutions are faster so.
-        x = ((pixels.to(self.device).float() / 255 - mean) / std).permute(0, 3, 1, 2)
-        return x, self.labels[indices].to(self.device)
+        x = ((_sent(pixels, self.device).float() / 255 - mean) / std).permute(0, 3, 1, 2)
+        return x, _sent(self.labels[indices], self.device)
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """Return a copy on `device`, on its way: a GPU is not waited for."""
+    if device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

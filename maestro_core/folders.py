@@ -131,6 +131,9 @@ def _check_classes(path: Path, found: dict[str, Found], classes: int) -> None:
         unknown = sorted(names.keys() - found["train"].keys())
         if unknown:
             raise DataError(f"{path / part / unknown[0]}: there is no such class in train")
+        missing = sorted(found["train"].keys() - names.keys())
+        if missing:
+            raise DataError(f"{path / part / missing[0]}: no such folder, but it is in train")
 
 
 def _shuffled(found: Found, classes: Sequence[str], seed: int) -> list[tuple[str, int]]:

@@ -5,6 +5,7 @@ import platform
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,14 @@ class Elsewhere:
         total, idle = sum(map(sum, ours)), sum(row[3] + row[4] for row in ours)
         tick_s = 1 / os.sysconf("SC_CLK_TCK")
         return total * tick_s, (total - idle) * tick_s - time.process_time()
+
+
+@cache
+def computes_bfloat16() -> bool:
+    """Return whether the CPU multiplies bfloat16 itself; one that does not is faster in float32."""
+    info = _cpuinfo()
+    flags = info.get("flags", info.get("Features", "")).split()
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
 
 
 def affinity() -> list[int]:

@@ -43,9 +43,10 @@ class HyperParameters:
     `keep` names layers to leave dense. `lasso` weighs the group lasso, `threshold` is the
     importance at or below which a rank is removed (in the paper λ_gl and ε_ps); with `proximal` the
     lasso is not in the loss but in a step after the optimiser's (proximal.py). `warmup` is the
-    share of a phase in which its rate rises. `precision` is that of forward and backward;
-    parameters are float32 always. `sampling` is of the ordered phase (sampling.py). With
-    `whitened` a network that was trained dense is factorised by its activations (whitening.py).
+    share of a phase in which its rate rises. `precision` is that of forward and backward, where the
+    host computes in it, else float32; parameters are float32 always. `sampling` is of the ordered
+    phase (sampling.py). With `whitened` the network is factorised by its activations, which is for
+    one that is trained by then (whitening.py).
     With a `target` the ordered phase ends at that size, whatever `lasso` (target.py).
     Scales and shifts of batch normalisation learn `normalisation_rate` times as fast as the rest.
     """

@@ -167,7 +167,9 @@ def with_ranks(
     shrunk: Sequence[tuple[Tensor, Tensor]],
 ) -> list[tuple[tuple[Tensor, Tensor], int]]:
     """Return the scales of each layer, and how many ranks a step by them would leave."""
-    return [(pair, int(((pair[0] > 0) & (pair[1] > 0)).sum())) for pair in shrunk]
+    left = [((down > 0) & (up > 0)).sum() for down, up in shrunk]
+    ranks: list[int] = torch.stack(left).tolist() if left else []  # the host waits once for all
+    return list(zip(shrunk, ranks, strict=True))
 
 
 def _less(ranks: Sequence[int], i: int) -> list[int]:

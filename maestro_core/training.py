@@ -19,6 +19,7 @@ from maestro_core.data import Data, Inputs
 from maestro_core.evaluation import Result, evaluate
 from maestro_core.factorize import factorize_, forward_at, low_rank_layers
 from maestro_core.frontier import Chain
+from maestro_core.host import computes_bfloat16
 from maestro_core.lod import group_lasso, shrink_, truncate_
 from maestro_core.loss import cross_entropy
 from maestro_core.proximal import proximal_step_
@@ -70,7 +71,7 @@ def train_(
     for epoch in range(state.epoch, hyper.epochs):
         phase, before = hyper.at(epoch)
         if phase.kind != "dense":
-            _start_(model, data, hyper, epoch)
+            _start_(model, data, hyper)
         if phase.kind == "nested" and not chain:
             chain = distributed.agreed(find())
             cut_(model, chain[-1])
@@ -96,12 +97,10 @@ def train_(
                 raise Diverged(f"the validation loss is {result.loss} after epoch {epoch + 1}")
         except Diverged as error:
             raise Diverged(f"{error}; last good checkpoint: {last or 'none'}") from None
-        if phase.kind == "ordered" and not pursuit:
-            shrink_(model, optimizer, hyper.threshold)
-        if pursuit and before + 1 >= FALLING * phase.epochs:
-            layers = list(low_rank_layers(model).values())
-            for layer, rank in zip(layers, pursuit.landing(layers), strict=True):
-                truncate_(layer, rank, optimizer)
+        if phase.kind == "ordered":
+            _shrink_(
+                model, optimizer, hyper, pursuit, is_falling=before + 1 < FALLING * phase.epochs
+            )
         ranks = {name: layer.rank for name, layer in low_rank_layers(model).items()}
         lasso = pursuit.weight if pursuit else hyper.lasso
         state = checkpoint.State(epoch + 1, ranks, run, chain, lasso)
@@ -114,7 +113,7 @@ def train_(
         progress.update(task, description=done)
         if not (progress.disable or progress.console.is_terminal):  # a log has no bar that moves
             progress.console.print(done)
-    _start_(model, data, hyper, hyper.epochs)
+    _start_(model, data, hyper)
     if not chain:
         chain = distributed.agreed(find())
         cut_(model, chain[-1])
@@ -144,6 +143,9 @@ def train_epoch_(
     torch.manual_seed(rng.getrandbits(63))
     model.train()
     phase, before = hyper.at(epoch)
+    in_bfloat16 = hyper.precision == "bfloat16" and (
+        samples.device.type != "cpu" or computes_bfloat16()
+    )
     batches = _batches(samples, hyper.batch_size)
     if distributed.size() > 1:  # each augments and drops in its own way
         torch.manual_seed(Random(f"{hyper.seed}/{epoch}/{distributed.rank()}").getrandbits(63))
@@ -154,7 +156,7 @@ def train_epoch_(
         for group in optimizer.param_groups:
             rate = learning_rate(phase, hyper.warmup, before + step / len(batches))
             group["lr"] = rate * group.get("times", 1.0)
-        with torch.autocast(labels.device.type, torch.bfloat16, hyper.precision == "bfloat16"):
+        with torch.autocast(labels.device.type, torch.bfloat16, in_bfloat16):
             if phase.kind == "nested":
                 loss = consolidation_loss(model, chain, x, labels, rng, hyper.label_smoothing)
             elif phase.kind == "ordered":
@@ -223,13 +225,30 @@ def _check(losses: dict[int, Tensor], epoch: int, steps: int) -> None:
     losses.clear()
 
 
-def _start_(model: nn.Module, data: Data | Corpus, hyper: HyperParameters, epoch: int) -> None:
-    """Factorise `model` where it is dense, by its activations if it was trained and they count."""
+def _start_(model: nn.Module, data: Data | Corpus, hyper: HyperParameters) -> None:
+    """Factorise `model` where it is dense, by its activations if they count."""
     if low_rank_layers(model):
         return
     _factorize_(model, hyper)
-    if hyper.whitened and epoch:
+    if hyper.whitened:
         whiten_(model, sample_inputs(data.train))
+
+
+def _shrink_(
+    model: nn.Module,
+    optimizer: Optimizer,
+    hyper: HyperParameters,
+    pursuit: Pursuit | None,
+    *,
+    is_falling: bool,
+) -> None:
+    """Remove at the end of an ordered epoch what is not important, or what is above the target."""
+    if pursuit is None:
+        shrink_(model, optimizer, hyper.threshold)
+    elif not is_falling:
+        layers = list(low_rank_layers(model).values())
+        for layer, rank in zip(layers, pursuit.landing(layers), strict=True):
+            truncate_(layer, rank, optimizer)
 
 
 def _pursuit(

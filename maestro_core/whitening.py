@@ -14,7 +14,7 @@ from maestro_core.data import Inputs
 from maestro_core.factorize import low_rank_layers
 from maestro_core.layers import LowRankConv2d, LowRankEmbedding, LowRankLinear
 from maestro_core.normalisation import evaluating
-from maestro_core.sentences import Samples
+from maestro_core.sentences import Samples, Sentences
 
 SHRINKAGE = 1e-4  # of the mean variance, added to each: a direction never seen has none
 
@@ -35,10 +35,14 @@ def whiten_(model: nn.Module, batches: Iterable[Inputs]) -> None:
 
 
 def sample_inputs(samples: Samples) -> Iterator[Inputs]:
-    """Yield inputs to whiten by, a few at a time: more than 512 say no more (FlexRank, 2026)."""
+    """Yield inputs to whiten by, a few at a time: more than 512 say no more (FlexRank, 2026).
+
+    Sentences come one by one, so that none is padded: padding is no data.
+    """
     few = samples.first(512)
-    for start in range(0, len(few), 16):
-        yield few.batch(slice(start, start + 16))[0]
+    size = 1 if isinstance(few, Sentences) else 16
+    for start in range(0, len(few), size):
+        yield few.batch(slice(start, start + size))[0]
 
 
 def second_moments(model: nn.Module, batches: Iterable[Inputs]) -> dict[str, Tensor]:

@@ -290,6 +290,8 @@ def spoil(root: Path, what: str) -> None:
         (root / "train" / "bee").mkdir()
     elif what == "unknown class":
         (root / "val" / "bee").rename(root / "val" / "wasp")
+    elif what == "missing class":
+        shutil.rmtree(root / "val" / "bee")
     elif what == "one class more":
         shutil.copytree(root / "train" / "bee", root / "train" / "wasp")
     elif what == "notes":
@@ -307,6 +309,7 @@ def spoil(root: Path, what: str) -> None:
         ("no classes", "val: no class folders in it"),
         ("empty class", "train/bee: no pictures of this class"),
         ("unknown class", "val/wasp: there is no such class in train"),
+        ("missing class", "val/bee: no such folder, but it is in train"),
         ("one class more", "train: 4 class folders; the recipe has 3"),
         ("notes", r"train/bee/notes\.txt: not one of \.jpg, \.jpeg, \.png"),
         ("a folder", r"val/bee/images\.png: not one of"),

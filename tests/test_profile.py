@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from maestro_core import host
 from maestro_core.host import Elsewhere, Host
 from maestro_core.profile import Latency, Profile, ProfileError, ProfileKey
 from maestro_core.profile_store import ProfileStore, StoreError
@@ -67,6 +68,23 @@ def test_this_host_reads_back_equal_and_has_cores() -> None:
     assert here.cores >= 1
     assert here.cpu
     assert Profile.from_json(replace(PROFILE, key=key).to_json()).key.host == here
+
+
+@pytest.mark.parametrize(
+    ("line", "computes"),
+    [
+        ("flags : fpu avx512_bf16 sse", True),
+        ("Features : fp asimd bf16", True),
+        ("flags : fpu avx2 fma", False),
+        ("", False),
+    ],
+)
+def test_a_host_says_whether_it_computes_in_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, line: str, computes: bool
+) -> None:
+    monkeypatch.setattr(host, "_text", lambda _: line)
+
+    assert host.computes_bfloat16.__wrapped__() is computes
 
 
 def test_others_use_a_share_of_the_host() -> None:

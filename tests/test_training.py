@@ -402,6 +402,21 @@ def test_a_trained_network_can_be_factorised_by_its_activations(data: Data, tmp_
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
+def test_a_network_that_comes_trained_is_factorised_by_its_activations_too(
+    data: Data, tmp_path: Path
+) -> None:
+    hyper = replace(HYPER, phases=(Phase("nested", 1, 0.0),), keep=("head",))
+    torch.manual_seed(0)
+    plain = Net()
+    torch.manual_seed(0)
+    whitened = Net()
+
+    train(plain, data, tmp_path / "plain", hyper)
+    train(whitened, data, tmp_path / "whitened", replace(hyper, whitened=True))
+
+    assert not same(plain, whitened)
+
+
 @pytest.mark.parametrize("sampling", ["layers", "ratio"])
 def test_layers_may_be_cut_in_other_ways(data: Data, tmp_path: Path, sampling: Sampling) -> None:
     model, paper = network(), network()
