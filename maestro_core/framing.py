@@ -17,7 +17,7 @@ def upright(picture: Pillow.Image, wanted: Image) -> Pillow.Image:
     """Return `picture` decoded, turned as its EXIF says, in the mode that is wanted.
 
     Raises:
-        OSError, SyntaxError, ValueError: it is broken or cut short.
+        Exception: it is broken or cut short; decoders and readers of tags raise anything.
     """
     return ImageOps.exif_transpose(picture).convert(wanted.mode)
 
@@ -32,7 +32,8 @@ def middle(wanted: Image, width: int, height: int) -> Box:
     scale = min(width, height) / wanted.shorter
     w, h = scale * wanted.width, scale * wanted.height
     left, top = (width - w) / 2, (height - h) / 2
-    return (left, top, left + w, top + h)
+    # A rounding must not lead out of the picture.
+    return (max(0.0, left), max(0.0, top), min(width, left + w), min(height, top + h))
 
 
 def pixels(picture: Pillow.Image, wanted: Image, box: Box) -> NDArray[np.uint8]:

@@ -167,18 +167,18 @@ class OwnCalibrations:
 
     def __init__(self, calibrator: Calibrator) -> None:
         self._calibrator = calibrator
-        self._first: str | None = None
+        self._last: str | None = None
 
     @property
-    def first_job(self) -> Job | None:
-        """Return the calibration that the server waits for, or waited for."""
-        return None if self._first is None else self._calibrator.job(self._first)
+    def last_job(self) -> Job | None:
+        """Return the calibration that was started last."""
+        return None if self._last is None else self._calibrator.job(self._last)
 
     async def first(self, stored: Profile | None, effort: Effort) -> Given | None:
         """Return what to serve with; None while that is measured, and handed over later."""
         if stored is not None:
             return Given(stored, "stored")
-        self._first = self._calibrator.start(effort).id
+        await self.start(effort)
         return None
 
     async def start(self, effort: Effort) -> Job:
@@ -187,7 +187,9 @@ class OwnCalibrations:
         Raises:
             AlreadyRunningError: one is under way.
         """
-        return self._calibrator.start(effort)
+        job = self._calibrator.start(effort)
+        self._last = job.id  # the last is never forgotten
+        return job
 
     async def job(self, job_id: str) -> Job:
         """Return how far a calibration is.

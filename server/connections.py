@@ -67,7 +67,8 @@ def limited(
     `on_count` is told how many connections are open whenever that changes.
 
     uvicorn ends connections that are silent between requests, but waits for ever for a first
-    request and for the rest of one. Here such a connection ends after the time-out. When more
+    request, for the rest of one, and until an answer is read. Here such a connection ends after
+    the time-out. When more
     connections than allowed are open, the one that has waited longest for a request gives up
     its place.
 
@@ -80,6 +81,8 @@ def limited(
     class LimitedProtocol(HttpToolsProtocol):
         _deadline: asyncio.TimerHandle | None = None
         _head_bytes: int | None = None  # of the head that is arriving, if one is
+        _framing_bytes = 0  # of chunks' sizes and of trailers, since the last of the body came
+        _is_lost = False
         _is_at_head = False
         _held: tuple[RequestResponseCycle, Any] | None = None  # until its body is here
         _under_way: UnderWay | None = None
@@ -94,6 +97,7 @@ def limited(
                 del waiting[oldest]
 
         def connection_lost(self, exc: Exception | None) -> None:
+            self._is_lost = True
             self._stop_watching()
             super().connection_lost(exc)
             if self._held is not None:
@@ -103,7 +107,10 @@ def limited(
             on_count(len(self.connections))
 
         def data_received(self, data: bytes) -> None:
+            self._framing_bytes += len(data)
             super().data_received(data)
+            if self.cycle is not None and self.cycle.more_body:
+                self._limit_framing(self.cycle)
             if self._head_bytes is not None:
                 self._head_bytes += len(data)
                 if self._head_bytes > HEAD_BYTES:
@@ -116,8 +123,17 @@ def limited(
             self._head_bytes = 0
             super().on_message_begin()
 
+        def on_header(self, name: bytes, value: bytes) -> None:
+            if self._head_bytes is not None:  # else it is a trailer: nobody asks for those
+                super().on_header(name, value)
+
+        def on_body(self, body: bytes) -> None:
+            self._framing_bytes = 0
+            super().on_body(body)
+
         def on_headers_complete(self) -> None:
             self._head_bytes = None
+            self._framing_bytes = 0
             self._is_at_head = True
             super().on_headers_complete()
             self._is_at_head = False
@@ -130,6 +146,22 @@ def limited(
         def on_response_complete(self) -> None:
             super().on_response_complete()
             self._watch()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._watch()
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._watch()
+
+        def _limit_framing(self, cycle: RequestResponseCycle) -> None:
+            if self._framing_bytes <= HEAD_BYTES:
+                return
+            if cycle.response_started:
+                self.transport.abort()
+            else:
+                self.send_400_response("The request's trailers are over 64 KiB.")
 
         def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:  # noqa: ANN401
             scope = cycle.scope
@@ -182,10 +214,12 @@ def limited(
                 _write(cycle, headers, body)
 
         def _watch(self) -> None:
-            """Let the time-out run while a request has not arrived whole, and no longer."""
+            """Let the time-out run while the client is waited for: to send a request whole, or to
+            read its answer."""
             cycle = self.cycle
             arrived = cycle is not None and not (cycle.response_complete or cycle.more_body)
-            if arrived or self.transport.is_closing():
+            unread = self.flow.write_paused or self.transport.is_closing()
+            if self._is_lost or (arrived and not unread):
                 self._stop_watching()
             elif self._deadline is None:
                 self._deadline = self.loop.call_later(

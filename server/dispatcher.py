@@ -58,6 +58,7 @@ class _Flight:
     callers: dict[str, _Caller]
     worker: Worker | None = None  # None: computed on the event loop
     watch: asyncio.TimerHandle | None = None
+    began: bool = False  # the engine has it: a trial of a calibration may come before
 
 
 class Dispatcher:
@@ -135,8 +136,11 @@ class Dispatcher:
         self.scheduler.cancel(request_id, time.monotonic())
         self._pump()
 
-    async def drain(self, limit_s: float) -> None:
-        """Take no more requests; wait until those taken are answered, `limit_s` at most."""
+    async def drain(self, limit_s: float | None) -> None:
+        """Take no more requests; wait until those taken are answered, `limit_s` at most if given.
+
+        The rest is answered that the server is shutting down.
+        """
         self.scheduler.drain()
         self._drained.clear()
         self._pump()
@@ -147,6 +151,7 @@ class Dispatcher:
             for request_id in list(self._callers):
                 leaving = UnavailableError("the server is shutting down", reason="draining")
                 self._fail(request_id, leaving)
+                self.scheduler.cancel(request_id, time.monotonic())
 
     def close(self) -> None:
         """Let the threads end."""
@@ -176,6 +181,9 @@ class Dispatcher:
             self._start(plan.batch)
             if not self.scheduler.waiting:
                 break
+            if self.scheduler.has_slot:  # it was computed here: its answers go out first
+                self._pump_soon()
+                break
         if self._timer:
             self._timer.cancel()
         self._timer = None
@@ -193,32 +201,37 @@ class Dispatcher:
         x = inputs[0] if len(inputs) == 1 else np.concatenate(inputs)
         if batch.predicted_ms <= INLINE_MS and self._slots == 1:
             self._turns.note_request()
-            self._flights[batch.id] = _Flight(batch, callers)
-            self._finished(batch.id, *self._computed(batch, x))
+            flight = self._flights[batch.id] = _Flight(batch, callers)
+            self._finished(batch.id, *self._computed(flight, x))
             return
         self._turns.set_idle(False)
         worker = self._free.pop()
-        limit_s = max(HANG_MIN_S, HANG_FACTOR * batch.predicted_ms / MS)
-        watch = self._loop.call_later(limit_s, self._hung, batch.id)
-        self._flights[batch.id] = _Flight(batch, callers, worker, watch)
-        worker.submit(partial(self._compute, batch, x))
+        flight = self._flights[batch.id] = _Flight(batch, callers, worker)
+        self._watch(flight)
+        worker.submit(partial(self._compute, flight, x))
 
-    def _compute(self, batch: Batch, x: Floats) -> None:
+    def _watch(self, flight: _Flight) -> None:
+        limit_s = max(HANG_MIN_S, HANG_FACTOR * flight.batch.predicted_ms / MS)
+        flight.watch = self._loop.call_later(limit_s, self._hung, flight.batch.id)
+
+    def _compute(self, flight: _Flight, x: Floats) -> None:
         """Run a batch; in a worker's thread."""
-        result = self._computed(batch, x)
+        batch = flight.batch
+        result = self._computed(flight, x)
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self._loop.call_soon_threadsafe(self._finished_elsewhere, batch.id, *result)
 
     def _computed(
-        self, batch: Batch, x: Floats
+        self, flight: _Flight, x: Floats
     ) -> tuple[Floats | None, Exception | None, float, float]:
         """Return the output or the error, when it began, and how long it took in seconds."""
         output: Floats | None = None
         error: Exception | None = None
         with self._turns.computing:
+            flight.began = True
             began_s = time.monotonic()
             try:
-                output = self._runner.run(x, batch.point)
+                output = self._runner.run(x, flight.batch.point)
             except Exception as caught:
                 error = caught
             return output, error, began_s, time.monotonic() - began_s
@@ -286,7 +299,11 @@ class Dispatcher:
 
     def _hung(self, batch_id: int) -> None:
         """Give a batch up, and its thread with it: threads cannot be stopped, only left behind."""
-        flight = self._flights.pop(batch_id)
+        flight = self._flights[batch_id]
+        if not flight.began:
+            self._watch(flight)
+            return
+        del self._flights[batch_id]
         if flight.worker:
             flight.worker.stop()
         self._free.append(Worker("compute-replacement"))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from maestro_core.artifact import Tensor
 from server.answers import top_classes
 from server.errors import BadRequestError, InvalidError
-from server.inputs import json_object, shaped
+from server.inputs import MAX_DIMENSIONS, json_object, shaped
 from server.schemas import MAX_LATENCY_MS
 
 Floats = NDArray[np.float32]
@@ -187,6 +187,8 @@ def _input(request: Mapping[str, Any], binary: bytes, tensor: Tensor) -> Floats:
         raise InvalidError(f"inputs: datatype must be one of {', '.join(_DTYPES)}")
     if not isinstance(shape, list) or not all(type(s) is int and 0 < s < 2**31 for s in shape):
         raise InvalidError("inputs: shape must be a list of whole numbers, each at least 1")
+    if len(shape) > MAX_DIMENSIONS:
+        raise InvalidError(f"inputs: shape has {len(shape)} dimensions; {MAX_DIMENSIONS} at most")
     size = _mapping(entry, "parameters").get("binary_data_size")
     if size is None:
         return shaped(_from_json(entry, datatype, shape), tensor)

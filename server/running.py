@@ -127,7 +127,7 @@ async def _serve(server: _Server, service: Service) -> None:
         loop.call_later(0.0 if server.force_exit else drain_s, close)
 
     def close() -> None:
-        for listener in server.servers:
+        for listener in getattr(server, "servers", ()):  # there are none before it has started
             listener.close()
         loop.call_later(LINGER_S, setattr, server, "should_exit", True)
 

@@ -139,7 +139,7 @@ class Service:
         self._stopping = True
         await self._calibrations.close()
         if self._serving:
-            await _retire(self._serving.dispatcher)
+            await _retire(self._serving.dispatcher, DRAIN_S)
 
     @property
     def is_ready(self) -> bool:
@@ -158,12 +158,14 @@ class Service:
             job = self.progress().get("calibration", {})
             if job.get("error"):
                 raise UnavailableError(f"the calibration failed: {job['error']}", 60.0)
+            if job.get("state") == "cancelled":
+                raise UnavailableError("the calibration was cancelled; start another", 60.0)
             raise UnavailableError("calibrating this host", job.get("seconds_left") or 1.0)
         return self._serving
 
     def progress(self) -> dict[str, Any]:
-        """Return the first calibration, while there is no profile to serve with."""
-        job = self._calibrations.first_job
+        """Return the last calibration, while there is no profile to serve with."""
+        job = self._calibrations.last_job
         if job is None or self._serving is not None:
             return {}
         return {"calibration": asdict(job)}
@@ -326,6 +328,7 @@ class Service:
                 break
         else:
             engine = await asyncio.to_thread(self._host.engine_of, profile)
+            self._measured_engine = engine  # the one before it is nobody's any more
         self._use(profile, source, engine)
 
     def _on_profile(self, profile: Profile) -> None:
@@ -355,7 +358,7 @@ class Service:
         self._serving = _Serving(dispatcher, profile, source)
         log.info("ready; profile %s, of %s", source, profile.measured_at)
         if before is not None:
-            self._retiring = asyncio.create_task(_retire(before.dispatcher))
+            self._retiring = asyncio.create_task(_retire(before.dispatcher, None))
 
 
 def _warn(note: str | None) -> None:
@@ -363,6 +366,6 @@ def _warn(note: str | None) -> None:
         log.warning("%s", note)
 
 
-async def _retire(dispatcher: Dispatcher) -> None:
-    await dispatcher.drain(DRAIN_S)
+async def _retire(dispatcher: Dispatcher, limit_s: float | None) -> None:
+    await dispatcher.drain(limit_s)
     dispatcher.close()

@@ -1,5 +1,6 @@
 """The calibration job: one at a time, progress, cancel, failure, storing; and a real profile."""
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,12 @@ from benchmarks.profiler import batch_sizes_to, profile
 from maestro_core.artifact import Artifact
 from maestro_core.profile import Profile
 from maestro_core.profile_store import ProfileStore
-from server.calibration import AlreadyRunningError, Calibrator, UnknownJobError
+from server.calibration import (
+    AlreadyRunningError,
+    Calibrator,
+    OwnCalibrations,
+    UnknownJobError,
+)
 from server.engine import Engine
 from tests.test_profile import PROFILE
 
@@ -114,6 +120,23 @@ def test_a_failure_is_told(measure: FakeMeasure) -> None:
 
     ended = calibrator.job(job.id)
     assert (ended.state, ended.error) == ("failed", "RuntimeError: no such kernel")
+
+
+def test_the_last_of_many_calibrations_is_known(measure: FakeMeasure) -> None:
+    calibrator = Calibrator(measure, lambda _: None, None)
+    own = OwnCalibrations(calibrator)
+    measure.let_go.set()
+
+    async def many() -> None:
+        await own.first(None, QUICK)
+        for _ in range(40):
+            calibrator.wait()
+            job = await own.start(QUICK)
+        assert own.last_job is not None
+        assert own.last_job.id == job.id
+
+    asyncio.run(many())
+    calibrator.wait()
 
 
 def test_a_profile_that_cannot_be_stored_is_used_and_said(

@@ -28,7 +28,7 @@ class FakeTransport(asyncio.Transport):
     def __init__(self) -> None:
         super().__init__()
         self.written: list[bytes] = []
-        self.is_closed = False
+        self.is_closed = self.is_aborted = False
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self.written.append(bytes(data))
@@ -38,6 +38,9 @@ class FakeTransport(asyncio.Transport):
 
     def close(self) -> None:
         self.is_closed = True
+
+    def abort(self) -> None:
+        self.is_closed = self.is_aborted = True
 
     def pause_reading(self) -> None: ...
 
@@ -79,12 +82,12 @@ class Whole:
 class Driven:
     """A connection whose transport is a fake; `asked` is what came to the application."""
 
-    def __init__(self) -> None:
+    def __init__(self, receive_timeout_s: float) -> None:
         self.whole, self.transport = Whole(), FakeTransport()
         self.asked: list[tuple[str, bytes, Exception | None]] = []
         config = uvicorn.Config(self._app, interface="asgi3", log_config=None, lifespan="off")
         config.load()
-        protocol: Any = limited(Limits(10, 30.0), self.whole)
+        protocol: Any = limited(Limits(10, receive_timeout_s), self.whole)
         self.protocol = protocol(config=config, server_state=ServerState(), app_state={})
         self.protocol.connection_made(self.transport)
 
@@ -121,17 +124,17 @@ async def turns() -> None:
 
 
 @asynccontextmanager
-async def connection() -> AsyncIterator[Driven]:
-    driven = Driven()
+async def connection(receive_timeout_s: float) -> AsyncIterator[Driven]:
+    driven = Driven(receive_timeout_s)
     yield driven
     driven.transport.close()
     driven.protocol.connection_lost(None)
     await turns()
 
 
-def drive(scenario: Callable[[Driven], Awaitable[None]]) -> None:
+def drive(scenario: Callable[[Driven], Awaitable[None]], receive_timeout_s: float = 30.0) -> None:
     async def main() -> None:
-        async with connection() as driven:
+        async with connection(receive_timeout_s) as driven:
             await scenario(driven)
 
     asyncio.run(main())
@@ -201,6 +204,34 @@ def test_an_error_is_the_applications_to_answer(is_late: bool) -> None:
         assert b"".join(driven.transport.written).endswith(b"app")
 
     drive(scenario)
+
+
+def test_trailers_are_dropped_and_limited() -> None:
+    async def scenario(driven: Driven) -> None:
+        chunked = HEAD + b"transfer-encoding: chunked\r\n\r\n"
+        await driven.receive(chunked + b"5\r\nusual\r\n0\r\na: b\r\n\r\n")
+        ((_, body, _),) = driven.asked
+        assert body == b"usual"
+        assert not driven.transport.is_closed
+
+        await driven.receive(chunked + b"5\r\nusual\r\n0\r\n", *[b"a: b\r\n" * 1000] * 12)
+        assert b"400 Bad Request" in b"".join(driven.transport.written)
+        assert driven.transport.is_closed
+
+    drive(scenario)
+
+
+def test_a_client_is_not_waited_for_longer_to_read_its_answer() -> None:
+    async def scenario(driven: Driven) -> None:
+        await driven.receive(SEVEN.replace(b"\r\n", b"\r\nconnection: close\r\n", 1))
+        driven.protocol.pause_writing()
+        await driven.finish()  # the transport closes once the client has read
+        assert driven.transport.is_closed
+        await asyncio.sleep(0.2)
+
+        assert driven.transport.is_aborted
+
+    drive(scenario, receive_timeout_s=0.1)
 
 
 def test_a_client_that_hangs_up_gives_its_request_up() -> None:

@@ -46,13 +46,16 @@ def rows(value: float, n: int = 1) -> Floats:
 
 
 def drive(
-    scenario: Callable[[Dispatcher, FakeEngine], Coroutine[Any, Any, None]], max_queue: int = 8
+    scenario: Callable[[Dispatcher, FakeEngine], Coroutine[Any, Any, None]],
+    max_queue: int = 8,
+    turns: Turns | None = None,
 ) -> None:
     """Run a scenario on a fresh dispatcher; nothing is left running after it."""
 
     async def main() -> None:
         engine = FakeEngine()
-        driver = Dispatcher(Scheduler(LATENCIES, max_queue=max_queue), engine, Turns())
+        scheduler = Scheduler(LATENCIES, max_queue=max_queue)
+        driver = Dispatcher(scheduler, engine, turns or Turns())
         try:
             await scenario(driver, engine)
         finally:
@@ -186,6 +189,22 @@ def test_an_engine_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch) ->
         np.testing.assert_array_equal((await driver.infer(request("b"), rows(0))).output, rows(1))
 
     drive(scenario)
+
+
+def test_a_batch_that_waits_for_a_trial_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher_module, "HANG_MIN_S", 0.05)
+    monkeypatch.setattr(dispatcher_module, "HANG_FACTOR", 1.0)
+    turns = Turns()
+
+    async def scenario(driver: Dispatcher, _engine: FakeEngine) -> None:
+        with turns.computing:  # as a trial does
+            answer = await start(driver, request("a"), 0)
+            await asyncio.sleep(0.2)
+            assert not answer.done()
+
+        np.testing.assert_array_equal((await answer).output, rows(1))
+
+    drive(scenario, turns=turns)
 
 
 def test_a_client_that_hangs_up_frees_its_place() -> None:

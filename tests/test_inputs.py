@@ -16,6 +16,13 @@ TENSOR = tiny_manifest().input
 SAMPLE = np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 8, 8)
 
 
+def with_tags(exif: bytes) -> bytes:
+    """Return a PNG picture with these bytes for its EXIF tags."""
+    file = io.BytesIO()
+    Image.new("L", (8, 8)).save(file, "PNG", exif=exif)
+    return file.getvalue()
+
+
 def picture(mode: str = "L", size: tuple[int, int] = (8, 8), kind: str = "PNG") -> bytes:
     file = io.BytesIO()
     Image.new(mode, size, 128 if mode in ("L", "I;16") else None).save(file, kind)
@@ -117,6 +124,8 @@ def test_npy_with_nan_is_refused() -> None:
         (npy(SAMPLE).replace(b"(1, 8, 8)", b"(9**9,  )"), 400, "not a .npy file"),
         (npy(SAMPLE).replace(b"(1, 8, 8)", b"(1,-8, 8)"), 400, r"says shape \(1, -8, 8\)"),
         (npy(SAMPLE).replace(b"(1, 8, 8)", b"(9999999)"), 400, "not a .npy file"),
+        (npy(SAMPLE).replace(b"(1, 8, 8)", b"((((1,8,8"), 400, "not a .npy file"),
+        (npy(np.zeros((1,) * 40, "f4")), 400, "40 dimensions; 32 at most"),
         (npy(np.array(["a"])), 422, "must hold numbers"),
         (npy(np.array([1j])), 422, "must hold numbers"),
     ],
@@ -181,6 +190,7 @@ def test_a_colour_picture_has_its_channels_first() -> None:
         (b"GIF89a" + bytes(50), 400, "neither a PNG nor a JPEG"),
         (picture()[:40], 400, "neither a PNG nor a JPEG"),
         (picture(size=(200, 200))[:100], 400, "the picture is broken"),
+        (with_tags(b"MM\0*"), 400, "the picture is broken"),
         (picture("I;16"), 422, "mode I;16; send 8 bits"),
         (picture("1", (5000, 5000)), 422, "more than 16777216 pixels"),
         (picture("1", (10000, 10000)), 422, "more than 16777216 pixels"),

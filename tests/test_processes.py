@@ -315,7 +315,7 @@ def test_a_first_calibration_that_loses_its_worker_is_begun_again(tmp_path: Path
         await other.join()
         await until(lambda: one.told == ["measure"])
         one.die()
-        await until(lambda: other.told == ["load", "failed", "stop"])
+        await until(lambda: other.told == ["load", "ended", "stop"])
         again = FakeWorker(hub, 0)
         await again.join()
 

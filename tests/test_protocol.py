@@ -124,6 +124,7 @@ def test_classification_gives_score_index_and_label(is_binary: bool) -> None:
         (json_request(entry={"shape": [-1, 1, 8, 8]}), 422, "shape must be a list of whole"),
         (json_request(entry={"shape": [2**31, 2**31]}), 422, "shape must be a list of whole"),
         (json_request(entry={"shape": [2**30, 2**30]}), 422, "does not hold 128 numbers"),
+        (json_request(entry={"shape": [1] * 65 + [128]}), 422, "66 dimensions; 32 at most"),
         (json_request(entry={"shape": [True]}), 422, "shape must be a list of whole"),
         (json_request(entry={"shape": [128]}), 422, "x: shape [128]"),
         (json_request(entry={"data": [[1], [2, 3]]}), 422, "ragged"),

@@ -135,21 +135,25 @@ class Hub:
             for other in self._others(self._lead):
                 other.tell("load", **work)
             text = await self._member(self._lead).call("measure", **work)
+            if text is None:
+                raise CancelledError
         except CancelledError:
+            self._tell_end(Job(work["job"], "cancelled"))
             raise
         except Exception as error:
             message = f"{type(error).__name__}: {error}"
-            failed = Job(work["job"], "failed", error=message)
-            for member in self._members.values():
-                member.tell("failed", **asdict(failed))
+            self._tell_end(Job(work["job"], "failed", error=message))
             raise
         finally:
             self._round = None
             for other in self._others(self._lead):
                 other.tell("stop")
-        if text is None:
-            raise CancelledError
         return Profile.from_json(text)
+
+    def _tell_end(self, job: Job) -> None:
+        """Have all workers know of a calibration that ended without a profile."""
+        for member in self._members.values():
+            member.tell("ended", **asdict(job))
 
     def _share(self, profile: Profile) -> None:
         """Have all workers use a profile; in the calibrator's thread."""

@@ -45,7 +45,7 @@ class Team:
 
     def __init__(self, size: int, control: socket.socket, statistics: Statistics) -> None:
         self.size, self.statistics = size, statistics
-        self.first_job: Job | None = None
+        self.last_job: Job | None = None
         self._control = control
         self._stop = threading.Event()
         self._reported_s = 0.0
@@ -126,8 +126,8 @@ class Team:
                 self._stop.set()
             case "use":
                 await self._hands.take(Profile.from_json(given["profile"]), given["source"])
-            case "failed":
-                self.first_job = Job(**given)
+            case "ended":
+                self.last_job = Job(**given)
             case "gauge":
                 self._hands.gauge()
         return None
@@ -136,7 +136,7 @@ class Team:
         """Note a calibration; return its effort."""
         effort = given["effort"]
         self._stop = threading.Event()
-        self.first_job = Job(given["job"], "running", seconds_left=effort["budget_s"])
+        self.last_job = Job(given["job"], "running", seconds_left=effort["budget_s"])
         return Effort(**{**effort, "precision": Precision(**effort["precision"])})
 
     async def _measure(self, effort: Effort, is_stopped: Callable[[], bool]) -> str | None:
@@ -168,7 +168,7 @@ class Team:
             self._channel.tell("progress", **seen._asdict())
 
     def _seen(self, seen: Progress) -> None:
-        if self.first_job is not None:
-            self.first_job = replace(
-                self.first_job, done=seen.done, total=seen.total, seconds_left=seen.left_s
+        if self.last_job is not None:
+            self.last_job = replace(
+                self.last_job, done=seen.done, total=seen.total, seconds_left=seen.left_s
             )
