@@ -23,6 +23,7 @@ from server.overhead import overhead_ms
 from server.requests import Refusal
 from server.scheduler import Scheduler
 from server.schemas import InferParameters
+from server.settings import LARGEST_BATCH
 
 Floats = NDArray[np.float32]
 
@@ -80,7 +81,7 @@ def infer(
     """
     arrived_s = time.monotonic()
     request = parameters.request("0", arrived_s, len(x))
-    scheduler = Scheduler(latencies_of(engine.artifact, profile))
+    scheduler = Scheduler(latencies_of(engine.artifact, profile, LARGEST_BATCH))
     verdict = scheduler.submit(request, arrived_s)
     if isinstance(verdict, Refusal):
         raise refused(verdict)

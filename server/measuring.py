@@ -131,12 +131,9 @@ class HostModel:
         return host_artifact.searched(self.source, self.settings.state_dir, measuring)
 
 
-def latencies_of(artifact: Artifact, profile: Profile) -> Latencies:
-    """Return what the selector needs to know of the points on this host."""
-    return Latencies.from_quantiles(
-        [point.score.value for point in artifact.points],
-        profile.batch_sizes,
-        profile.table(50),
-        profile.table(99),
-        profile.overhead_ms,
-    )
+def latencies_of(artifact: Artifact, profile: Profile, max_batch: int) -> Latencies:
+    """Return what the selector needs to know of the points on this host, up to `max_batch`."""
+    sizes = [size for size in profile.batch_sizes if size <= max_batch]
+    p50_ms, p99_ms = ([row[: len(sizes)] for row in profile.table(q)] for q in (50, 99))
+    accuracy = [point.score.value for point in artifact.points]
+    return Latencies.from_quantiles(accuracy, sizes, p50_ms, p99_ms, profile.overhead_ms)

@@ -78,7 +78,7 @@ def protocol_v2(service: Service, bodies: Bodies) -> APIRouter:
                 "name": manifest.name,
                 "platform": PLATFORM,
                 "backend": "onnxruntime",
-                "max_batch_size": service.settings.max_batch,
+                "max_batch_size": service.max_batch,
                 "input": [_configuration(manifest.input)],
                 "output": [_configuration(manifest.output)],
             }

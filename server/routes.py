@@ -199,6 +199,6 @@ def _lists(service: Service) -> dict[str, Any]:
     }
     for size in reversed(service.artifact.manifest.input.shape[1:]):
         sample = {"type": "array", "minItems": size, "maxItems": size, "items": sample}
-    most = service.settings.max_batch
+    most = service.max_batch
     samples = {"type": "array", "minItems": 1, "maxItems": most, "items": sample}
     return {"anyOf": [sample, samples]}

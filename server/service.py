@@ -124,6 +124,9 @@ class Service:
         if found.reason:
             log.warning("profile not used: %s", found.reason)
         effort = first_effort(self.settings.calibration_budget_s)
+        if found.profile and found.profile.batch_sizes[-1] < self.settings.max_batch:
+            most = found.profile.batch_sizes[-1]
+            log.warning("batches of %d at most: the stored profile has no larger", most)
         given = await self._calibrations.first(found.profile, effort)
         if given is not None:
             await self._take(*given)
@@ -162,6 +165,12 @@ class Service:
                 raise UnavailableError("the calibration was cancelled; start another", 60.0)
             raise UnavailableError("calibrating this host", job.get("seconds_left") or 1.0)
         return self._serving
+
+    @property
+    def max_batch(self) -> int:
+        """Return the most samples in a batch: what the settings allow and the profile knows."""
+        most = self.settings.max_batch
+        return min(most, self._serving.profile.batch_sizes[-1]) if self._serving else most
 
     def progress(self) -> dict[str, Any]:
         """Return the last calibration, while there is no profile to serve with."""
@@ -341,7 +350,7 @@ class Service:
             return
         self._engine, self.artifact = engine, engine.artifact
         before = self._serving
-        latencies = latencies_of(self.artifact, profile)
+        latencies = latencies_of(self.artifact, profile, self.settings.max_batch)
         dispatcher = Dispatcher(
             scheduler_of(
                 self.settings.policy,

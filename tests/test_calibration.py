@@ -19,6 +19,7 @@ from server.calibration import (
     UnknownJobError,
 )
 from server.engine import Engine
+from server.measuring import latencies_of
 from tests.test_profile import PROFILE
 
 
@@ -195,3 +196,13 @@ def test_an_engine_is_profiled_whole(tiny_artifact: Artifact, tmp_path: Path) ->
 )
 def test_batch_sizes_double_up_to_the_largest(largest: int, sizes: tuple[int, ...]) -> None:
     assert batch_sizes_to(largest) == sizes
+
+
+def test_batches_are_no_larger_than_the_settings_allow_and_the_profile_knows(
+    tiny_artifact: Artifact,
+) -> None:
+    effort = Effort("quick", 0.3, Precision(min_runs=5))
+    made = profile(Engine(tiny_artifact), effort, batch_sizes=(1, 4, 16))
+
+    assert latencies_of(tiny_artifact, made, 8).max_batch == 4
+    assert latencies_of(tiny_artifact, made, 99).max_batch == 16
