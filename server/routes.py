@@ -4,6 +4,7 @@ import ipaddress
 import secrets
 from dataclasses import replace
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
@@ -101,12 +102,12 @@ def health(service: Service) -> APIRouter:
     """Return what orchestrators and Prometheus ask."""
     router = APIRouter()
 
-    @router.get("/livez", include_in_schema=False)
+    @router.api_route("/livez", methods=["GET", "HEAD"], include_in_schema=False)
     @router.get("/v2/health/live", summary="The process answers")
     async def live() -> Response:
         return Json({"live": True, "ready": service.is_ready})
 
-    @router.get("/readyz", include_in_schema=False)
+    @router.api_route("/readyz", methods=["GET", "HEAD"], include_in_schema=False)
     @router.get("/v2/health/ready", summary="200 when requests are served, else 503")
     async def ready() -> Response:
         status = 200 if service.is_ready else 503
@@ -128,7 +129,7 @@ def check_admin(request: Request, settings: Settings) -> None:
 
     Raises:
         UnauthorizedError: the token is wrong or missing.
-        ForbiddenError: no token is set, and the client is elsewhere.
+        ForbiddenError: no token is set, and the client is elsewhere or a page of another site.
     """
     if settings.admin_token is not None:
         given = request.headers.get("authorization", "")
@@ -137,6 +138,14 @@ def check_admin(request: Request, settings: Settings) -> None:
             raise UnauthorizedError("send 'Authorization: Bearer ' with MAESTRO_ADMIN_TOKEN")
     elif not _is_loopback(request.client.host if request.client else ""):
         raise ForbiddenError("set MAESTRO_ADMIN_TOKEN to allow this call from other machines")
+    elif _is_of_another_site(request):
+        raise ForbiddenError("set MAESTRO_ADMIN_TOKEN to allow this call from pages of other sites")
+
+
+def _is_of_another_site(request: Request) -> bool:
+    """Return whether a browser sends this for a page that is not ours."""
+    origin = request.headers.get("origin")
+    return origin is not None and urlsplit(origin).netloc != request.headers.get("host")
 
 
 def _is_loopback(host: str) -> bool:

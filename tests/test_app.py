@@ -310,6 +310,13 @@ def test_unknown_paths_and_methods_are_problems_too(client: Client) -> None:
 def test_calibrating_is_for_this_machine_or_for_the_token(settings: Settings) -> None:
     with TestClient(create_app(settings), client=("10.0.0.9", 1)) as elsewhere:
         check_problem(elsewhere.post("/profile"), 403, "MAESTRO_ADMIN_TOKEN")
+    with TestClient(create_app(settings), client=("127.0.0.1", 1)) as here:
+        wait_until_ready(here)
+        foreign = here.post("/profile", headers={"origin": "https://elsewhere.example"})
+        check_problem(foreign, 403, "pages of other sites")
+        own = here.post("/profile", headers={"origin": "http://testserver"})
+        assert own.status_code == 202
+        here.delete(own.headers["location"])
 
     guarded = settings.model_copy(
         update={"admin_token": Settings(admin_token="s3cret").admin_token}
