@@ -2,9 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import onnxruntime as ort
@@ -19,6 +23,8 @@ from server.pruning import mark_used, prune
 
 POINTS = 16
 _KEPT = 4  # of artifacts last served; each holds its weights
+_ASIDE = "found-"  # points that are measured yet
+_ABANDONED_S = 24 * 3600.0
 
 
 class Kept(NamedTuple):
@@ -28,10 +34,9 @@ class Kept(NamedTuple):
     note: str | None
 
 
-def searched(source: Artifact, state_dir: Path, measuring: Measuring) -> Artifact:
-    """Find the points of this host and keep them; return them as an artifact.
-
-    Those of the artifact served longest ago give way.
+@contextmanager
+def searched(source: Artifact, state_dir: Path, measuring: Measuring) -> Iterator[Artifact]:
+    """Find the points of this host; yield them as an artifact that is gone afterwards.
 
     Raises:
         ArtifactError: the artifact can't be searched, or the state directory not be written.
@@ -39,7 +44,36 @@ def searched(source: Artifact, state_dir: Path, measuring: Measuring) -> Artifac
     """
     network = Network.of(source)
     found = search(network, POINTS, measuring)
-    kept = save(network, found, host_path(source, state_dir, measuring.intra_op_threads))
+    with _aside(state_dir) as folder:
+        yield save(network, found, folder / f"{source.manifest.name}.maestro")
+
+
+@contextmanager
+def _aside(state_dir: Path) -> Iterator[Path]:
+    """Yield a new directory there, on the disk that has room, and remove what a kill left."""
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True)
+        for old in state_dir.glob(f"{_ASIDE}*"):
+            if time.time() - old.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(old, ignore_errors=True)
+        folder = TemporaryDirectory(prefix=_ASIDE, dir=state_dir, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise ArtifactError(f"{state_dir}: {error.strerror}") from error
+    with folder as name:
+        yield Path(name)
+
+
+def keep(found: Artifact, source: Artifact, state_dir: Path, intra_op_threads: int) -> Artifact:
+    """Keep the points that were found for this host in the place of those before; return them.
+
+    Those of the artifact served longest ago give way.
+
+    Raises:
+        ArtifactError: the state directory can't be written.
+    """
+    contents = {name: found.path / name for name in found.manifest.files}
+    path = host_path(source, state_dir, intra_op_threads)
+    kept = artifact.save(path, found.manifest, contents)
     prune(kept.path.parent, _KEPT)
     return kept
 

@@ -103,11 +103,27 @@ class HostModel:
             CancelledError: the hooks said so.
         """
         began_s = time.monotonic()
-        if effort.search:
-            engine = self.engine(self._searched(effort.budget_s * SEARCH_SHARE, hooks))
-        elif engine is None:
-            engine = self.engine(self.points().artifact)
-        profile = profiler.profile(
+        if not effort.search:
+            engine = engine or self.engine(self.points().artifact)
+            return engine, self._profiled(engine, effort, began_s, overhead_ms, hooks)
+        measuring = Measuring(
+            effort.budget_s * SEARCH_SHARE,
+            self.threads,
+            turn=hooks.turn,
+            progress=hooks.progress,
+            cancelled=hooks.cancelled,
+        )
+        state_dir = self.settings.state_dir
+        with host_artifact.searched(self.source, state_dir, measuring) as found:
+            profile = self._profiled(self.engine(found), effort, began_s, overhead_ms, hooks)
+            kept = host_artifact.keep(found, self.source, state_dir, self.threads)
+        return self.engine(kept), profile
+
+    def _profiled(
+        self, engine: Engine, effort: Effort, began_s: float, overhead_ms: float, hooks: Hooks
+    ) -> Profile:
+        """Return the profile of `engine`, within what is left of the effort since `began_s`."""
+        return profiler.profile(
             engine,
             effort.after(time.monotonic() - began_s),
             batch_sizes=profiler.batch_sizes_to(self.settings.max_batch),
@@ -118,17 +134,6 @@ class HostModel:
             progress=hooks.progress,
             cancelled=hooks.cancelled,
         )
-        return engine, profile
-
-    def _searched(self, budget_s: float, hooks: Hooks) -> Artifact:
-        measuring = Measuring(
-            budget_s,
-            self.threads,
-            turn=hooks.turn,
-            progress=hooks.progress,
-            cancelled=hooks.cancelled,
-        )
-        return host_artifact.searched(self.source, self.settings.state_dir, measuring)
 
 
 def latencies_of(artifact: Artifact, profile: Profile, max_batch: int) -> Latencies:

@@ -216,11 +216,34 @@ def test_the_place_depends_on_artifact_and_threads(source: Artifact, tmp_path: P
     assert one == host_artifact.host_path(source, tmp_path, 1)
 
 
+def searched(source: Artifact, state_dir: Path) -> Artifact:
+    """Find points and keep them, as a calibration does that ends well."""
+    with host_artifact.searched(source, state_dir, MEASURING) as found:
+        return host_artifact.keep(found, source, state_dir, MEASURING.intra_op_threads)
+
+
 def test_points_found_are_kept_and_found_again(source: Artifact, tmp_path: Path) -> None:
-    made = host_artifact.searched(source, tmp_path, MEASURING)
+    made = searched(source, tmp_path)
 
     assert host_artifact.of_host(source, tmp_path, 1) == (made, None)
     assert host_artifact.of_host(source, tmp_path, 2) == (source, None)
+
+
+def test_points_found_by_what_then_fails_are_not_kept(source: Artifact, tmp_path: Path) -> None:
+    abandoned = tmp_path / "found-before"
+    abandoned.mkdir()
+    os.utime(abandoned, (0, 0))
+
+    def fail() -> None:
+        with host_artifact.searched(source, tmp_path, MEASURING) as found:
+            assert found.path.exists()
+            raise CancelledError
+
+    with pytest.raises(CancelledError):
+        fail()
+
+    assert host_artifact.of_host(source, tmp_path, 1) == (source, None)
+    assert not list(tmp_path.glob("found-*"))
 
 
 def test_points_of_artifacts_served_long_ago_give_way(source: Artifact, tmp_path: Path) -> None:
@@ -228,14 +251,14 @@ def test_points_of_artifacts_served_long_ago_give_way(source: Artifact, tmp_path
         (tmp_path / "points" / str(i)).mkdir(parents=True)
         os.utime(tmp_path / "points" / str(i), (i, i))
 
-    made = host_artifact.searched(source, tmp_path, MEASURING)
+    made = searched(source, tmp_path)
 
     left = {path.name for path in (tmp_path / "points").iterdir()}
     assert left == {"1", "2", "3", made.path.name}
 
 
 def test_damaged_points_are_reported_and_not_used(source: Artifact, tmp_path: Path) -> None:
-    made = host_artifact.searched(source, tmp_path, MEASURING)
+    made = searched(source, tmp_path)
     made.graph_path(0).write_bytes(b"half")
 
     kept = host_artifact.of_host(source, tmp_path, 1)
