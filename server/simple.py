@@ -56,7 +56,10 @@ def infer_call(service: Service, bodies: Bodies) -> Call:
             body = await arriving.read(request)
             if kind == FORM:
                 kind, body = await form_file(request, body)
-            x, given = _input(kind, body, service)
+            if inputs.takes_long(body):  # others are served meanwhile
+                x, given = await asyncio.to_thread(_input, kind, body, service)
+            else:
+                x, given = _input(kind, body, service)
             parameters = parse_parameters(query_of(scope), given, header_targets_ms(headers))
             served = service.artifact  # a search may replace it meanwhile
             result = await service.infer(x, parameters, arrived_s, request.receive)
@@ -121,7 +124,7 @@ class Whole:
         arrived_s = time.monotonic()
         headers = headers_of(scope)
         kind = media_type(headers)
-        if kind == FORM or tracing.is_recording():
+        if kind == FORM or tracing.is_recording() or inputs.takes_long(body):
             return None
         service = self._service
         service.serving()
