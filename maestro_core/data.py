@@ -4,6 +4,7 @@ Validation pictures choose; test pictures only score.
 """
 
 import hashlib
+import math
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -69,6 +70,36 @@ class Augmentation:
         return (start <= place) & (place < start + self.cutout)
 
 
+# What pictures are distorted by at most, at strength 1.
+_TURN = math.pi / 12
+_ZOOM = math.log(1.25)
+_SHEAR = 0.1
+_COLOUR = 0.3
+
+
+def distorted(pixels: Tensor, strength: float) -> Tensor:
+    """Return pictures turned, zoomed, sheared and recoloured at random, each in its own way.
+
+    (b, h, w, channels) uint8 in and out. Brightness, contrast and saturation change one after the
+    other. What is beyond the edge is black.
+    """
+    b = len(pixels)
+    turn, zoom, x_shear, y_shear, *colours = strength * (2 * torch.rand(7, b) - 1)
+    cos, sin = (_TURN * turn).cos(), (_TURN * turn).sin()
+    scale, none = (_ZOOM * zoom).exp(), torch.zeros(b)
+    rows = [cos, _SHEAR * x_shear - sin, none, _SHEAR * y_shear + sin, cos, none]
+    affine = torch.stack(rows, 1).view(b, 2, 3) * scale[:, None, None]
+    x = pixels.permute(0, 3, 1, 2).float()
+    x = F.grid_sample(x, F.affine_grid(affine, list(x.shape), False), align_corners=False)
+    brightness, contrast, saturation = (1 + _COLOUR * c.view(b, 1, 1, 1) for c in colours)
+    x = x * brightness
+    mean = x.mean((1, 2, 3), keepdim=True)
+    x = mean + contrast * (x - mean)
+    grey = x.mean(1, keepdim=True)
+    x = grey + saturation * (x - grey)
+    return x.clamp(0, 255).round().byte().permute(0, 2, 3, 1)
+
+
 NO_AUGMENTATION = Augmentation()
 CPU = torch.device("cpu")
 
@@ -105,17 +136,23 @@ class Pictures:
         else:
             yield from map(self._ready, self.pixels.read(parts), parts)
 
-    def augmented(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def augmented(
+        self, batches: Sequence[Tensor], distortion: float = 0.0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield what `batch` returns for each of `batches`, of pictures changed at random.
 
-        All that is random comes from torch's generator.
+        With a `distortion`, of that strength, they are distorted too. All that is random comes from
+        torch's generator.
         """
         if isinstance(self.pixels, Tensor):
-            for indices in batches:
-                yield self._ready(self.augmentation.apply(self.pixels[indices]), indices)
+            read = (self.pixels[indices] for indices in batches)
         else:
-            seed = int(torch.randint(2**62, ()))
-            yield from map(self._ready, self.pixels.read(batches, seed), batches)
+            read = self.pixels.read(batches, int(torch.randint(2**62, ())))
+        for pixels, indices in zip(read, batches, strict=True):
+            changed = distorted(pixels, distortion) if distortion else pixels
+            if isinstance(self.pixels, Tensor):
+                changed = self.augmentation.apply(changed)
+            yield self._ready(changed, indices)
 
     def _ready(self, pixels: Tensor, indices: Tensor | slice) -> tuple[Tensor, Tensor]:
         mean, std = (

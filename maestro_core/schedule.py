@@ -17,12 +17,15 @@ class Phase:
     `dense`: the network before it is factorised. `ordered`: one layer cut at random in each step
     (Maestro, ICML 2024). `nested`: the points of the chain together (consolidation.py).
     With `milestones`, rising shares of the epochs, the rate is divided by 10 at each instead.
+    `distortion` is how far pictures are turned, zoomed and recoloured (data.py), beyond what the
+    recipe changes of them in all phases; 1 is a usual strength.
     """
 
     kind: Kind
     epochs: int
     learning_rate: float
     milestones: tuple[float, ...] = ()
+    distortion: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,9 +61,15 @@ class Sentences:
             yield self.batch(slice(start, start + size))
 
     def augmented(
-        self, batches: Sequence[Tensor]
+        self, batches: Sequence[Tensor], distortion: float = 0.0
     ) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
-        """Yield what `batch` returns for each of `batches`: nothing is changed in training."""
+        """Yield what `batch` returns for each of `batches`: nothing is changed in training.
+
+        Raises:
+            ValueError: a distortion is wanted, which is for pictures.
+        """
+        if distortion:
+            raise ValueError(f"distortion is {distortion}, but sentences can't be distorted")
         return map(self.batch, batches)
 
     def grouped(self, order: Tensor, size: int) -> list[Tensor]:

@@ -151,7 +151,7 @@ def train_epoch_(
         torch.manual_seed(Random(f"{hyper.seed}/{epoch}/{distributed.rank()}").getrandbits(63))
     losses: dict[int, Tensor] = {}
     parts = [part for part in map(distributed.part, batches) if len(part)]
-    changed: Iterator[tuple[Inputs, Tensor]] = samples.augmented(parts)
+    changed: Iterator[tuple[Inputs, Tensor]] = samples.augmented(parts, phase.distortion)
     for step, (x, labels) in enumerate(changed):
         for group in optimizer.param_groups:
             rate = learning_rate(phase, hyper.warmup, before + step / len(batches))

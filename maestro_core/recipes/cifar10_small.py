@@ -26,7 +26,11 @@ RECIPE = Recipe(
     augmentation=replace(cifar10.AUGMENTATION, cutout=8),
     prepare=prepare_,
     training=HyperParameters(
-        phases=(Phase("dense", 28, 0.2), Phase("ordered", 1, 0.02), Phase("nested", 16, 0.05)),
+        phases=(
+            Phase("dense", 28, 0.2),
+            Phase("ordered", 1, 0.02),
+            Phase("nested", 20, 0.06, distortion=1.0),
+        ),
         batch_size=128,
         momentum=0.9,
         nesterov=True,
