@@ -96,8 +96,8 @@ def distorted(pixels: Tensor, strength: float) -> Tensor:
     mean = x.mean((1, 2, 3), keepdim=True)
     x = mean + contrast * (x - mean)
     grey = x.mean(1, keepdim=True)
-    x = grey + saturation * (x - grey)
-    return x.clamp(0, 255).round().byte().permute(0, 2, 3, 1)
+    changed: Tensor = (grey + saturation * (x - grey)).clamp(0, 255).round().byte()
+    return changed.permute(0, 2, 3, 1)
 
 
 NO_AUGMENTATION = Augmentation()
@@ -144,8 +144,9 @@ class Pictures:
         With a `distortion`, of that strength, they are distorted too. All that is random comes from
         torch's generator.
         """
+        read: Iterator[Tensor]
         if isinstance(self.pixels, Tensor):
-            read = (self.pixels[indices] for indices in batches)
+            read = map(self.pixels.__getitem__, batches)
         else:
             read = self.pixels.read(batches, int(torch.randint(2**62, ())))
         for pixels, indices in zip(read, batches, strict=True):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maestro_core import data
 from maestro_core.artifact import Image
-from maestro_core.data import Augmentation, Data, DataError, Pictures
+from maestro_core.data import Augmentation, Data, DataError, Pictures, distorted
 
 GREY = Image("L", 4, 5, (0.5,), (0.25,))
 COLOUR = Image("RGB", 4, 5, (0.1, 0.2, 0.3), (0.5, 0.25, 1.0))
@@ -159,3 +159,30 @@ def test_a_hole_is_one_square_somewhere_inside_each_picture() -> None:
     assert all(row[y : y + 2, x : x + 2].all() for row, (y, x) in zip(black, places, strict=True))
     assert (black.sum((1, 2)) == 4).all()
     assert set(places) == {(y, x) for y in range(5) for x in range(6)}
+
+
+def test_pictures_distorted_by_nothing_are_as_they_were() -> None:
+    pixels = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8)
+
+    assert torch.equal(distorted(pixels, 0.0), pixels)
+
+
+def test_each_picture_is_distorted_in_its_own_way_and_by_the_generator_alone() -> None:
+    one = torch.randint(0, 256, (1, 8, 8, 3), dtype=torch.uint8)
+    torch.manual_seed(1)
+    first = distorted(one.expand(16, -1, -1, -1), 1.0)
+    torch.manual_seed(1)
+    again = distorted(one.expand(16, -1, -1, -1), 1.0)
+
+    assert torch.equal(first, again)
+    assert len(torch.unique(first, dim=0)) == 16
+    assert (first.dtype, first.shape) == (torch.uint8, (16, 8, 8, 3))
+
+
+def test_a_grey_picture_keeps_its_grey_in_the_middle_but_for_its_brightness() -> None:
+    grey = torch.full((64, 9, 9, 3), 100, dtype=torch.uint8)
+
+    middle = distorted(grey, 1.0)[:, 4, 4].int()
+
+    assert ((middle >= 70 - 31) & (middle <= 130 + 31)).all()
+    assert (middle == middle[:, :1]).all()

@@ -42,8 +42,10 @@ class Unused(Pictures):
     def batch(self, indices: Tensor | slice) -> tuple[Tensor, Tensor]:
         pytest.fail(f"pictures {indices} were read")
 
-    def augmented(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        pytest.fail(f"pictures {batches} were read")
+    def augmented(
+        self, batches: Sequence[Tensor], distortion: float = 0.0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        pytest.fail(f"pictures {batches} were read, distorted by {distortion}")
 
 
 @pytest.fixture
