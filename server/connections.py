@@ -64,176 +64,189 @@ def limited(
 ) -> type[asyncio.Protocol]:
     """Return uvicorn's HTTP protocol on httptools, held to `limits` and to HEAD_BYTES.
 
-    `on_count` is told how many connections are open whenever that changes.
+    `whole` begins what it takes of requests that came whole; `on_count` is told how many
+    connections are open whenever that changes.
+    """
+    own: dict[str, Any] = {
+        "_limits": limits,
+        "_whole": whole,
+        "_on_count": staticmethod(on_count),
+        "_waiting": {},
+    }
+    return type("Protocol", (LimitedProtocol,), own)
+
+
+class LimitedProtocol(HttpToolsProtocol):
+    """One connection: uvicorn's, held to limits. `limited` makes a class of it for a server.
 
     uvicorn ends connections that are silent between requests, but waits for ever for a first
     request, for the rest of one, and until an answer is read. Here such a connection ends after
-    the time-out. When more
-    connections than allowed are open, the one that has waited longest for a request gives up
-    its place.
+    the time-out. When more connections than allowed are open, the one that has waited longest for
+    a request gives up its place.
 
-    A request whose body is small waits for it here, and is begun by `whole` where that takes it:
+    A request whose body is small waits for it here, and is begun by `_whole` where that takes it:
     without a task, without coroutines, and answered with one write. The application takes 45 µs
     more. It has all others, and errors are its to answer.
     """
-    waiting: dict[HttpToolsProtocol, None] = {}  # in the order in which they began to wait
 
-    class LimitedProtocol(HttpToolsProtocol):
-        _deadline: asyncio.TimerHandle | None = None
-        _head_bytes: int | None = None  # of the head that is arriving, if one is
-        _framing_bytes = 0  # of chunks' sizes and of trailers, since the last of the body came
-        _is_lost = False
-        _is_at_head = False
-        _held: tuple[RequestResponseCycle, Any] | None = None  # until its body is here
-        _under_way: UnderWay | None = None
+    _limits: Limits
+    _whole: Whole | None
+    _on_count: Callable[[int], object]
+    _waiting: dict[HttpToolsProtocol, None]  # of the server, in the order that they began to wait
+    _deadline: asyncio.TimerHandle | None = None
+    _head_bytes: int | None = None  # of the head that is arriving, if one is
+    _framing_bytes = 0  # of chunks' sizes and of trailers, since the last of the body came
+    _is_lost = False
+    _is_at_head = False
+    _held: tuple[RequestResponseCycle, Any] | None = None  # until its body is here
+    _under_way: UnderWay | None = None
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            on_count(len(self.connections))
-            self._watch()
-            if len(self.connections) > limits.max_connections and waiting:
-                oldest = next(iter(waiting))
-                oldest.transport.abort()
-                del waiting[oldest]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._on_count(len(self.connections))
+        self._watch()
+        if len(self.connections) > self._limits.max_connections and self._waiting:
+            oldest = next(iter(self._waiting))
+            oldest.transport.abort()
+            del self._waiting[oldest]
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._is_lost = True
-            self._stop_watching()
-            super().connection_lost(exc)
-            if self._held is not None:
-                self._hand_on(*self._held)
-            if self._under_way is not None and not self._under_way.future.done():
-                self._under_way.give_up()
-            on_count(len(self.connections))
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._is_lost = True
+        self._stop_watching()
+        super().connection_lost(exc)
+        if self._held is not None:
+            self._hand_on(*self._held)
+        if self._under_way is not None and not self._under_way.future.done():
+            self._under_way.give_up()
+        self._on_count(len(self.connections))
 
-        def data_received(self, data: bytes) -> None:
-            self._framing_bytes += len(data)
-            super().data_received(data)
-            if self.cycle is not None and self.cycle.more_body:
-                self._limit_framing(self.cycle)
-            if self._head_bytes is not None:
-                self._head_bytes += len(data)
-                if self._head_bytes > HEAD_BYTES:
-                    self.send_400_response("The request's headers are over 64 KiB.")
-            if self._held is not None and not _is_small(self._held[0].scope):
-                self._hand_on(*self._held)
-            self._watch()
+    def data_received(self, data: bytes) -> None:
+        self._framing_bytes += len(data)
+        super().data_received(data)
+        if self.cycle is not None and self.cycle.more_body:
+            self._limit_framing(self.cycle)
+        if self._head_bytes is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > HEAD_BYTES:
+                self.send_400_response("The request's headers are over 64 KiB.")
+        if self._held is not None and not _is_small(self._held[0].scope):
+            self._hand_on(*self._held)
+        self._watch()
 
-        def on_message_begin(self) -> None:
-            self._head_bytes = 0
-            super().on_message_begin()
+    def on_message_begin(self) -> None:
+        self._head_bytes = 0
+        super().on_message_begin()
 
-        def on_header(self, name: bytes, value: bytes) -> None:
-            if self._head_bytes is not None:  # else it is a trailer: nobody asks for those
-                super().on_header(name, value)
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._head_bytes is not None:  # else it is a trailer: nobody asks for those
+            super().on_header(name, value)
 
-        def on_body(self, body: bytes) -> None:
-            self._framing_bytes = 0
-            super().on_body(body)
+    def on_body(self, body: bytes) -> None:
+        self._framing_bytes = 0
+        super().on_body(body)
 
-        def on_headers_complete(self) -> None:
-            self._head_bytes = None
-            self._framing_bytes = 0
-            self._is_at_head = True
-            super().on_headers_complete()
-            self._is_at_head = False
+    def on_headers_complete(self) -> None:
+        self._head_bytes = None
+        self._framing_bytes = 0
+        self._is_at_head = True
+        super().on_headers_complete()
+        self._is_at_head = False
 
-        def on_message_complete(self) -> None:
-            super().on_message_complete()
-            if self._held is not None:
-                self._begin(*self._held)
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        if self._held is not None:
+            self._begin(*self._held)
 
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            self._watch()
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
 
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self._watch()
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch()
 
-        def resume_writing(self) -> None:
-            super().resume_writing()
-            self._watch()
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._watch()
 
-        def _limit_framing(self, cycle: RequestResponseCycle) -> None:
-            if self._framing_bytes <= HEAD_BYTES:
-                return
-            if cycle.response_started:
-                self.transport.abort()
-            else:
-                self.send_400_response("The request's trailers are over 64 KiB.")
+    def _limit_framing(self, cycle: RequestResponseCycle) -> None:
+        if self._framing_bytes <= HEAD_BYTES:
+            return
+        if cycle.response_started:
+            self.transport.abort()
+        else:
+            self.send_400_response("The request's trailers are over 64 KiB.")
 
-        def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:  # noqa: ANN401
-            scope = cycle.scope
-            if (
-                whole is not None
-                and self._is_at_head  # else it has waited for those before it on its connection
-                and scope["path"] in whole.paths
-                and scope["method"] == "POST"
-                and not cycle.waiting_for_100_continue
-                and not self.flow.write_paused
-            ):
-                self._held = cycle, app
-            else:
-                super()._start_asgi_task(cycle, app)
-
-        def _hand_on(self, cycle: RequestResponseCycle, app: Any) -> None:  # noqa: ANN401
-            self._held = None
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:  # noqa: ANN401
+        scope = cycle.scope
+        if (
+            self._whole is not None
+            and self._is_at_head  # else it has waited for those before it on its connection
+            and scope["path"] in self._whole.paths
+            and scope["method"] == "POST"
+            and not cycle.waiting_for_100_continue
+            and not self.flow.write_paused
+        ):
+            self._held = cycle, app
+        else:
             super()._start_asgi_task(cycle, app)
 
-        def _begin(self, cycle: RequestResponseCycle, app: Any) -> None:  # noqa: ANN401
-            self._held = None
-            try:
-                under_way = whole.begin(cycle.scope, bytes(cycle.body)) if whole else None
-            except Exception as error:
-                cycle.scope["state"][FAILED] = error
-                under_way = None
-            if under_way is None:
-                self._hand_on(cycle, app)
-                return
-            self._under_way = under_way
-            under_way.future.add_done_callback(partial(self._answer, under_way, cycle, app))
+    def _hand_on(self, cycle: RequestResponseCycle, app: Any) -> None:  # noqa: ANN401
+        self._held = None
+        super()._start_asgi_task(cycle, app)
 
-        def _answer(
-            self,
-            under_way: UnderWay,
-            cycle: RequestResponseCycle,
-            app: Any,  # noqa: ANN401
-            future: asyncio.Future[Any],
-        ) -> None:
-            self._under_way = None
-            if future.cancelled():
-                return
-            try:
-                headers, body = under_way.answer()
-            except Exception as error:
-                cycle.scope["state"][FAILED] = error
-                self._hand_on(cycle, app)
-                return
-            if not cycle.disconnected:
-                _write(cycle, headers, body)
+    def _begin(self, cycle: RequestResponseCycle, app: Any) -> None:  # noqa: ANN401
+        self._held = None
+        try:
+            whole = self._whole
+            under_way = whole.begin(cycle.scope, bytes(cycle.body)) if whole else None
+        except Exception as error:
+            cycle.scope["state"][FAILED] = error
+            under_way = None
+        if under_way is None:
+            self._hand_on(cycle, app)
+            return
+        self._under_way = under_way
+        under_way.future.add_done_callback(partial(self._answer, under_way, cycle, app))
 
-        def _watch(self) -> None:
-            """Let the time-out run while the client is waited for: to send a request whole, or to
-            read its answer."""
-            cycle = self.cycle
-            arrived = cycle is not None and not (cycle.response_complete or cycle.more_body)
-            unread = self.flow.write_paused or self.transport.is_closing()
-            if self._is_lost or (arrived and not unread):
-                self._stop_watching()
-            elif self._deadline is None:
-                self._deadline = self.loop.call_later(
-                    limits.receive_timeout_s, self.transport.abort
-                )
-                waiting[self] = None
+    def _answer(
+        self,
+        under_way: UnderWay,
+        cycle: RequestResponseCycle,
+        app: Any,  # noqa: ANN401
+        future: asyncio.Future[Any],
+    ) -> None:
+        self._under_way = None
+        if future.cancelled():
+            return
+        try:
+            headers, body = under_way.answer()
+        except Exception as error:
+            cycle.scope["state"][FAILED] = error
+            self._hand_on(cycle, app)
+            return
+        if not cycle.disconnected:
+            _write(cycle, headers, body)
 
-        def _stop_watching(self) -> None:
-            if self._deadline is not None:
-                self._deadline.cancel()
-                self._deadline = None
-            waiting.pop(self, None)
+    def _watch(self) -> None:
+        """Let the time-out run while the client is waited for: to send a request whole, or to
+        read its answer."""
+        cycle = self.cycle
+        arrived = cycle is not None and not (cycle.response_complete or cycle.more_body)
+        unread = self.flow.write_paused or self.transport.is_closing()
+        if self._is_lost or (arrived and not unread):
+            self._stop_watching()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(
+                self._limits.receive_timeout_s, self.transport.abort
+            )
+            self._waiting[self] = None
 
-    return LimitedProtocol
+    def _stop_watching(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+        self._waiting.pop(self, None)
 
 
 def _is_small(scope: Mapping[str, Any]) -> bool:
