@@ -1,6 +1,7 @@
 """Labelled pictures, split into training, validation and test, and how an .npz file is read.
 
-Validation pictures choose; test pictures only score.
+Validation pictures choose; test pictures only score. (A host that looks for points of its own has
+none but the first test pictures: benchmarks/host_points.py.)
 """
 
 import hashlib
