@@ -37,7 +37,6 @@ _TYPES = {
 _VENDORED = ("uplot-", "swagger-ui-")
 _FOREVER = "public, max-age=31536000, immutable"
 _ANEW = "no-cache"
-_DIGITS = tuple("0123456789")
 _EXAMPLES = "examples/"
 
 
@@ -101,10 +100,10 @@ def _file(name: str, body: bytes) -> _File:
 
 
 def _model(manifest: Manifest, files: dict[str, _File]) -> dict[str, Any]:
-    """Return what the page says of the model; the example pictures are for models of digits."""
+    """Return what the page says of the model; example pictures are those of what it can name."""
     image = manifest.input.image
-    reads_digits = image is not None and manifest.labels == _DIGITS
-    examples = [name for name in files if name.startswith(_EXAMPLES)] if reads_digits else []
+    named = manifest.labels if image is not None and manifest.labels is not None else ()
+    examples = {f"{_EXAMPLES}{label}.png" for label in named} & files.keys()
     return {
         "name": manifest.name,
         "version": manifest.version,

@@ -13,7 +13,8 @@ from maestro_core import artifact
 from server.settings import shipped_artifact
 from tests.server_process import running_server
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.png"))
+PICTURE = EXAMPLES[0]
 
 
 @pytest.fixture(scope="module")
@@ -22,18 +23,17 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
 
 
-def infer(address: str, name: str, query: str = "") -> httpx.Response:
-    picture = (EXAMPLES / name).read_bytes()
+def infer(address: str, picture: Path, query: str = "") -> httpx.Response:
     headers = {"content-type": "image/png"}
-    return httpx.post(f"{address}/infer{query}", content=picture, headers=headers)
+    return httpx.post(f"{address}/infer{query}", content=picture.read_bytes(), headers=headers)
 
 
-@pytest.mark.parametrize("digit", ["0", "3", "7"])
-def test_the_shipped_model_reads_the_example_digits(address: str, digit: str) -> None:
-    answer = infer(address, f"digit-{digit}.png", "?max_latency_ms=50").json()
+@pytest.mark.parametrize("picture", EXAMPLES, ids=lambda picture: str(picture.stem))
+def test_the_shipped_model_names_the_example_pictures(address: str, picture: Path) -> None:
+    answer = infer(address, picture, "?max_latency_ms=1000").json()
 
-    assert answer["labels"] == [digit]
-    assert answer["accuracy"] >= 0.98
+    assert answer["labels"] == [picture.stem]
+    assert answer["accuracy"] >= 0.92
     assert answer["predicted_ms"] > 0
     assert answer["compute_ms"] > 0
 
@@ -41,8 +41,8 @@ def test_the_shipped_model_reads_the_example_digits(address: str, digit: str) ->
 def test_a_tighter_target_answers_from_a_cheaper_point(address: str) -> None:
     points = httpx.get(f"{address}/frontier").json()["points"]
 
-    relaxed = infer(address, "digit-7.png", "?max_latency_ms=1000").json()
-    tight = infer(address, "digit-7.png", "?max_latency_ms=0.05").json()
+    relaxed = infer(address, PICTURE, "?max_latency_ms=1000").json()
+    tight = infer(address, PICTURE, "?max_latency_ms=0.05").json()
 
     assert relaxed["accuracy"] == max(point["accuracy"] for point in points)
     assert tight["point"] < relaxed["point"]
@@ -53,8 +53,8 @@ def test_every_point_of_the_shipped_model_answers(address: str) -> None:
     shipped = artifact.load(shipped_artifact())
 
     for point in range(len(shipped.points)):
-        answer = infer(address, "digit-7.png", f"?point={point}").json()
-        assert (answer["point"], answer["labels"]) == (point, ["7"])
+        answer = infer(address, PICTURE, f"?point={point}").json()
+        assert (answer["point"], answer["labels"]) == (point, [PICTURE.stem])
 
 
 def test_bad_requests_leave_the_server_serving(address: str) -> None:
@@ -70,23 +70,23 @@ def test_bad_requests_leave_the_server_serving(address: str) -> None:
         assert response.status_code in (400, 413, 415, 422)
         assert "Traceback" not in response.text
 
-    assert infer(address, "digit-7.png").json()["labels"] == ["7"]
+    assert infer(address, PICTURE).json()["labels"] == [PICTURE.stem]
 
 
 def test_many_clients_at_once_get_their_own_answers(address: str) -> None:
     wrong: list[str] = []
 
-    def ask(digit: str) -> None:
+    def ask(picture: Path) -> None:
         with httpx.Client() as client:
-            picture = (EXAMPLES / f"digit-{digit}.png").read_bytes()
+            content = picture.read_bytes()
             for _ in range(20):
                 response = client.post(
-                    f"{address}/infer", content=picture, headers={"content-type": "image/png"}
+                    f"{address}/infer", content=content, headers={"content-type": "image/png"}
                 )
-                if response.json().get("labels") != [digit]:
+                if response.json().get("labels") != [picture.stem]:
                     wrong.append(response.text)
 
-    threads = [threading.Thread(target=ask, args=(digit,)) for digit in "037" * 3]
+    threads = [threading.Thread(target=ask, args=(picture,)) for picture in EXAMPLES * 3]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -99,7 +99,7 @@ def test_calibrating_while_serving(address: str) -> None:
     started = httpx.post(f"{address}/profile", json={"kind": "quick"})
     assert started.status_code == 202
 
-    assert infer(address, "digit-7.png").json()["labels"] == ["7"]
+    assert infer(address, PICTURE).json()["labels"] == [PICTURE.stem]
     job = httpx.delete(f"{address}{started.headers['location']}").json()
     assert job["id"] in started.headers["location"]
 
@@ -107,12 +107,16 @@ def test_calibrating_while_serving(address: str) -> None:
 def test_npy_and_pictures_agree(address: str) -> None:
     from PIL import Image
 
-    pixels = np.asarray(Image.open(EXAMPLES / "digit-3.png"), np.float32) / 255
+    image = artifact.load(shipped_artifact()).manifest.input.image
+    assert image is not None
+    opened = Image.open(PICTURE).convert(image.mode)
+    pixels = np.asarray(opened, np.float32).reshape(image.height, image.width, -1) / 255
     file = io.BytesIO()
-    np.save(file, ((pixels - 0.1307) / 0.3081)[None, None])
+    normalised = (pixels - np.array(image.mean, np.float32)) / np.array(image.std, np.float32)
+    np.save(file, normalised.transpose(2, 0, 1)[None])
     headers = {"content-type": "application/x-npy"}
 
     by_array = httpx.post(f"{address}/infer?point=0", content=file.getvalue(), headers=headers)
 
-    by_picture = infer(address, "digit-3.png", "?point=0").json()
+    by_picture = infer(address, PICTURE, "?point=0").json()
     np.testing.assert_allclose(by_array.json()["outputs"], by_picture["outputs"], rtol=1e-3)

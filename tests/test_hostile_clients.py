@@ -14,7 +14,7 @@ from tests.server_process import server_process
 
 TIMEOUT_S = 1.0
 MAX_CONNECTIONS = 50
-DIGIT = (Path(__file__).parents[1] / "examples" / "digit-7.png").read_bytes()
+PICTURE = min((Path(__file__).parents[1] / "examples").glob("*.png"))
 POST = b"POST /infer HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 
 
@@ -36,8 +36,9 @@ def connect(address: str) -> socket.socket:
 
 
 def assert_served(address: str) -> None:
-    answer = httpx.post(f"{address}/infer", content=DIGIT, headers={"content-type": "image/png"})
-    assert answer.json()["labels"] == ["7"]
+    headers = {"content-type": "image/png"}
+    answer = httpx.post(f"{address}/infer", content=PICTURE.read_bytes(), headers=headers)
+    assert answer.json()["labels"] == [PICTURE.stem]
 
 
 def read_to_end(connection: socket.socket) -> bytes:
@@ -147,11 +148,13 @@ def test_a_client_that_stays_is_not_cut_off_between_requests(server: tuple[str, 
 
 def test_headers_near_the_limit_and_a_body_past_it_are_served(server: tuple[str, int]) -> None:
     address, _ = server
-    large = {"x-padding": "a" * 60_000, "content-type": "image/png"}
+    picture = PICTURE.read_bytes()
+    headers = {"content-type": "image/png"}
+    large = headers | {"x-padding": "a" * 60_000}
 
     answers = [
-        httpx.post(f"{address}/infer", content=DIGIT + bytes(200_000), headers=large),
-        httpx.post(f"{address}/infer", content=DIGIT, headers={"content-type": "image/png"}),
+        httpx.post(f"{address}/infer", content=picture + bytes(200_000), headers=large),
+        httpx.post(f"{address}/infer", content=picture, headers=headers),
     ]
 
     assert [answer.status_code for answer in answers] == [200, 200]

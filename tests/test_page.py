@@ -15,6 +15,7 @@ from server.settings import Settings
 from tests.conftest import tiny_manifest
 
 STATIC = Path(__file__).parents[1] / "server" / "static"
+EXAMPLES = STATIC / "examples"
 
 
 @pytest.fixture
@@ -74,8 +75,11 @@ def test_what_a_page_asks_for_is_there(client: TestClient, path: str) -> None:
         assert client.get(file).status_code == 200, file
 
 
-def test_a_model_of_other_things_than_digits_has_no_example_digits() -> None:
+def test_example_pictures_are_those_of_what_the_model_can_name() -> None:
+    picture = min(EXAMPLES.glob("*.png"))
     app = FastAPI()
-    app.include_router(page(replace(tiny_manifest(), labels=tuple("abcdefghij"))))
+    app.include_router(page(replace(tiny_manifest(), labels=(*"abcdefghi", picture.stem))))
 
-    assert TestClient(app).get("/page.json").json()["examples"] == []
+    examples = TestClient(app).get("/page.json").json()["examples"]
+
+    assert examples == [f"/static/examples/{picture.name}"]

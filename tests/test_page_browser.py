@@ -5,7 +5,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ Keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
 Wait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
 Replaced = pytest.importorskip("selenium.common.exceptions").StaleElementReferenceException
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.png"))
+PICTURE, OTHER_PICTURE, *_ = EXAMPLES
 POINT_MS = (100.0, 200.0, 400.0, 800.0, 1600.0)
 OVERHEAD_MS = 0.25
 WAIT_S = 30.0
@@ -62,7 +63,8 @@ def serving(settings: Settings) -> Iterator[Site]:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    artifact.save(tmp_path / "tiny.maestro", tiny_manifest(), tiny_contents())
+    manifest = replace(tiny_manifest(), labels=(*(file.stem for file in EXAMPLES), *"defghij"))
+    artifact.save(tmp_path / "tiny.maestro", manifest, tiny_contents())
     return Settings(
         artifact=tmp_path / "tiny.maestro",
         state_dir=tmp_path / "state",
@@ -191,14 +193,14 @@ def check_answer(reader: Reader, picture: Path) -> None:
 
 
 def test_a_chosen_picture_is_answered_and_counted(reader: Reader) -> None:
-    reader.choose(EXAMPLES / "digit-7.png")
+    reader.choose(PICTURE)
 
-    check_answer(reader, EXAMPLES / "digit-7.png")
+    check_answer(reader, PICTURE)
     reader.until(lambda: "100.0 %" in reader.text("#used"))
 
 
 def test_a_dropped_picture_is_answered(reader: Reader) -> None:
-    picture = EXAMPLES / "digit-3.png"
+    picture = OTHER_PICTURE
     script = """
         const data = new DataTransfer();
         data.items.add(new File([new Uint8Array(arguments[0])], "a.png", {type: "image/png"}));
@@ -211,7 +213,7 @@ def test_a_dropped_picture_is_answered(reader: Reader) -> None:
 
 
 def test_moving_the_slider_asks_again(reader: Reader) -> None:
-    reader.choose(EXAMPLES / "digit-7.png")
+    reader.choose(PICTURE)
     reader.until(lambda: reader.find("#answer").is_displayed())
 
     before = reader.text("[data-fact=asked]")
@@ -232,7 +234,7 @@ def test_a_file_that_is_no_picture_is_refused_in_plain_words(
     reader.choose(tmp_path / "notes.txt")
     reader.until(lambda: reader.text("#try-error") == "notes.txt is not a PNG or JPEG picture")
 
-    reader.choose(EXAMPLES / "digit-0.png")
+    reader.choose(OTHER_PICTURE)
     reader.until(lambda: reader.find("#answer").is_displayed())
     assert not reader.find("#try-error").is_displayed()
 
@@ -305,7 +307,7 @@ def test_a_phone_does_not_scroll_sideways(browser: Any, site: Site) -> None:
     reader = Reader(browser, site, PHONE_PX).until_ready()
     assert not reader.scrolls_sideways()
 
-    reader.choose(EXAMPLES / "digit-7.png")
+    reader.choose(PICTURE)
     reader.find("summary").click()
     reader.until(lambda: reader.find("#answer").is_displayed())
     assert not reader.scrolls_sideways()

@@ -26,6 +26,7 @@ COMMANDS = [
 ]
 PROGRAM = [sys.executable, "-c", "from maestro_core.cli import main; main()"]
 CURLS = [command for command in COMMANDS if command.startswith("curl")]
+SHIPPED = artifact.load(shipped_artifact())
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +55,8 @@ def test_a_curl_line_gets_an_answer(address: str, command: str) -> None:
 
     assert finished.returncode == 0, finished.stdout + finished.stderr
     answer = json.loads(finished.stdout)
-    if "digit-7" in command:
-        assert answer["labels"] == ["7"]
+    if picture := re.search(r"@examples/(\w+)\.png", command):
+        assert answer["labels"] == [picture[1]]
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
@@ -68,7 +69,7 @@ def test_the_answer_that_is_shown_is_part_of_the_real_one(address: str) -> None:
 
     assert shown.keys() < real.keys()
     assert shown["labels"] == real["labels"]
-    score = artifact.load(shipped_artifact()).points[shown["point"]].score
+    score = SHIPPED.points[shown["point"]].score
     assert shown["accuracy"] == round(score.value, 4)
 
 
@@ -93,23 +94,22 @@ def test_the_train_line_is_understood_as_far_as_its_data(tmp_path: Path) -> None
 
 def test_the_show_line_shows_what_training_leaves(tmp_path: Path) -> None:
     (line,) = (shlex.split(c) for c in COMMANDS if " show " in c)
-    shutil.copytree(shipped_artifact(), tmp_path / "out" / "mnist-lenet.maestro")
+    shutil.copytree(SHIPPED.path, tmp_path / line[-1])
 
     finished = run([*PROGRAM, *line[1:]], tmp_path, MAESTRO_STATE_DIR=str(tmp_path))
 
     assert finished.returncode == 0, finished.stderr
-    assert f"{artifact.load(shipped_artifact()).points[-1].macs:,}" in finished.stdout
+    assert f"{SHIPPED.points[-1].macs:,}" in finished.stdout
 
 
 def test_the_table_of_points_is_that_of_the_shipped_network() -> None:
-    shipped = artifact.load(shipped_artifact())
-    dense_macs = shipped.manifest.dense_macs
+    dense_macs = SHIPPED.manifest.dense_macs
     row = r"^\| (\d+) \| ([\d.]+) % \| ([\d.]+)–([\d.]+) \| (\d+) % \| ([\d,]+) \|$"
     rows = re.findall(row, README, re.MULTILINE)
 
     assert len(rows) >= 3
     for number, *written in rows:
-        point = shipped.points[int(number)]
+        point = SHIPPED.points[int(number)]
         score = point.score
         percents = [f"{100 * share:.2f}" for share in (score.value, score.low, score.high)]
         assert written == [*percents, f"{100 * point.macs / dense_macs:.0f}", f"{point.params:,}"]
