@@ -131,10 +131,7 @@ class Bench:
         self._addresses = addresses
         self._requests = requests
         self._trace = trace
-        file = io.BytesIO()
-        shape = (1, *model.manifest.input.shape[1:])
-        np.save(file, np.random.default_rng(0).standard_normal(shape, np.float32))
-        self._body = file.getvalue()
+        self._body = npy_sample(model)
         self.way_ms = median(self._warm_up(address) for address in addresses.values())
 
     def compared(self, cases: Sequence[Scenario], rounds: int) -> list[Row]:
@@ -201,6 +198,14 @@ class Bench:
         chosen = OWN.get(policy) or RIVALS[policy](tables, len(tables.unit_ms) // 2)
         outcome = scenarios.run(self._quantiles, workload, chosen, seed)
         return figures(outcome, self._latencies)
+
+
+def npy_sample(model: Artifact) -> bytes:
+    """Return one made-up sample as an `.npy` file."""
+    file = io.BytesIO()
+    shape = (1, *model.manifest.input.shape[1:])
+    np.save(file, np.random.default_rng(0).standard_normal(shape, np.float32))
+    return file.getvalue()
 
 
 def _mean(runs: Sequence[Figures], name: str) -> float:

@@ -57,7 +57,7 @@ def main() -> None:
     last = len(model.points)
     x = np.ones((chosen.batch, *model.manifest.input.shape[1:]), np.float32)
     points = range(last - chosen.points, last)
-    before = _smaps()
+    before = mapped_mib()
     if chosen.way == "alone":
         paths = [inline(model, point, chosen.state_dir) for point in points]
         sessions = [ort.InferenceSession(path, session_options(1)) for path in paths]
@@ -70,12 +70,13 @@ def main() -> None:
             engine.run(x, point)
     gc.collect()
     trim_heap()  # for both ways alike
-    after = _smaps()
+    after = mapped_mib()
     print(json.dumps({name: round(after[name] - before[name], 1) for name in after}))
 
 
-def _smaps() -> dict[str, float]:
-    text = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
+def mapped_mib(pid: int | str = "self") -> dict[str, float]:
+    """Return the memory of a process in MiB, by the keys of `grown_mib`."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
     mib: dict[str, Any] = {}
     for line in text.splitlines()[1:]:
         name, value, *_ = line.split()

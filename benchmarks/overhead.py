@@ -29,7 +29,7 @@ from rich.table import Table
 
 from benchmarks import networks, report
 from benchmarks.http_load import Call, Latencies, closed_loop, open_loop
-from benchmarks.load import cores_apart, profiled
+from benchmarks.load import cores_apart, npy_sample, profiled
 from benchmarks.load import server as our_server
 from benchmarks.rival_server import FLOOR, PROGRAMS, MissingError, Started, rival
 from maestro_core import artifact
@@ -252,12 +252,10 @@ def _path(point: int, name: str, form: str) -> str:
 
 def _body(model: Artifact, name: str, form: str) -> tuple[str, bytes]:
     """Return the type and the bytes of one sample, the same numbers in every form."""
-    tensor = model.manifest.input
-    x = np.random.default_rng(0).standard_normal((1, *tensor.shape[1:]), np.float32)
+    tensor, sample = model.manifest.input, npy_sample(model)
     if form == "npy":
-        file = io.BytesIO()
-        np.save(file, x)
-        return "application/x-npy", file.getvalue()
+        return "application/x-npy", sample
+    x = np.load(io.BytesIO(sample))
     content: dict[str, Any] = {"inputs": x}
     if name == "mlserver":
         flat = x.reshape(-1)

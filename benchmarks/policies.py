@@ -28,6 +28,7 @@ from maestro_core.artifact import Artifact
 from maestro_core.host import usable_cores
 from maestro_core.profile import Profile
 from server.engine import Engine
+from server.selector import choose
 from server.tables import Tables
 
 LOADS = (0.3, 0.6, 1.0, 1.5, 2.0, 3.0)
@@ -148,7 +149,7 @@ def _one_seed(
     tried = scenarios.policies(tables, scenario.rate(tables)) | scenarios.slack_fits(tables)
     return {
         name: figures(
-            scenarios.run(quantiles, workload, policy, seed, time_decisions=policy is None),
+            scenarios.run(quantiles, workload, policy, seed, time_decisions=policy is choose),
             latencies,
         )
         for name, policy in tried.items()

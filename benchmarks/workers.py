@@ -7,7 +7,6 @@ on the same cores, so the network has to be large beside what it costs to ask.
 
 import argparse
 import asyncio
-import io
 import random
 import tempfile
 from collections.abc import Sequence
@@ -16,11 +15,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
-
 from benchmarks import networks, report
 from benchmarks.http_load import Call, closed_loop
-from benchmarks.load import serving
+from benchmarks.load import npy_sample, serving
+from benchmarks.memory import mapped_mib
 from maestro_core import artifact
 from maestro_core.artifact import Artifact
 from maestro_core.host import Elsewhere, affinity
@@ -76,11 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def call(model: Artifact, address: str) -> Call:
     """Return the call that asks for one sample at the last point."""
-    shape = (1, *model.manifest.input.shape[1:])
-    file = io.BytesIO()
-    np.save(file, np.random.default_rng(0).standard_normal(shape, np.float32))
     url = f"{address}/infer?point={len(model.points) - 1}"
-    return Call(url, "application/x-npy", file.getvalue())
+    return Call(url, "application/x-npy", npy_sample(model))
 
 
 def throughput(
@@ -100,15 +95,8 @@ def throughput(
 def tree_mib(pid: int) -> dict[str, float]:
     """Return the memory of a process and of its children, in MiB: proportional, and private."""
     pids = [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
-    kib = {"pss": 0, "private": 0}
-    for one in pids:
-        for line in Path(f"/proc/{one}/smaps_rollup").read_text(encoding="ascii").splitlines()[1:]:
-            name, value, *_ = line.split()
-            if name == "Pss:":
-                kib["pss"] += int(value)
-            elif name.startswith("Private_"):
-                kib["private"] += int(value)
-    return {name: round(size / 1024, 1) for name, size in kib.items()}
+    found = [mapped_mib(one) for one in pids]
+    return {name: round(sum(one[name] for one in found), 1) for name in ("pss", "private")}
 
 
 def _resnet(folder: Path) -> Artifact:

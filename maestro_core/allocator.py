@@ -1,8 +1,7 @@
 """Memory that is freed is kept for the next step of training; glibc's `mallopt(3)`.
 
 glibc maps each large block anew and gives it back when it is freed. A step of training frees every
-activation and asks for all of them again, and the kernel clears the pages each time: a seventh of
-a step of ResNet-18 at batch 128 on one core of an AMD EPYC, and of an epoch of `cifar10-small`.
+activation and asks for all of them again, and the kernel clears the pages each time.
 """
 
 import ctypes

@@ -1,6 +1,6 @@
 """Counts answers, errors, batches and decisions once what was counted is on its way to the client.
 
-Nobody waits for counters, and to count a request takes longer than to parse its headers.
+Nobody waits for counters.
 """
 
 import asyncio

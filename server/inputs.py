@@ -188,7 +188,7 @@ def from_image(body: bytes, tensor: Tensor) -> Floats:
 
 
 def takes_long(body: bytes) -> bool:
-    """Return whether a picture may take tens of milliseconds to decode, by its first bytes.
+    """Return whether a picture is so large that others should not wait for it, by its first bytes.
 
     A PNG says its size there. A JPEG of so many pixels has at least so many bytes.
     """

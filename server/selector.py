@@ -106,7 +106,7 @@ def reserve(view: View) -> Choice:
 def _unhurried(view: View, options: Sequence[Heads]) -> Choice:
     """Return the batch of the best worth where nothing has a target: no time is a limit.
 
-    `choose` would come to the same without this; 16 that wait then cost 4 times as much.
+    `reserve` would come to the same without this, by way of limits that are all infinite.
     """
     worth = weigher(view, load(view, None))
     best = -math.inf, 0, 0

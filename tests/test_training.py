@@ -386,15 +386,19 @@ def test_a_run_stopped_before_or_after_the_factorisation_ends_with_the_same_bits
     assert same(whole, resumed)
 
 
+def plain_and_whitened(data: Data, root: Path, hyper: HyperParameters) -> list[Net]:
+    """Return a network trained so, factorised by its weights, and by its activations."""
+    trained = []
+    for whitened in (False, True):
+        torch.manual_seed(0)
+        trained.append(Net())
+        train(trained[-1], data, root / str(whitened), replace(hyper, whitened=whitened))
+    return trained
+
+
 def test_a_trained_network_can_be_factorised_by_its_activations(data: Data, tmp_path: Path) -> None:
     hyper = replace(HYPER, phases=(Phase("dense", 3, RATE),), keep=("head",))
-    torch.manual_seed(0)
-    plain = Net()
-    torch.manual_seed(0)
-    whitened = Net()
-
-    train(plain, data, tmp_path / "plain", hyper)
-    train(whitened, data, tmp_path / "whitened", replace(hyper, whitened=True))
+    plain, whitened = plain_and_whitened(data, tmp_path, hyper)
 
     assert not same(plain, whitened)
     whiten_(plain, [data.train.batch(slice(None))[0]])
@@ -406,13 +410,7 @@ def test_a_network_that_comes_trained_is_factorised_by_its_activations_too(
     data: Data, tmp_path: Path
 ) -> None:
     hyper = replace(HYPER, phases=(Phase("nested", 1, 0.0),), keep=("head",))
-    torch.manual_seed(0)
-    plain = Net()
-    torch.manual_seed(0)
-    whitened = Net()
-
-    train(plain, data, tmp_path / "plain", hyper)
-    train(whitened, data, tmp_path / "whitened", replace(hyper, whitened=True))
+    plain, whitened = plain_and_whitened(data, tmp_path, hyper)
 
     assert not same(plain, whitened)
 

@@ -18,6 +18,7 @@ from benchmarks.simulator.workloads import Workload
 from server.latencies import Latencies
 from server.requests import Request
 from server.scheduler import Scheduler
+from server.selector import choose
 from server.tables import Tables
 
 SLOWER = 1.5
@@ -33,7 +34,7 @@ def steady(quantiles: Quantiles, requests: int, seed: int = 0) -> Figures:
     latencies = quantiles.latencies()
     workload = Scenario("poisson", 1.0).workload(latencies, requests, seed)
     began_s = perf_counter()
-    outcome = scenarios.run(quantiles, workload, None, seed)
+    outcome = scenarios.run(quantiles, workload, choose, seed)
     found = figures(outcome, latencies)
     missed = float((~outcome.met).sum())
     return {**found, "missed": missed, "simulated_rps": requests / (perf_counter() - began_s)}
@@ -44,7 +45,7 @@ def near_bound(quantiles: Quantiles, cv2: float, load: float, seed: int) -> Figu
     still = _steady_host(quantiles)
     latencies = still.latencies()
     workload = _gamma(latencies, cv2, load, SMALL, seed)
-    ours = figures(scenarios.run(still, workload, None, seed), latencies)["value"]
+    ours = figures(scenarios.run(still, workload, choose, seed), latencies)["value"]
     best = best_value(workload, latencies)
     return {"ours": ours, "best": best, "gap": best - ours}
 
@@ -59,7 +60,7 @@ def slowed(quantiles: Quantiles, scenario: Scenario, requests: int, seed: int) -
     workload = scenario.workload(latencies, requests, seed)
     end_s = float(workload.arrivals_s[-1])
     spell = SlowSpell(end_s / 3, 2 * end_s / 3, SLOWER)
-    outcome = scenarios.run(quantiles, workload, None, seed, spell=spell)
+    outcome = scenarios.run(quantiles, workload, choose, seed, spell=spell)
     came_s = workload.arrivals_s
     spans = {
         "before": came_s < spell.start_s,
@@ -78,7 +79,7 @@ def overloaded(quantiles: Quantiles, cv2: float, requests: int, seed: int) -> Fi
     tables = Tables(latencies)
     load = OVERLOAD * tables.unit_ms[-1] / tables.unit_ms[0]
     workload = _gamma(latencies, cv2, load, requests, seed)
-    outcome = scenarios.run(quantiles, workload, None, seed)
+    outcome = scenarios.run(quantiles, workload, choose, seed)
     span_s = _served_s(outcome)
     answered = np.isfinite(outcome.latency_ms)
     return {

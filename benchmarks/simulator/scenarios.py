@@ -11,6 +11,7 @@ from benchmarks.simulator.host import Host, Quantiles, SlowSpell
 from benchmarks.simulator.rivals import RIVALS
 from benchmarks.simulator.workloads import Workload
 from server.latencies import Latencies
+from server.policies import OWN
 from server.scheduler import Scheduler
 from server.selector import Policy, choose, reserve
 from server.tables import Tables
@@ -71,34 +72,29 @@ class Scenario:
 def run(
     quantiles: Quantiles,
     workload: Workload,
-    policy: Policy | None,
+    policy: Policy,
     seed: int,
     *,
     spell: SlowSpell | None = None,
     time_decisions: bool = False,
 ) -> Outcome:
-    """Return what becomes of a workload on one host; policy None is `choose`.
-
-    Rivals give up nothing that is not late already.
-    """
+    """Return what becomes of a workload on one host. Rivals give up only what is late already."""
     latencies = quantiles.latencies()
     host = Host(quantiles, np.random.default_rng(1000 + seed), spell)
-    policy = policy or choose
-    scheduler = Scheduler(
-        latencies, policy=policy, max_queue=MAX_QUEUE, sheds=policy in (choose, reserve)
-    )
+    sheds = policy in OWN.values()
+    scheduler = Scheduler(latencies, policy=policy, max_queue=MAX_QUEUE, sheds=sheds)
     replica = Replica(scheduler, host, latencies)
     return simulate(workload, [replica], time_decisions=time_decisions)
 
 
-def policies(tables: Tables, rate: float) -> dict[str, Policy | None]:
+def policies(tables: Tables, rate: float) -> dict[str, Policy]:
     """Return ours and its rivals, new for each run: some of them learn."""
     carrying = rivals.carrying_point(tables, rate)
     others = {name: make(tables, carrying) for name, make in RIVALS.items()}
-    return {"ours": None, "reserve": reserve, **others}
+    return {"ours": choose, "reserve": reserve, **others}
 
 
-def slack_fits(tables: Tables) -> dict[str, Policy | None]:
+def slack_fits(tables: Tables) -> dict[str, Policy]:
     """Return SlackFit with less than all of its slack: what it reaches at more targets met."""
     return {f"slackfit {share:g}": rivals.slack_fit(tables, share) for share in SLACK_SHARES}
 

@@ -1,4 +1,4 @@
-"""A small residual network on CIFAR-10, for a bit more than two hours on two cores.
+"""A small residual network on CIFAR-10, for hours on two cores.
 
 It answers for a picture and its mirror image together: half as large a network trains for twice as
 many epochs in that time.
@@ -15,7 +15,7 @@ from maestro_core.search import SearchParameters
 
 RECIPE = Recipe(
     name="cifar10-small",
-    summary="ResNet-9 on CIFAR-10, more than two hours on two cores; --data cifar10.npz",
+    summary="ResNet-9 on CIFAR-10, hours on two cores; --data cifar10.npz",
     network=lambda: Mirrored(ResNet9()),
     data_set=cifar10.DATA_SET,
     source=cifar10.SOURCE,
