@@ -27,9 +27,9 @@ RECIPE = Recipe(
     prepare=prepare_,
     training=HyperParameters(
         phases=(
-            Phase("dense", 44, 0.2, distortion=0.4),
+            Phase("dense", 46, 0.2, distortion=0.4),
             Phase("ordered", 1, 0.02),
-            Phase("nested", 14, 0.02),
+            Phase("nested", 11, 0.02),
         ),
         batch_size=128,
         momentum=0.9,
