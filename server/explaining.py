@@ -14,6 +14,7 @@ def explained(
     latencies: Latencies,
     *,
     expiry_s: float,
+    planned: int | None,
     wait_ms: float,
     slowdown: float,
     waiting: int,
@@ -22,6 +23,7 @@ def explained(
     """Return the explanation of an entry that would wait for `wait_ms` from now.
 
     expiry_s: when the request wants the engine to be done, whatever its entry settles for.
+    planned: the point of the next batch if it would be in that; None if not, or not known.
     """
     budget_ms = MS * (expiry_s - now)
     verdicts = tuple(
@@ -29,12 +31,14 @@ def explained(
         for point in range(len(latencies.accuracy))
     )
     allowed = [v for v in verdicts if v.feasible] if refusal is None else []
-    point = max(allowed, key=lambda v: (v.accuracy, -v.point)).point if allowed else None
-    if point is None and refusal is None:
-        point = entry.lowest
+    best = max(allowed, key=lambda v: (v.accuracy, -v.point)).point if allowed else None
+    if best is None and refusal is None:
+        best = entry.lowest
+    point = best if planned is None else planned
+    why = _why(entry, best, refusal)
     return Explanation(
         point=point,
-        why=_why(entry, point, refusal),
+        why=why if point == best else "this leaves time for others that wait or may come",
         refusal=refusal,
         budget_ms=budget_ms if math.isfinite(budget_ms) else None,
         wait_ms=wait_ms,
@@ -57,10 +61,10 @@ def _verdict(
     why = "feasible"
     if accuracy < (entry.request.min_accuracy or 0.0):
         why = "below min_accuracy"
-    elif not entry.lowest <= point <= entry.highest:
-        why = "not asked for"
     elif wait_ms + tail_ms > budget_ms:
         why = "too slow"
+    elif not entry.lowest <= point <= entry.highest:
+        why = "less accurate" if entry.request.point is None else "not asked for"
     total_ms = wait_ms + tail_ms + latencies.overhead_ms
     return PointVerdict(point, accuracy, tail_ms, total_ms, why == "feasible", why)
 

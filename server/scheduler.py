@@ -13,7 +13,7 @@ from server.forecast import Forecast
 from server.latencies import Latencies
 from server.outlook import Expected, Finished, View, due_by_place, limits_behind_ms
 from server.requests import Admitted, Batch, Explanation, Plan, Refusal, Request
-from server.selector import Choice, Policy, choose
+from server.selector import Choice, Policy, choose, reserve
 from server.slowdown import Slowdown
 from server.tables import MS, Tables
 from server.waiting import Entry, WaitingList
@@ -77,11 +77,11 @@ class Scheduler:
         now = self._tick(now)
         if request.id in self._entries or request.id in self._where:
             raise ValueError(f"request id {request.id!r} is here already")
-        target_s = (request.deadline_s or math.inf) - request.arrival_s
-        self._forecast.observe(now, request.rows, MS * target_s)
         speed = self._speed(now)
         entry, refusal = self._prepare(request, now, speed)
         if refusal is None:
+            target_s = (request.deadline_s or math.inf) - request.arrival_s
+            self._forecast.observe(now, request.rows, MS * target_s)
             refusal = self._no_room(entry, now, speed)
         displaced: tuple[Request, ...] = ()
         if refusal is not None:
@@ -181,6 +181,7 @@ class Scheduler:
         column = batch.rows - 1
         self._slowdown.observe(
             measured_ms,
+            max(measured_ms, MS * (now - batch.started_s)),
             self._tables.p50_ms[column][batch.point],
             self._tables.tail_ms[column][batch.point],
             now,
@@ -258,6 +259,7 @@ class Scheduler:
             refusal,
             self._tables.latencies,
             expiry_s=self._admission.expiry_s(request),
+            planned=None if refusal else self._planned(entry, now, speed),
             wait_ms=self._wait_ms(entry, now, self._view(now, speed)),
             slowdown=speed[0],
             waiting=len(self._waiting),
@@ -265,6 +267,24 @@ class Scheduler:
         )
 
     # -- inside ------------------------------------------------------------------------------
+
+    def _planned(self, entry: Entry, now: float, speed: Speed) -> int | None:
+        """Return the point of the next batch if the entry would be in it.
+
+        None if it would not, or if the policy remembers what it is asked.
+        """
+        if self._policy not in (choose, reserve):
+            return None
+        then = now + self._residual_ms(now) / MS
+        self._waiting.add(entry)
+        try:
+            view = self._view(then, speed)
+            view.running = min(view.running, self._slots - 1)
+            choice = self._policy(view)
+            place = self._waiting.place(entry.order) - choice.drop - choice.start
+        finally:
+            self._waiting.remove(entry)
+        return choice.point if 0 <= place < choice.count else None
 
     def _tick(self, now: float) -> float:
         if self._now < now < math.inf:

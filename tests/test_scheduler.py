@@ -64,10 +64,27 @@ def test_explain_holds_a_degraded_request_to_its_own_target() -> None:
 
     assert explanation.point == 0
     assert explanation.budget_ms == pytest.approx(0.5)
+    assert [verdict.why for verdict in explanation.points] == ["too slow"] * 4
+
+
+def test_explain_says_that_a_less_accurate_point_needs_a_target() -> None:
+    explanation = Scheduler(make_latencies()).explain(make_request(target_ms=None), 0.0)
+
     assert [verdict.why for verdict in explanation.points] == [
-        "too slow",
-        *("not asked for",) * 3,
+        *("less accurate",) * 3,
+        "feasible",
     ]
+
+
+def test_a_request_that_is_refused_for_what_it_is_leaves_no_trace_in_the_forecast() -> None:
+    scheduler = Scheduler(make_latencies())
+    for i in range(100):
+        with pytest.raises(ValueError, match="rows must be in"):
+            scheduler.submit(make_request(f"large {i}", 4.0, rows=1000), 0.0)
+
+    scheduler.submit(make_request("floor", min_accuracy=0.99), 0.0)
+
+    assert scheduler._forecast.envelopes == []
 
 
 def test_overhead_counts_against_the_target() -> None:
@@ -330,6 +347,25 @@ def test_explain_names_the_point_that_then_runs() -> None:
         assert [v.feasible for v in explanation.points] == [
             1.25 * ms <= target_ms for ms in (1, 2, 4, 8)
         ]
+
+
+def test_explain_names_the_point_that_runs_for_the_sake_of_others() -> None:
+    scheduler = Scheduler(make_latencies())
+    for i in range(8):  # it expects as many at once from now on
+        scheduler.submit(make_request(f"gone {i}", 5.9), 0.0)
+        scheduler.cancel(f"gone {i}", 0.0)
+    for i in range(3):
+        scheduler.submit(make_request(f"{i}", 6.0, 1.0), 1.0)
+    request = make_request("first", 5.9, 1.0)
+
+    explanation = scheduler.explain(request, 1.0)
+    scheduler.submit(request, 1.0)
+    batch = run_now(scheduler, 1.0)
+
+    assert request in batch.requests
+    assert explanation.point == batch.point < 2
+    assert "others" in explanation.why
+    assert scheduler.waiting == 4 - batch.rows
 
 
 def test_explain_says_why_not() -> None:

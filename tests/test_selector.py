@@ -173,10 +173,24 @@ def test_tables_that_cannot_be_used_are_named(
         Latencies(accuracy, p50_ms, tail_ms)
 
 
+def observe(slowdown: Slowdown, measured_ms: float, tail_ms: float, now: float) -> None:
+    """Take in a batch that usually takes 1 ms, and keeps its slot while the engine has it."""
+    slowdown.observe(measured_ms, measured_ms, 1.0, tail_ms, now)
+
+
+def test_time_around_the_engine_raises_the_median_and_leaves_the_tail() -> None:
+    slowdown = Slowdown()
+    for i in range(400):
+        slowdown.observe((1.0, 1.02, 0.98)[i % 3], 1.5, 1.0, 1.3, float(i))
+
+    assert slowdown.typical(399.0) == pytest.approx(1.5, abs=0.01)
+    assert slowdown.factor(399.0) == pytest.approx(1.0, abs=0.03)
+
+
 def test_a_calm_host_is_not_slowed_down() -> None:
     slowdown = Slowdown()
     for i in range(200):
-        slowdown.observe((1.0, 1.02, 0.98)[i % 3], 1.0, 1.3, float(i))
+        observe(slowdown, (1.0, 1.02, 0.98)[i % 3], 1.3, float(i))
 
     assert slowdown.factor(199.0) == pytest.approx(1.0, abs=0.03)
 
@@ -184,7 +198,7 @@ def test_a_calm_host_is_not_slowed_down() -> None:
 def test_spread_that_the_profile_has_not_seen_is_covered() -> None:
     slowdown = Slowdown()
     for i in range(400):
-        slowdown.observe((1.0, 2.0)[i % 2], 1.0, 1.1, float(i))
+        observe(slowdown, (1.0, 2.0)[i % 2], 1.1, float(i))
 
     assert slowdown.factor(399.0) * 1.1 >= 2.0
 
@@ -192,7 +206,7 @@ def test_spread_that_the_profile_has_not_seen_is_covered() -> None:
 def test_a_median_that_rises_within_the_tail_does_not_stretch_the_tail() -> None:
     slowdown = Slowdown()
     for i in range(400):
-        slowdown.observe((1.4, 1.45, 1.35)[i % 3], 1.0, 2.0, float(i))
+        observe(slowdown, (1.4, 1.45, 1.35)[i % 3], 2.0, float(i))
 
     assert slowdown.typical(399.0) == pytest.approx(1.4, abs=0.03)
     assert slowdown.factor(399.0) == pytest.approx(1.0, abs=0.01)
@@ -202,7 +216,7 @@ def test_a_host_of_another_speed_scales_the_tail() -> None:
     for speed in (0.7, 2.0):
         slowdown = Slowdown()
         for i in range(400):
-            slowdown.observe(speed * (1.0, 1.1, 1.2)[i % 3], 1.0, 1.3, float(i))
+            observe(slowdown, speed * (1.0, 1.1, 1.2)[i % 3], 1.3, float(i))
 
         assert speed <= slowdown.factor(399.0) <= 1.25 * speed
 
@@ -210,10 +224,21 @@ def test_a_host_of_another_speed_scales_the_tail() -> None:
 def test_one_stall_moves_the_estimate_by_one_step_only() -> None:
     slowdown = Slowdown()
     for i in range(100):
-        slowdown.observe(1.0, 1.0, 1.1, float(i))
-    slowdown.observe(1e6, 1.0, 1.1, 100.0)
+        observe(slowdown, 1.0, 1.1, float(i))
+    observe(slowdown, 1e6, 1.1, 100.0)
 
     assert slowdown.typical(100.0) <= 1 + 0.1 * LARGEST_STEP
+    assert slowdown.factor(100.0) <= 1.7
+
+
+def test_a_host_three_times_slower_is_covered_after_three_batches() -> None:
+    slowdown = Slowdown()
+    for i in range(100):
+        observe(slowdown, 1.0, 1.1, float(i))
+    for i in range(100, 103):
+        observe(slowdown, 3.0, 1.1, float(i))
+
+    assert slowdown.factor(102.0) * 1.1 >= 3.0
 
 
 def test_a_head_that_would_be_late_one_time_in_two_is_passed_over_when_it_is_tight() -> None:
