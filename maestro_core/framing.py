@@ -19,7 +19,9 @@ def upright(picture: Pillow.Image, wanted: Image) -> Pillow.Image:
     Raises:
         Exception: it is broken or cut short; decoders and readers of tags raise anything.
     """
-    return ImageOps.exif_transpose(picture).convert(wanted.mode)
+    picture.load()
+    ImageOps.exif_transpose(picture, in_place=True)  # else it is copied, turned or not
+    return picture if picture.mode == wanted.mode else picture.convert(wanted.mode)
 
 
 def middle(wanted: Image, width: int, height: int) -> Box:

@@ -52,7 +52,7 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
     )
     bodies = Bodies(settings.max_body_bytes, settings.max_bodies_bytes)
     app.include_router(routes.inference(served, bodies))
-    app.include_router(routes.calibration(served))
+    app.include_router(routes.calibration(served, bodies))
     app.include_router(routes.health(served))
     app.include_router(oip_routes.protocol_v2(served, bodies))
     app.include_router(page(served.artifact.manifest))

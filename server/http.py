@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 from fastapi import Request, Response
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import QueryParams, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
@@ -71,15 +72,24 @@ async def form_file(request: Request, body: bytes) -> tuple[str, bytes]:
     async def replay() -> dict[str, Any]:
         return {"type": "http.request", "body": body, "more_body": False}
 
+    scope = {**request.scope, "headers": [(b"content-type", _form_type(request))]}
     try:
-        async with Request(request.scope, replay).form(max_files=1, max_fields=8) as form:
+        async with Request(scope, replay).form(max_files=1, max_fields=8) as form:
             files = [part for part in form.values() if isinstance(part, UploadFile)]
             if not files:
                 raise InvalidError("the form holds no file; send one: curl -F file=@picture.png")
             return (files[0].content_type or "").lower(), await files[0].read()
-    except (MultiPartException, HTTPException) as error:
+    except (MultiPartException, HTTPException, ValueError) as error:
         text = getattr(error, "message", None) or str(getattr(error, "detail", error))
         raise BadRequestError(f"the form cannot be read: {text}") from error
+
+
+def _form_type(request: Request) -> bytes:
+    """Return the type of a form with its boundary alone: names are in UTF-8 whatever charset the
+    client names, of which some are decoded for minutes."""
+    kind, parameters = parse_options_header(request.headers["content-type"])
+    boundary = parameters.get(b"boundary")
+    return kind if boundary is None else kind + b'; boundary="' + boundary + b'"'
 
 
 def header_targets_ms(headers: Headers) -> list[str | float]:

@@ -81,13 +81,37 @@ def from_lists(values: object, tensor: Tensor) -> Floats:
     floats = _packed(values, tensor)
     if floats is not None:
         return shaped(floats, tensor)
+    return shaped(numbers(values, "inputs"), tensor)
+
+
+def numbers(values: object, name: str) -> NDArray[Any]:
+    """Return nested lists of numbers as an array.
+
+    What else there may be is looked for before NumPy sees it: it gives every element of an array
+    of texts the room of the longest.
+
+    Raises:
+        InvalidError: they are ragged, too deep, or not of numbers alone; `name` says what is.
+    """
+    level: list[Any] = [values]
+    for _ in range(MAX_DIMENSIONS + 1):
+        kinds = set(map(type, level))
+        if list not in kinds:
+            break
+        if kinds != {list}:
+            raise InvalidError(f"{name}: the lists are ragged, or hold more than numbers")
+        level = list(chain.from_iterable(level))
+    else:
+        raise InvalidError(f"{name}: lists of {MAX_DIMENSIONS} dimensions at most")
+    if not kinds <= {int, float}:
+        raise InvalidError(f"{name}: must hold numbers only")
     try:
         array = np.asarray(values)
     except ValueError as error:
-        raise InvalidError("inputs: the lists are ragged") from error
-    if array.dtype.kind not in "iuf":
-        raise InvalidError("inputs: must hold numbers only")
-    return shaped(array, tensor)
+        raise InvalidError(f"{name}: the lists are ragged") from error
+    if array.dtype.kind not in "iuf":  # a number of more than 64 bits
+        raise InvalidError(f"{name}: must hold numbers of 64 bits at most")
+    return array
 
 
 def _packed(values: object, tensor: Tensor) -> Floats | None:

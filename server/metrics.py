@@ -17,6 +17,7 @@ _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0
 _DECISION = (5e-6, 1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 5e-3, 2.5e-2)
 _RATIO = (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)
 _TARGET = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)
+_LEAST_MS = 1e-3  # a target of less would make a sum infinite for ever
 _BATCH = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -102,7 +103,7 @@ class Metrics:
         """Count an answer."""
         late = target_ms is not None and total_ms > target_ms
         if target_ms is not None:
-            self._target.observe(total_ms / target_ms)
+            self._target.observe(total_ms / max(target_ms, _LEAST_MS))
             if late:
                 self._missed.labels(missed_by(inference, total_ms, target_ms)).inc()
         self._request_of("late" if late else "ok", inference.point).inc()

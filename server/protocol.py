@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from maestro_core.artifact import Tensor
 from server.answers import top_classes
 from server.errors import BadRequestError, InvalidError
-from server.inputs import MAX_DIMENSIONS, json_object, shaped
+from server.inputs import MAX_DIMENSIONS, json_object, numbers, shaped
 from server.schemas import MAX_LATENCY_MS
 
 Floats = NDArray[np.float32]
@@ -70,6 +70,8 @@ def read(body: bytes, json_length: str | None, tensor: Tensor, output: Tensor) -
         return Wanted("", _raw(binary, tensor), {}, None, 0, is_binary=True, classes=0)
     request = json_object(text)
     given = _mapping(request, "parameters")
+    if "top_k" in given:
+        raise InvalidError("top_k: is of /infer; here the output takes `classification`")
     x = _input(request, binary, tensor)
     is_binary, classes = _output(request, given, output)
     return Wanted(
@@ -204,12 +206,7 @@ def _from_json(entry: Mapping[str, Any], datatype: str, shape: list[int]) -> NDA
         raise InvalidError(f"inputs: {datatype} has no form in JSON; send it as binary data")
     if "data" not in entry:
         raise InvalidError("inputs: data is missing")
-    try:
-        values = np.asarray(entry["data"])
-    except ValueError as error:
-        raise InvalidError("inputs: the lists in data are ragged") from error
-    if values.dtype.kind not in "iuf":
-        raise InvalidError("inputs: data must hold numbers only")
+    values = numbers(entry["data"], "inputs: data")
     if values.size != prod(shape):
         raise InvalidError(f"inputs: shape {shape} does not hold {values.size} numbers")
     return values.reshape(shape)

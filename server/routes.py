@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import PlainTextResponse
+from pydantic import BaseModel
 
 from benchmarks.effort import FULL, QUICK
 from server import inputs
@@ -24,6 +25,7 @@ from server.schemas import (
     ProfileAnswer,
     ProfileRequest,
     parse_parameters,
+    parse_profile_request,
 )
 from server.service import Service
 from server.settings import Settings
@@ -65,7 +67,7 @@ def inference(service: Service, bodies: Bodies) -> APIRouter:
     return router
 
 
-def calibration(service: Service) -> APIRouter:
+def calibration(service: Service, bodies: Bodies) -> APIRouter:
     """Return the calls that measure this host."""
     router = APIRouter()
 
@@ -77,11 +79,14 @@ def calibration(service: Service) -> APIRouter:
         "/profile",
         status_code=202,
         response_model=Job,
+        openapi_extra=_body_description(ProfileRequest),
         summary="Start a calibration; an admin call",
     )
-    async def calibrate(request: Request, wanted: ProfileRequest | None = None) -> Response:
-        check_admin(request, service.settings)
-        wanted = wanted or ProfileRequest()
+    async def calibrate(request: Request) -> Response:
+        check_admin(request, service.settings)  # before anything is read
+        with bodies.one() as arriving:
+            body = await arriving.read(request)
+        wanted = parse_profile_request(inputs.json_object(body) if body else {})
         effort = QUICK if wanted.kind == "quick" else FULL
         job = await service.start_calibration(replace(effort, search=wanted.search))
         return Json(job, 202, {"Location": f"/profile/jobs/{job['id']}"})
@@ -140,6 +145,18 @@ def check_admin(request: Request, settings: Settings) -> None:
         raise ForbiddenError("set MAESTRO_ADMIN_TOKEN to allow this call from other machines")
     elif _is_of_another_site(request):
         raise ForbiddenError("set MAESTRO_ADMIN_TOKEN to allow this call from pages of other sites")
+    elif not _names_this_machine(request.url.hostname or ""):
+        raise ForbiddenError(
+            "set MAESTRO_ADMIN_TOKEN to allow this call by a name other than localhost"
+        )
+
+
+def _names_this_machine(host: str) -> bool:
+    """Return whether a page that was loaded by this name can only be ours.
+
+    Any other name its owner may point at this machine, and so pass for us (DNS rebinding).
+    """
+    return host == "localhost" or host.endswith(".localhost") or _is_loopback(host)
 
 
 def _is_of_another_site(request: Request) -> bool:
@@ -153,6 +170,11 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _body_description(model: type[BaseModel]) -> dict[str, Any]:
+    schema = {**model.model_json_schema(), "example": {}}
+    return {"requestBody": {"content": {JSON: {"schema": schema}}}}
 
 
 def _explain_description() -> dict[str, Any]:

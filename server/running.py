@@ -22,6 +22,9 @@ from server.statistics import Row
 # connection just accepted still arrives.
 LINGER_S = 0.2
 
+# Then what was taken has so long to be answered: a body that trickles in must not hold the end up.
+GRACE_S = 10
+
 # Connections that may wait to be accepted. One that finds no room tries again a second later, so
 # that a burst of new ones, after 40 ms in which nobody could accept, took a second.
 BACKLOG = 1024
@@ -91,10 +94,13 @@ def run(service: Service, shared: Shared | None = None) -> bool:
         port=settings.port,
         log_config=None,
         access_log=False,
+        ws="none",
+        timeout_graceful_shutdown=GRACE_S,
         http=limited(
             limits,
             getattr(app.state, "whole", None),
-            *([shared.count] if shared else []),
+            shared.count if shared else lambda _: None,
+            lambda: service.is_leaving,
         ),
         backlog=_backlog(settings.max_connections),
     )

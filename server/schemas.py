@@ -151,6 +151,20 @@ class ProfileRequest(BaseModel):
     search: StrictBool = Field(False, description="First look for points that suit this host")
 
 
+def parse_profile_request(values: Mapping[str, Any]) -> ProfileRequest:
+    """Return what to calibrate.
+
+    Raises:
+        InvalidError: a field is unknown, or out of its range.
+    """
+    try:
+        return ProfileRequest.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise InvalidError(f"{name}: {first['msg']}, not {str(first['input'])[:40]!r}") from error
+
+
 class Job(BaseModel):
     """A calibration."""
 

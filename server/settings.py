@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from platformdirs import user_cache_path
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 SHIPPED = "mnist-lenet.maestro"
@@ -67,6 +67,11 @@ class Settings(BaseSettings):
     # A line for every request: what was asked for and how it went, nothing of the input.
     access_log: bool = False
     admin_token: SecretStr | None = None
+
+    @field_validator("admin_token", mode="before")
+    @classmethod
+    def _no_empty_token(cls, value: object) -> object:
+        return value or None  # as in a file of settings where nothing was filled in
 
 
 def read_settings(**given: Any) -> Settings:  # noqa: ANN401  fields of Settings

@@ -37,6 +37,8 @@ JSON = "application/json"
 NPY = ("application/x-npy", "application/npy")
 PICTURES = ("image/png", "image/jpeg", "image/jpg")
 FORM = "multipart/form-data"
+# So many large pictures are decoded at once: one takes up to 200 MiB.
+LARGE_AT_ONCE = 2
 # What clients send when nobody told them the type: `curl --data-binary` the last.
 _UNSAID = ("", "application/octet-stream", "application/x-www-form-urlencoded")
 _SERVED = ", ".join((JSON, *PICTURES[:2], NPY[0], FORM))
@@ -45,6 +47,7 @@ _JSON_BYTES = JSON.encode()
 
 def infer_call(service: Service, bodies: Bodies) -> Call:
     """Return what answers the simple call."""
+    decoding = asyncio.Semaphore(LARGE_AT_ONCE)
 
     async def infer(request: Request) -> Response:
         service.serving()
@@ -57,7 +60,8 @@ def infer_call(service: Service, bodies: Bodies) -> Call:
             if kind == FORM:
                 kind, body = await form_file(request, body)
             if inputs.takes_long(body):  # others are served meanwhile
-                x, given = await asyncio.to_thread(_input, kind, body, service)
+                async with decoding:
+                    x, given = await asyncio.to_thread(_input, kind, body, service)
             else:
                 x, given = _input(kind, body, service)
             parameters = parse_parameters(query_of(scope), given, header_targets_ms(headers))

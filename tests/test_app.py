@@ -16,11 +16,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from maestro_core import artifact
 from server.app import create_app
+from server.engine import Engine
 from server.settings import Settings
 from tests.conftest import TINY_RANKS, tiny_contents, tiny_manifest
 
 Client = TestClient
 LIMIT_BYTES = 200_000
+HERE = "http://127.0.0.1"  # admin calls are for this name while no token is set
 SAMPLE = np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 8, 8)
 
 
@@ -49,7 +51,7 @@ def wait_until_ready(client: Client) -> None:
 @pytest.fixture(scope="module")
 def client(settings: Settings) -> Iterator[Client]:
     # As a client on this machine: admin calls are for those while no token is set.
-    with TestClient(create_app(settings), client=("127.0.0.1", 50000)) as client:
+    with TestClient(create_app(settings), client=("127.0.0.1", 50000), base_url=HERE) as client:
         wait_until_ready(client)
         yield client
 
@@ -172,6 +174,19 @@ def test_the_times_are_a_header_too(client: Client) -> None:
     assert {name: float(ms) for name, ms in timing.items()} == {
         name: answer[f"{name}_ms"] for name in ("queue", "compute", "total")
     }
+
+
+def test_a_form_is_read_in_utf8_whatever_its_client_says(client: Client) -> None:
+    head = b'--x\r\nContent-Disposition: form-data; name="!"'
+    body = head + b"\r\n\r\n" + 100_000 * b"A" + b"\r\n"  # as punycode, seconds to decode
+    body += head + b'; filename="a.png"\r\nContent-Type: image/png\r\n\r\n' + png() + b"\r\n--x--"
+    kind = 'multipart/form-data; boundary="x"; charset=punycode'
+
+    began_s = time.monotonic()
+    response = client.post("/infer", content=body, headers={"content-type": kind})
+
+    assert response.status_code == 200, response.text
+    assert time.monotonic() - began_s < 1.0
 
 
 @pytest.mark.parametrize(
@@ -304,24 +319,38 @@ def test_explain_tells_the_choice_and_runs_nothing(client: Client) -> None:
 def test_unknown_paths_and_methods_are_problems_too(client: Client) -> None:
     check_problem(client.get("/nothing"), 404, "Not Found")
     check_problem(client.get("/infer"), 405, "Method Not Allowed")
-    check_problem(client.post("/profile", json={"kind": "endless"}), 422, "kind: ")
+
+
+def test_what_to_calibrate_is_checked(client: Client) -> None:
+    for wrong, text in (
+        (b'{"kind": "endless"}', "kind: "),
+        (b'{"search": 1}', "search: "),
+        (b'{"budget": 1}', "budget: "),
+        (b"[]", "must be a JSON object"),
+    ):
+        check_problem(client.post("/profile", content=wrong), 422, text)
+    check_problem(client.post("/profile", content=b"{"), 400, "not JSON")
+    check_problem(client.post("/profile", content=bytes(LIMIT_BYTES + 1)), 413, "bytes")
 
 
 def test_calibrating_is_for_this_machine_or_for_the_token(settings: Settings) -> None:
     with TestClient(create_app(settings), client=("10.0.0.9", 1)) as elsewhere:
         check_problem(elsewhere.post("/profile"), 403, "MAESTRO_ADMIN_TOKEN")
-    with TestClient(create_app(settings), client=("127.0.0.1", 1)) as here:
+    with TestClient(create_app(settings), client=("127.0.0.1", 1), base_url=HERE) as here:
         wait_until_ready(here)
         foreign = here.post("/profile", headers={"origin": "https://elsewhere.example"})
         check_problem(foreign, 403, "pages of other sites")
-        own = here.post("/profile", headers={"origin": "http://testserver"})
+        rebound = here.post("/profile", headers={"host": "elsewhere.example"})
+        check_problem(rebound, 403, "other than localhost")
+        own = here.post("/profile", headers={"origin": HERE})
         assert own.status_code == 202
         here.delete(own.headers["location"])
 
+    assert Settings(admin_token="").admin_token is None
     guarded = settings.model_copy(
         update={"admin_token": Settings(admin_token="s3cret").admin_token}
     )
-    with TestClient(create_app(guarded), client=("127.0.0.1", 1)) as client:
+    with TestClient(create_app(guarded), client=("127.0.0.1", 1), base_url=HERE) as client:
         wait_until_ready(client)
         check_problem(client.post("/profile"), 401, "Authorization")
         wrong = {"authorization": "Bearer wrong"}
@@ -330,14 +359,23 @@ def test_calibrating_is_for_this_machine_or_for_the_token(settings: Settings) ->
         assert client.post("/profile", headers=right).status_code == 202
 
 
-def test_a_stored_profile_makes_a_second_start_ready_at_once(
-    client: Client, settings: Settings
+def test_a_stored_profile_makes_a_second_start_ready_at_once_and_warm(
+    client: Client, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert client.get("/v2/health/ready").status_code == 200
+    ran: list[int] = []
+    run = Engine.run
+
+    def counting(engine: Engine, x: np.ndarray, point: int) -> np.ndarray:
+        ran.append(point)
+        return run(engine, x, point)
+
+    monkeypatch.setattr(Engine, "run", counting)
 
     with TestClient(create_app(settings)) as second:
         assert second.get("/v2/health/ready").json() == {"live": True, "ready": True}
         assert second.get("/profile").json()["source"] == "stored"
+        assert sorted(ran) == list(range(len(TINY_RANKS)))
 
 
 def test_before_the_first_profile_it_lives_but_is_not_ready(

@@ -14,7 +14,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from maestro_core.artifact import Artifact
-from server.connections import Limits, limited
+from server.connections import MOST_PIPELINED, Limits, limited
 from server.direct import FAILED
 from tests.server_process import running_server
 
@@ -83,11 +83,14 @@ class Driven:
     """A connection whose transport is a fake; `asked` is what came to the application."""
 
     def __init__(self, receive_timeout_s: float) -> None:
+        self.is_leaving = False
         self.whole, self.transport = Whole(), FakeTransport()
         self.asked: list[tuple[str, bytes, Exception | None]] = []
         config = uvicorn.Config(self._app, interface="asgi3", log_config=None, lifespan="off")
         config.load()
-        protocol: Any = limited(Limits(10, receive_timeout_s), self.whole)
+        protocol: Any = limited(
+            Limits(10, receive_timeout_s), self.whole, is_leaving=lambda: self.is_leaving
+        )
         self.protocol = protocol(config=config, server_state=ServerState(), app_state={})
         self.protocol.connection_made(self.transport)
 
@@ -268,6 +271,32 @@ def test_a_connection_that_is_not_kept_is_closed_after_the_answer(http: bytes) -
 
         assert b"\r\nconnection: close\r\n\r\ndone" in driven.transport.written[0]
         assert driven.transport.is_closed
+
+    drive(scenario)
+
+
+def test_a_server_that_leaves_ends_connections_with_their_next_answer() -> None:
+    async def scenario(driven: Driven) -> None:
+        await driven.receive(SEVEN)
+        await driven.finish()
+        assert not driven.transport.is_closed
+        driven.is_leaving = True
+        await driven.receive(SEVEN)
+        await driven.finish()
+
+        assert b"\r\nconnection: close\r\n\r\ndone" in driven.transport.written[1]
+        assert driven.transport.is_closed
+
+    drive(scenario)
+
+
+def test_too_many_requests_ahead_end_the_connection() -> None:
+    async def scenario(driven: Driven) -> None:
+        await driven.receive(SEVEN)
+        await driven.receive((MOST_PIPELINED + 2) * (HEAD + b"content-length: 0\r\n\r\n"))
+
+        assert driven.transport.is_closed
+        assert b" 400 " in driven.transport.written[-1]
 
     drive(scenario)
 

@@ -1,6 +1,7 @@
 """Every body a client may send: good ones become the tensor, bad ones get one clear error."""
 
 import io
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -61,6 +62,8 @@ def test_whole_numbers_among_others_are_numbers() -> None:
         ([[[[[1.0]] * 8] * 8]], r"x: shape \[1, 1, 8, 8, 1\], but"),
         ([[1.0, 2.0], [1.0]], "inputs: the lists are ragged"),
         ([["a"]], "inputs: must hold numbers only"),
+        ([[1.0], 1.0], "inputs: the lists are ragged, or hold more than numbers"),
+        ([[2**70]], "inputs: must hold numbers of 64 bits at most"),
         ([[None]], "inputs: must hold numbers only"),
         ([[True]], "inputs: must hold numbers only"),
         ({}, "inputs: must hold numbers only"),
@@ -202,6 +205,17 @@ def test_wrong_pictures_are_named(body: bytes, status: int, message: str) -> Non
         inputs.from_image(body, TENSOR)
 
     assert caught.value.status == status
+
+
+def test_texts_in_the_place_of_numbers_take_no_more_room_than_they_have() -> None:
+    values = ["a" * 30_000, *[""] * 8_000]  # as an array of texts 960 MB
+    tracemalloc.start()
+
+    with pytest.raises(ServiceError, match="must hold numbers only"):
+        inputs.from_lists(values, TENSOR)
+
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
 
 
 def test_large_pictures_are_known_by_their_first_bytes() -> None:

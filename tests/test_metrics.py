@@ -38,6 +38,14 @@ def test_only_late_answers_are_counted_as_missed() -> None:
     assert metrics.registry.get_sample_value("maestro_missed_total", {"cause": "queue"}) == 1
 
 
+def test_a_target_of_nothing_leaves_sums_finite() -> None:
+    metrics = Metrics()
+
+    metrics.answered(inference(1.0, 0.0, 1.0), total_ms=1.0, target_ms=1e-320)
+
+    assert metrics.registry.get_sample_value("maestro_target_ratio_sum") == pytest.approx(1000)
+
+
 def test_an_error_without_a_reason_is_not_shed() -> None:
     metrics = Metrics()
 

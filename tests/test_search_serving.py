@@ -67,7 +67,9 @@ def test_points_found_are_served_at_once_and_after_a_restart(tmp_path: Path) -> 
     app = settings(tmp_path, extra)
     body = {"inputs": X[0].tolist()}
 
-    with TestClient(create_app(app), client=("127.0.0.1", 50000)) as client:
+    with TestClient(
+        create_app(app), client=("127.0.0.1", 50000), base_url="http://127.0.0.1"
+    ) as client:
         ready(client)
         before = client.get("/profile").json()["profile"]["key"]["artifact"]
         started = search(client)
@@ -75,7 +77,9 @@ def test_points_found_are_served_at_once_and_after_a_restart(tmp_path: Path) -> 
         after = client.get("/profile").json()["profile"]["key"]["artifact"]
         points = client.get("/frontier").json()["points"]
         answer = client.post("/infer", json=body).json()
-    with TestClient(create_app(app), client=("127.0.0.1", 50000)) as client:
+    with TestClient(
+        create_app(app), client=("127.0.0.1", 50000), base_url="http://127.0.0.1"
+    ) as client:
         ready(client)
         again = client.get("/profile").json()
 
@@ -85,7 +89,9 @@ def test_points_found_are_served_at_once_and_after_a_restart(tmp_path: Path) -> 
 
 
 def test_an_artifact_with_nothing_to_search_with_is_refused(tmp_path: Path) -> None:
-    with TestClient(create_app(settings(tmp_path, {})), client=("127.0.0.1", 50000)) as client:
+    with TestClient(
+        create_app(settings(tmp_path, {})), client=("127.0.0.1", 50000), base_url="http://127.0.0.1"
+    ) as client:
         ready(client)
         refused = client.post("/profile", json={"kind": "quick", "search": True})
 
