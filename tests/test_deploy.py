@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from server.running import GRACE_S
+from server.service import DRAIN_S
 from server.settings import Settings
 
 yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
@@ -110,7 +112,7 @@ def test_a_pod_has_longer_to_end_than_it_drains_and_to_start_than_it_measures() 
     drain_s = float(next(e["value"] for e in container()["env"] if e["name"] == "MAESTRO_DRAIN_S"))
     startup = container()["startupProbe"]
 
-    assert pod["terminationGracePeriodSeconds"] > drain_s + 5
+    assert pod["terminationGracePeriodSeconds"] > drain_s + GRACE_S + DRAIN_S
     budget_s = Settings.model_fields["calibration_budget_s"].default
     assert startup["periodSeconds"] * startup["failureThreshold"] > 3 * budget_s
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from server.processes.accepting import is_ahead
 from server.processes.channel import Answer, Channel, LostError, RemoteError, open_channel
 from server.processes.counters import ACCEPTS_NONE, Board
 from server.processes.hub import Hub
-from server.processes.supervisor import pause_s
+from server.processes.supervisor import WorkersError, _Supervisor, pause_s
 from server.settings import read_settings
 from server.statistics import Statistics
 from tests.test_profile import PROFILE
@@ -347,3 +348,13 @@ def test_a_calibration_is_known_to_all_and_ends_when_any_says_so(tmp_path: Path)
         assert "use" not in one.told + other.told
 
     with_hub(run, tmp_path)
+
+
+def test_a_worker_that_cannot_be_replaced_does_not_end_those_that_serve() -> None:
+    hub: Any = SimpleNamespace(serves=True)
+    supervisor = _Supervisor(hub, [], {})
+    supervisor._judge(0, "no such file", failures=5)
+
+    hub.serves = False
+    with pytest.raises(WorkersError, match="worker 0 ended 5 times before it served: no such file"):
+        supervisor._judge(0, "no such file", failures=5)

@@ -67,6 +67,11 @@ class Hub:
                 return await self._totals()
         return None
 
+    @property
+    def serves(self) -> bool:
+        """Return whether any worker accepts connections."""
+        return any(count != counters.ACCEPTS_NONE for count in self._board.connections)
+
     def left(self, index: int) -> bool:
         """Go on without a worker that has ended; return whether it accepted connections."""
         self._members.pop(index, None)

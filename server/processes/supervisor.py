@@ -52,7 +52,7 @@ def supervise(
     The signal goes to the workers, which drain as a server alone does; a second one kills them.
 
     Raises:
-        WorkersError: a worker ended again and again before it served.
+        WorkersError: a worker ended again and again before it served, and no other serves.
     """
     with counters.made(settings.workers) as directory:
         asyncio.run(_run(settings, cores, listeners, directory, on_progress))
@@ -95,6 +95,7 @@ class _Supervisor:
             raise errors.exceptions[0] from None
         finally:
             self._signal(signal.SIGKILL)
+            await asyncio.gather(*(worker.process.wait() for worker in self._workers.values()))
 
     def _end(self, number: signal.Signals) -> None:
         """Have all workers end, and none started."""
@@ -114,7 +115,13 @@ class _Supervisor:
         clock = asyncio.get_running_loop().time
         while self._ending is None:
             began_s = clock()
-            worker = await self._start(place)
+            try:
+                worker = await self._start(place)
+            except OSError as error:
+                failures += 1
+                self._judge(place.index, f"it cannot be started: {error.strerror}", failures)
+                await self._pause(pause_s(failures))
+                continue
             status = await worker.process.wait()
             await worker.talk  # what it said last
             served = self._hub.left(place.index) or status == 0  # told to end by somebody
@@ -123,35 +130,31 @@ class _Supervisor:
             short_lives = short_lives + 1 if short else 0
             del self._workers[place.index]
             if self._ending is None:
-                self._judge(place.index, status, worker.reason, failures)
-                await self._pause(pause_s(short_lives))
+                self._judge(place.index, worker.reason or _what(status), failures)
+                await self._pause(pause_s(max(short_lives, failures)))
 
     async def _pause(self, seconds: float) -> None:
         """Wait so long, or until the workers are told to end."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._told_to_end.wait(), seconds)
 
-    def _judge(self, index: int, status: int, reason: str, failures: int) -> None:
-        why = reason or _what(status)
-        if failures >= _MOST_FAILURES:
+    def _judge(self, index: int, why: str, failures: int) -> None:
+        """Give up where a worker fails again and again, and none of the others serves."""
+        if failures >= _MOST_FAILURES and not self._hub.serves:
             raise WorkersError(f"worker {index} ended {failures} times before it served: {why}")
         log.warning("worker %d ended, and is replaced: %s", index, why)
 
     async def _start(self, place: Place) -> _Worker:
         ours, theirs = socket.socketpair()
         with theirs:
-            try:
-                process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-P", "-m", "server.processes.member"),
-                    place.text(theirs.fileno()),
-                    stdin=PIPE,  # ends with this process, whatever ends it: so does the worker then
-                    pass_fds=[theirs.fileno(), *place.listeners],
-                    process_group=0,  # a terminal's Ctrl-C is for this process alone
-                    env=self._environment,
-                )
-            except OSError as error:
-                why = f"worker {place.index} cannot be started: {error.strerror}"
-                raise WorkersError(why) from error
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", "-m", "server.processes.member"),
+                place.text(theirs.fileno()),
+                stdin=PIPE,  # ends with this process, whatever ends it: so does the worker then
+                pass_fds=[theirs.fileno(), *place.listeners],
+                process_group=0,  # a terminal's Ctrl-C is for this process alone
+                env=self._environment,
+            )
         talk = asyncio.create_task(self._talk(place.index, ours))
         worker = self._workers[place.index] = _Worker(process, talk)
         if self._ending is not None:

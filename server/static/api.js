@@ -20,16 +20,27 @@ async function answerOf(path, options) {
 /** Return the JSON of an answer. Throws a Problem where it is an error. */
 export async function call(path, options = {}) {
   const response = await answerOf(path, options);
-  const body = await response.json().catch(() => ({}));
-  if (!response.ok) throw new Problem(response.status, body);
-  return body;
+  if (!response.ok) throw new Problem(response.status, await response.json().catch(() => ({})));
+  return response.json().catch(cutShort);
 }
 
 /** Return the text of an answer. Throws a Problem where it is an error. */
 export async function text(path) {
   const response = await answerOf(path);
   if (!response.ok) throw new Problem(response.status, {});
-  return response.text();
+  return response.text().catch(cutShort);
+}
+
+function cutShort(error) {
+  if (error.name === "AbortError") throw error;
+  throw new Problem(0, { detail: "The server's answer broke off" });
+}
+
+/** Return the bytes of an answer. Throws a Problem where it is an error. */
+export async function bytes(path) {
+  const response = await answerOf(path);
+  if (!response.ok) throw new Problem(response.status, {});
+  return response.blob().catch(cutShort);
 }
 
 /** Return what the server says of its readiness; 503 is an answer here. */

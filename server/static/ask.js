@@ -1,6 +1,6 @@
 // A picture, asked about at the slider's target, and the answer with how it came about.
 
-import { Problem, call, latest } from "./api.js";
+import { Problem, bytes, call, latest } from "./api.js";
 import { bars, byId, element, ms, percent, show, write } from "./text.js";
 
 const SETTLED_MS = 150;
@@ -36,9 +36,12 @@ function example(address, i) {
   const button = element("button", "", { type: "button", "aria-pressed": "false" });
   button.append(element("img", "", { src: address, alt: `Example picture ${i + 1}` }));
   button.addEventListener("click", async () => {
-    const response = await fetch(address);
-    choose(await response.blob());
-    button.setAttribute("aria-pressed", "true");
+    try {
+      choose(await bytes(address));
+      button.setAttribute("aria-pressed", "true");
+    } catch (error) {
+      refuse(error.message);
+    }
   });
   return button;
 }

@@ -35,9 +35,11 @@ function askWhereNew(target) {
 }
 
 async function look() {
-  const isReady = traffic.take(await text("/metrics"), performance.now() / 1000);
-  if (!isReady) {
-    showWaiting(await readiness());
+  // The gauge is 0 while any worker starts; others may serve meanwhile.
+  const allReady = traffic.take(await text("/metrics"), performance.now() / 1000);
+  const state = allReady ? { ready: true } : await readiness();
+  if (!state.ready) {
+    showWaiting(state);
     wasReady = false;
     return;
   }
@@ -86,8 +88,8 @@ async function run() {
     try {
       await look();
     } catch (error) {
-      if (!(error instanceof Problem)) throw error;
       showLost(error.message);
+      if (!(error instanceof Problem)) console.error(error);
     }
   }
   setTimeout(run, LOOK_MS);
