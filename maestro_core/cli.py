@@ -54,7 +54,6 @@ _EXTRAS = {
     "safetensors": "train",
     "sentencepiece": "train",
     "matplotlib": "train",
-    "aiohttp": "bench",
 }
 
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A NAME.maestro directory.")]
@@ -148,8 +147,9 @@ def show(
 
     model = HostModel(artifact.load(path), read_settings())
     loaded = model.points().artifact
-    profile = local.stored_profile(model, model.engine(loaded))
-    rows = frontier_rows(loaded, profile)
+    found = local.stored_profile(model, model.engine(loaded))
+    _warn(found.reason)
+    rows = frontier_rows(loaded, found.profile)
     _print_points(loaded, rows, as_json)
     if plot:
         _train_side("maestro_core.plot").draw(loaded, rows, plot)
@@ -178,9 +178,11 @@ def profile(
     effort = replace(QUICK if quick else FULL, search=search)
     with _progress("calibrating") as progress:
         model = HostModel(artifact.load(path), read_settings())
-        served, measured = local.profile(model, effort, progress)
+        served, measured, note = local.profile(model, effort, progress)
     _print_points(served, frontier_rows(served, measured), as_json)
     errors.print(f"measured until {'precise' if measured.stopped_on == 'precision' else 'time up'}")
+    if note:
+        raise CommandError(note)
 
 
 @app.command()
@@ -285,10 +287,12 @@ def infer(
     loaded = model.points().artifact
     x = local.read_input(file, loaded.manifest.input)
     engine = model.engine(loaded)
-    measured = local.stored_profile(model, engine)
+    measured, reason = local.stored_profile(model, engine)
+    _warn(reason)
     if measured is None:
         with _progress("calibrating") as progress:
-            _, measured = local.profile(model, QUICK, progress, engine)
+            _, measured, note = local.profile(model, QUICK, progress, engine)
+        _warn(note)
     answer = local.infer(engine, measured, x, parameters)
     answer["outputs"] = answer["outputs"].tolist()
     if as_json:
@@ -380,6 +384,11 @@ def _print_text_points(report: dict[str, Any]) -> None:
             f"{row['linear_params']:,}",
         )
     console.print(table)
+
+
+def _warn(note: str | None) -> None:
+    if note:
+        errors.print(note)
 
 
 @contextmanager

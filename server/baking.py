@@ -28,6 +28,8 @@ from maestro_core.profile_store import write_atomically
 from server.products import down_first
 from server.pruning import mark_used, prune
 
+# Raised when what is baked changes: what was baked before, and profiles of it, hold no more.
+LAYOUT = 2
 _WEIGHTS = "weights.bin"
 _INDEX = "baked.json"
 _PAGE_BYTES = 4096

@@ -12,6 +12,7 @@ from maestro_core.profile import Profile
 from maestro_core.profile_store import ProfileStore, StoreError
 
 _KEPT_JOBS = 32
+_LEAVE_S = 10.0
 
 # Effort, progress, cancelled -> a profile, or CancelledError
 Measure = Callable[[Effort, Callable[[Progress], object], Callable[[], bool]], Profile]
@@ -67,7 +68,8 @@ class Calibrator:
         self._measure, self._on_profile, self._store = measure, on_profile, store
         self._lock = threading.Lock()
         self._jobs: dict[str, Job] = {}
-        self._cancel = threading.Event()
+        self._cancel = threading.Event()  # of the job that was started last
+        self._running_id: str | None = None
         self._thread: threading.Thread | None = None
 
     def start(self, effort: Effort) -> Job:
@@ -84,7 +86,7 @@ class Calibrator:
             self._jobs[job.id] = job
             while len(self._jobs) > _KEPT_JOBS:
                 del self._jobs[next(iter(self._jobs))]
-            self._cancel = threading.Event()
+            self._running_id, self._cancel = job.id, threading.Event()
             self._thread = threading.Thread(
                 target=self._work,
                 args=(job.id, effort, self._cancel),
@@ -112,19 +114,20 @@ class Calibrator:
             UnknownJobError: there is none of that id.
         """
         job = self.job(job_id)
-        if job.state == "running":
-            self._cancel.set()
+        with self._lock:
+            if job.state == "running" and self._running_id == job_id:  # another may have begun
+                self._cancel.set()
         return job
 
     def close(self) -> None:
-        """Cancel what runs, and wait until its thread has ended."""
+        """Cancel what runs, and wait until its thread has ended, unless a trial hangs."""
         self._cancel.set()
-        self.wait()
+        self.wait(_LEAVE_S)
 
-    def wait(self) -> None:
-        """Wait until no calibration runs."""
+    def wait(self, limit_s: float | None = None) -> None:
+        """Wait until no calibration runs, `limit_s` at most if given."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(limit_s)
 
     def _work(self, job_id: str, effort: Effort, cancel: threading.Event) -> None:
         def progress(seen: Progress) -> None:

@@ -35,8 +35,13 @@ MS = 1e3
 HANG_FACTOR = 20.0
 HANG_MIN_S = 2.0
 # A batch this short is computed on the event loop: handing it to a thread and back would cost as
-# much again, and whoever arrives meanwhile would wait for it anyway.
+# much again, and whoever arrives meanwhile would wait for it anyway. Not while a trial computes:
+# the loop would wait for that too.
 INLINE_MS = 1.0
+# The loop's timers count whole milliseconds: one of less would be called at once, again and again.
+LEAST_WAIT_S = 1e-3
+# So often a batch is waited for whose turn to compute does not come, as behind a trial that hangs.
+MOST_WAITS = 10
 
 
 class Runner(Protocol):
@@ -59,6 +64,7 @@ class _Flight:
     worker: Worker | None = None  # None: computed on the event loop
     watch: asyncio.TimerHandle | None = None
     began: bool = False  # the engine has it: a trial of a calibration may come before
+    waits: int = 0
 
 
 class Dispatcher:
@@ -188,7 +194,7 @@ class Dispatcher:
             self._timer.cancel()
         self._timer = None
         if plan.wake_s is not None:
-            after_s = max(0.0, plan.wake_s - time.monotonic())
+            after_s = max(LEAST_WAIT_S, plan.wake_s - time.monotonic())
             self._timer = self._loop.call_later(after_s, self._pump)
         idle = self.scheduler.is_idle
         self._turns.set_idle(idle)
@@ -199,7 +205,8 @@ class Dispatcher:
         callers = {request.id: self._callers.pop(request.id) for request in batch.requests}
         inputs = [caller.x for caller in callers.values()]
         x = inputs[0] if len(inputs) == 1 else np.concatenate(inputs)
-        if batch.predicted_ms <= INLINE_MS and self._slots == 1:
+        is_free = self._slots == 1 and not self._turns.computing.locked()
+        if batch.predicted_ms <= INLINE_MS and is_free:
             self._turns.note_request()
             flight = self._flights[batch.id] = _Flight(batch, callers)
             self._finished(batch.id, *self._computed(flight, x))
@@ -300,7 +307,8 @@ class Dispatcher:
     def _hung(self, batch_id: int) -> None:
         """Give a batch up, and its thread with it: threads cannot be stopped, only left behind."""
         flight = self._flights[batch_id]
-        if not flight.began:
+        flight.waits += 1
+        if not flight.began and flight.waits < MOST_WAITS:
             self._watch(flight)
             return
         del self._flights[batch_id]

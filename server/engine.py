@@ -1,6 +1,7 @@
 """Runs a batch at a point. Knows ONNX Runtime; nothing of latencies, queues or HTTP."""
 
 import ctypes
+import hashlib
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
@@ -14,7 +15,7 @@ import onnxruntime as ort
 from maestro_core.artifact import Artifact
 from maestro_core.host import Host
 from maestro_core.profile import ProfileKey
-from server.baking import Baked, BakeError, bake
+from server.baking import LAYOUT, Baked, BakeError, bake
 from server.residency import Residency
 
 Array = npt.NDArray[np.float32]
@@ -53,7 +54,12 @@ class Engine:
         self.artifact = artifact
         self.provider = _available(provider)
         self.intra_op_threads = intra_op_threads
-        self.runtime = (("onnxruntime", ort.__version__),)
+        self.runtime: tuple[tuple[str, str], ...] = (
+            ("onnxruntime", ort.__version__),
+            ("layout", str(LAYOUT)),
+        )
+        if memory_budget_bytes is not None:  # loading a point again is in what is measured
+            self.runtime += (("memory_budget_bytes", str(memory_budget_bytes)),)
         self.note: str | None = None
         self._input, self._output = artifact.manifest.input, artifact.manifest.output
         self._state_dir = state_dir if provider == "cpu" else None
@@ -68,6 +74,12 @@ class Engine:
     def resident(self) -> tuple[int, ...]:
         """Return the points in memory, least recently used first."""
         return self._sessions.resident
+
+    def warm_up(self) -> None:
+        """Run one sample through each point in memory: a first run takes several times as long."""
+        one = np.zeros([1, *self._input.shape[1:]], np.float32)
+        for point in self.resident:
+            self.run(one, point)
 
     def run(self, batch: Array, point: int) -> Array:
         """Return the output, (n, *output shape), for a batch of shape (n, *input shape).
@@ -117,9 +129,11 @@ class Engine:
         if self._state_dir is None:
             return None
         host = Host.here()
-        key = "/".join((self.artifact.digest, host.cpu, *host.instruction_sets, ort.__version__))
+        made_by = (host.cpu, *host.instruction_sets, ort.__version__, str(LAYOUT))
+        key = "/".join((self.artifact.digest, *made_by))
         graphs = [self.artifact.graph_path(point) for point in range(len(self.artifact.points))]
-        directory = self._state_dir / "baked" / self.artifact.digest[:16]
+        # Hosts that differ may share a state directory; none takes another's from under it.
+        directory = self._state_dir / "baked" / hashlib.sha256(key.encode()).hexdigest()[:16]
         try:
             return bake(graphs, directory, key, lambda: session_options(self.intra_op_threads))
         except BakeError as error:
@@ -141,9 +155,15 @@ class Engine:
             # It is optimised; another pass would copy constants that are shared.
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
-            return ort.InferenceSession(path, options, [_PROVIDERS[self.provider]])
+            session = ort.InferenceSession(path, options, [_PROVIDERS[self.provider]])
         except Exception as error:  # ONNX Runtime's own classes share no base but this
             raise EngineError(f"{path}: ONNX Runtime refuses it: {error}") from error
+        if _PROVIDERS[self.provider] not in session.get_providers():
+            raise EngineError(
+                f"provider '{self.provider}' does not start here: is there a device, its driver "
+                "and its libraries? Or use provider cpu"
+            )
+        return session
 
     def _size_bytes(self, points: Iterable[int]) -> int:
         if self._baked:

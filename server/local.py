@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from benchmarks.effort import Effort, Progress
 from maestro_core.artifact import Artifact, Tensor
 from maestro_core.profile import Profile
-from maestro_core.profile_store import ProfileStore
+from maestro_core.profile_store import Found, ProfileStore, StoreError
 from server import inputs
 from server.answers import Inference, infer_answer
 from server.dispatcher import refused
@@ -28,28 +28,39 @@ from server.settings import LARGEST_BATCH
 Floats = NDArray[np.float32]
 
 
+class Profiled(NamedTuple):
+    """What a server would serve here, its profile, and why that is not stored if it isn't."""
+
+    artifact: Artifact
+    profile: Profile
+    note: str | None
+
+
 def profile(
     model: HostModel,
     effort: Effort,
     progress: Callable[[Progress], object],
     engine: Engine | None = None,
-) -> tuple[Artifact, Profile]:
-    """Return what a server would serve here, and its profile, which is stored.
+) -> Profiled:
+    """Measure the points on this host, and store the profile where that can be.
 
     Raises:
         ArtifactError: there is nothing to search with, or the disk does not take the points.
         EngineError: the provider is not installed, or ONNX Runtime refuses the artifact.
-        StoreError: the state directory cannot be written.
     """
     around_ms = asyncio.run(overhead_ms(model.source))
     engine, measured = model.measured(effort, around_ms, engine, Hooks(progress=progress))
-    ProfileStore(model.settings.state_dir).save(measured)
-    return engine.artifact, measured
+    note = None
+    try:
+        ProfileStore(model.settings.state_dir).save(measured)
+    except StoreError as error:
+        note = str(error)
+    return Profiled(engine.artifact, measured, note)
 
 
-def stored_profile(model: HostModel, engine: Engine) -> Profile | None:
-    """Return the profile of this host that a server would start with, if there is one."""
-    return ProfileStore(model.settings.state_dir).find(model.key(engine)).profile
+def stored_profile(model: HostModel, engine: Engine) -> Found:
+    """Return the profile of this host that a server would start with, or why there is none."""
+    return ProfileStore(model.settings.state_dir).find(model.key(engine))
 
 
 def read_input(path: Path, tensor: Tensor) -> Floats:

@@ -124,9 +124,6 @@ class Service:
         if found.reason:
             log.warning("profile not used: %s", found.reason)
         effort = first_effort(self.settings.calibration_budget_s)
-        if found.profile and found.profile.batch_sizes[-1] < self.settings.max_batch:
-            most = found.profile.batch_sizes[-1]
-            log.warning("batches of %d at most: the stored profile has no larger", most)
         given = await self._calibrations.first(found.profile, effort)
         if given is not None:
             await self._take(*given)
@@ -338,6 +335,8 @@ class Service:
         else:
             engine = await asyncio.to_thread(self._host.engine_of, profile)
             self._measured_engine = engine  # the one before it is nobody's any more
+        if self._serving is None:  # a profile is of a warm engine
+            await asyncio.to_thread(engine.warm_up)
         self._use(profile, source, engine)
 
     def _on_profile(self, profile: Profile) -> None:
@@ -365,6 +364,9 @@ class Service:
             on_decision=self.counting.decided,
         )
         self._serving = _Serving(dispatcher, profile, source)
+        most = profile.batch_sizes[-1]
+        if most < self.settings.max_batch:
+            log.warning("batches of %d at most: the profile has no larger, for want of time", most)
         log.info("ready; profile %s, of %s", source, profile.measured_at)
         if before is not None:
             self._retiring = asyncio.create_task(_retire(before.dispatcher, None))

@@ -3,7 +3,8 @@
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from queue import SimpleQueue
 
 Job = Callable[[], None]
@@ -74,8 +75,14 @@ class Turns:
             return 0.0
         return min(self.PATIENCE_S, seconds * (1 / self.TRIAL_SHARE - 1))
 
-    def trial(self, seconds: float) -> "threading.Lock":
-        """Return the lock for one trial, once no request waits or patience is over."""
+    @contextmanager
+    def trial(self, seconds: float) -> Iterator[None]:
+        """Compute one trial inside, once no request waits or patience is over."""
         time.sleep(self.pause_s(seconds))
         self._idle.wait(self.PATIENCE_S)
-        return self._computing
+        while not (lock := self._computing).acquire(timeout=self.PATIENCE_S):
+            pass  # another may have taken the place of one that hangs
+        try:
+            yield
+        finally:
+            lock.release()
