@@ -2,13 +2,14 @@
 
 Layer by layer the host says what a rank costs, and whether two factors or the dense layer are
 faster, and the artifact what a rank saves in error; a sweep over convex hulls joins both to a
-nested chain, whose points are then verified as wholes: accuracy on the artifact's own samples,
-latency on the host.
+nested chain. Its points, and those that training left in the artifact, are then verified as wholes:
+accuracy on the artifact's own samples, latency on the host.
 """
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from benchmarks.layer_latencies import (
     runner,
     session_of,
 )
-from benchmarks.normalisation import recalibrated
+from benchmarks.normalisation import recalibrated, statistics
 from maestro_core import graph, held_out
 from maestro_core.artifact import Artifact, Layer, Score
 from maestro_core.frontier import RankTable, nested_chain, pareto, spread
@@ -88,7 +89,8 @@ class Network:
     `inputs` set the normalisation of a point and `samples` judge it: they are not the same, or
     points would look a per cent or two better than they are. `dense` are the dense weights that the
     weights file lacks; `dense_when_whole` names the layers that run dense at their full rank: by
-    MACs, until the host has measured them.
+    MACs, until the host has measured them. `statistics` are what the artifact's own points are
+    normalised by, from far more inputs than are here.
     """
 
     artifact: Artifact
@@ -98,6 +100,7 @@ class Network:
     tables: tuple[ErrorTable, ...]
     dense: Mapping[str, TensorProto]
     dense_when_whole: frozenset[str]
+    statistics: Mapping[Ranks, Mapping[str, TensorProto]]
 
     @classmethod
     def of(cls, source: Artifact) -> "Network":
@@ -106,7 +109,7 @@ class Network:
         Raises:
             ArtifactError: it holds no samples or no error tables.
         """
-        template = graph.load_template(source.template_path.read_bytes())
+        template = graph.load(source.template_path.read_bytes())
         tables = tuple(held_out.read_tables(source))
         samples = held_out.read_samples(source)
         inputs = len(samples) // _INPUTS
@@ -120,6 +123,10 @@ class Network:
             tables,
             graph.dense_weights(template, layers, source.weights_path.parent),
             frozenset(layer.name for layer in layers if layer.is_dense(layer.max_rank)),
+            {
+                point.ranks: statistics(graph.load(source.graph_path(i).read_bytes()))
+                for i, point in enumerate(source.points)
+            },
         )
 
     @property
@@ -150,20 +157,24 @@ class Network:
         return graph.build(self.template, self.layers, plan.ranks, self.dense, plan.dense)
 
     def build(self, plan: Plan, measuring: Measuring) -> ModelProto:
-        """Return the graph of a point, its normalisation set by its own activations."""
-        return recalibrated(self.graph(plan), self.folder, self.inputs, measuring)
+        """Return the graph of a point, normalised as exported or else by its own activations."""
+        known = self.statistics.get(plan.ranks)
+        if known is None:
+            return recalibrated(self.graph(plan), self.folder, self.inputs, measuring)
+        private = {**self.dense, **known}
+        return graph.build(self.template, self.layers, plan.ranks, private, plan.dense)
 
     def correct(self, model: ModelProto, measuring: Measuring) -> int:
         """Return how many samples a point gets right."""
         session = session_of(model, self.folder, measuring.intra_op_threads)
         name = self.artifact.manifest.input.name
-        count = 0
-        for start in range(0, len(self.samples), _BATCH):
-            part = slice(start, start + _BATCH)
-            with measuring.trial():
-                (output,) = session.run(None, {name: self.samples.x[part]})
-            count += int((output.argmax(-1) == self.samples.labels[part]).sum())
-        return count
+        starts = range(0, len(self.samples), _BATCH)
+        parts = [slice(start, start + _BATCH) for start in starts]
+        runs = (partial(session.run, None, {name: self.samples.x[part]}) for part in parts)
+        return sum(
+            int((output.argmax(-1) == self.samples.labels[part]).sum())
+            for part, (output,) in zip(parts, measuring.in_turns(runs), strict=True)
+        )
 
 
 def search(network: Network, points: int, measuring: Measuring) -> Found:
@@ -187,15 +198,17 @@ def search(network: Network, points: int, measuring: Measuring) -> Found:
     network = replace(network, dense_when_whole=dense_when_whole(network, latencies))
     chain = nested_chain(tables)
     correction = _correction(network, tables, share(3))
-    predicted = [correction.ms(_cost(tables, ranks)) for ranks in chain]
+    sums_ms = [_cost(tables, ranks) for ranks in chain]
     half = share(2)
-    network, tries = _affordable(network, 2 * points, len(chain).bit_length(), half)
+    exported = network.artifact.points
+    tries = 2 * points + len(exported)
+    network, tries = _affordable(network, tries, len(chain).bit_length(), half)
+    kept = [exported[i].ranks for i in spread([p.macs for p in exported], tries // 2)]
     first = _first_as_good(network, chain, measuring)
-    picked = [first + i for i in spread(predicted[first:], tries)]
+    picked = [chain[first + i] for i in spread(sums_ms[first:], tries - len(kept))]
+    plans = [network.plan(ranks) for ranks in dict.fromkeys([*kept, *picked])]
     dense = Plan(network.whole, frozenset(layer.name for layer in network.layers))
-    *candidates, all_dense = verified(
-        network, [*(network.plan(chain[i]) for i in picked), dense], half
-    )
+    *candidates, all_dense = verified(network, [*plans, dense], half)
     best = _best(candidates, all_dense, points)
     return Found(tuple(best), correction, network.dense_when_whole)
 
@@ -321,18 +334,19 @@ def _first_as_good(network: Network, chain: Sequence[Ranks], measuring: Measurin
 
 
 def _best(candidates: Sequence[Candidate], all_dense: Candidate, points: int) -> list[Candidate]:
-    """Return those that no other beats, nested, spread over the latencies; the best is kept.
+    """Return those that no other beats, nested, spread over the latencies.
 
-    None is slower than the dense network. Noise may make a larger point seem faster than a smaller
-    one; both can't be of one chain.
+    None is slower than the dense network. The most accurate is kept, and the fastest that is within
+    it; of the chains between them, the longest.
     """
     candidates = [c for c in (*candidates, all_dense) if c.p50_ms <= all_dense.p50_ms]
     kept = pareto([c.p50_ms for c in candidates], [c.correct for c in candidates])
-    chain: list[Candidate] = []
+    chains: list[list[Candidate]] = []  # of each that is within the most accurate, from there on
     for candidate in (candidates[i] for i in reversed(kept)):
-        if not chain or _is_within(candidate, chain[0]):
-            chain.insert(0, candidate)
-    return [chain[i] for i in spread([c.p50_ms for c in chain], points)]
+        above = [chain for chain in chains if _is_within(candidate, chain[0])]
+        if above or not chains:
+            chains.append([candidate, *max(above, key=len, default=[])])
+    return [chains[-1][i] for i in spread([c.p50_ms for c in chains[-1]], points)]
 
 
 def _is_within(less: Candidate, more: Candidate) -> bool:

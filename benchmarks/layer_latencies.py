@@ -6,10 +6,11 @@ Layers alike in all that latency depends on are measured once.
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import onnx
@@ -22,6 +23,8 @@ from benchmarks.smoothing import isotonic
 from maestro_core import graph
 from maestro_core.artifact import Layer
 from server.engine import session_options
+
+T = TypeVar("T")
 
 # To the end of the budget, all of them: one that left early would have seen another host.
 _UNTIL_TIME = Precision(relative=0.0, absolute_ms=0.0)
@@ -40,17 +43,23 @@ class Measuring:
     progress: Callable[[Progress], object] = lambda _: None
     cancelled: Callable[[], bool] = lambda: False
 
-    @contextmanager
-    def trial(self) -> Iterator[None]:
-        """Compute inside, once serving lets it.
+    def in_turns(self, calls: Iterable[Callable[[], T]]) -> Iterator[T]:
+        """Yield what each call returns, each made once serving lets it.
+
+        A call is expected to take as long as the one before it.
 
         Raises:
             CancelledError: `cancelled` said so.
         """
-        if self.cancelled():
-            raise CancelledError
-        with self.turn(0.0):
-            yield
+        took_s = 0.0
+        for call in calls:
+            if self.cancelled():
+                raise CancelledError
+            with self.turn(took_s):
+                began_s = time.perf_counter()
+                found = call()
+                took_s = time.perf_counter() - began_s
+            yield found
 
     def p50_ms(self, run: Callable[[int], object], count: int) -> list[float]:
         """Return the median latency of each of `count` things, run in interleaved rounds.

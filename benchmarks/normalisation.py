@@ -6,6 +6,7 @@ Yu et al., 2019, and "Once-for-All", Cai et al., 2020). Inputs suffice; labels a
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,12 +35,19 @@ def recalibrated(model: ModelProto, folder: Path, x: Floats, measuring: Measurin
     batches = max(1, len(x) // _BATCH)
     input_name = model.graph.input[0].name
     sums = [np.zeros(1)] * len(names)
-    for part in np.array_split(x, batches):
-        with measuring.trial():
-            found = session.run(names, {input_name: part})
+    parts = np.array_split(x, batches)
+    runs = (partial(session.run, names, {input_name: part}) for part in parts)
+    for found in measuring.in_turns(runs):
         sums = [total + value for total, value in zip(sums, found, strict=True)]
     means = {name: (total / batches) for name, total in zip(names, sums, strict=True)}
     return _with_statistics(model, means)
+
+
+def statistics(model: ModelProto) -> dict[str, TensorProto]:
+    """Return the means and variances that a point is normalised by, by name."""
+    nodes = (node for node in model.graph.node if node.op_type == "BatchNormalization")
+    names = {name for node in nodes for name in node.input[3:5]}
+    return {t.name: t for t in model.graph.initializer if t.name in names}
 
 
 def _statistics(node: NodeProto) -> tuple[str, str]:

@@ -31,6 +31,7 @@ Turn = Callable[[float], AbstractContextManager[object]]  # the seconds it will 
 
 _BLOCK_S = 0.1  # runs so near in time share the state of the host
 _MIN_BLOCKS = 10
+_RANGE_BLOCKS = 6  # of fewer, the range holds the median more surely than 95 %
 _RESAMPLES = 200
 _FIRST_ROUND_SHARE = 0.5  # of the budget: larger batches that don't fit it are dropped
 _QUANTILES = (0.5, 0.9, 0.95, 0.99)
@@ -104,7 +105,8 @@ def profile(
         progress=progress,
         cancelled=cancelled,
     )
-    latencies, dominated = smooth(measured.latencies)
+    accuracy = [point.score.value for point in engine.artifact.points]
+    latencies, dominated = smooth(measured.latencies, accuracy)
     return Profile(
         key=engine.profile_key(compute_threads, workers),
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -229,11 +231,15 @@ def summary(
     """Return the quantiles of all runs, ms, and the median's 95 % interval over whole blocks.
 
     Runs of one block share the state of the host, so blocks are resampled, not runs (cluster
-    bootstrap): a host that changed its speed in between shows as a wide interval.
+    bootstrap): a host that changed its speed in between shows as a wide interval. Of blocks too few
+    for that it is the range of the runs.
     """
     runs = np.concatenate([np.asarray(times, dtype=float) for times in blocks])
     p50, p90, p95, p99 = np.quantile(runs, _QUANTILES).tolist()
-    low, high = np.quantile(_resampled_medians(blocks, rng), (0.025, 0.975)).tolist()
+    if len(blocks) < _RANGE_BLOCKS:
+        low, high = float(runs.min()), float(runs.max())
+    else:
+        low, high = np.quantile(_resampled_medians(blocks, rng), (0.025, 0.975)).tolist()
     low, high = min(low, p50), max(high, p50)
     return Latency(point, batch, p50, p90, p95, p99, len(runs), low, high)
 

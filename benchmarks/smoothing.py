@@ -22,17 +22,18 @@ class Smoothed(NamedTuple):
     dominated: tuple[int, ...]
 
 
-def smooth(latencies: Sequence[Latency]) -> Smoothed:
+def smooth(latencies: Sequence[Latency], accuracy: Sequence[float]) -> Smoothed:
     """Fit monotone latencies to a complete grid, given by point (cheapest first), then batch.
 
-    A point is dominated when a dearer one is no slower at any batch size: it is left out of the
-    chain, so that it does not pull its better up, and only made monotone in batch. Logarithms are
-    fitted: noise is relative. The same fit at every quantile keeps p50 <= p90 <= p95 <= p99.
+    A point is dominated when a dearer one is no slower at any batch size and no less accurate: it
+    is left out of the chain, so that it does not pull its better up, and only made monotone in
+    batch. Logarithms are fitted: noise is relative. The same fit at every quantile keeps
+    p50 <= p90 <= p95 <= p99. `accuracy` is of each point.
     """
     points = sorted({latency.point for latency in latencies})
     tables = _tables(latencies, len(points))
     in_batch = {name: np.apply_along_axis(isotonic, 1, table) for name, table in tables.items()}
-    dominated = dominated_rows(in_batch["p50_ms"])
+    dominated = dominated_rows(in_batch["p50_ms"], accuracy)
     chain = [row for row in range(len(points)) if row not in dominated]
     for table in in_batch.values():
         table[chain] = isotonic_grid(table[chain])
@@ -77,10 +78,14 @@ def isotonic_grid(table: Floats) -> Floats:
     return np.maximum.accumulate(np.maximum.accumulate(fit, axis=0), axis=1)
 
 
-def dominated_rows(table: Floats) -> tuple[int, ...]:
-    """Return the rows of (points, batches) that a later row matches or beats in every column."""
+def dominated_rows(table: Floats, accuracy: Sequence[float]) -> tuple[int, ...]:
+    """Return the rows of (points, batches) that a later row, no less accurate, matches or beats in
+    every column."""
+    as_accurate = np.greater_equal.outer(np.asarray(accuracy), np.asarray(accuracy))
     return tuple(
-        row for row in range(len(table)) if (table[row + 1 :] <= table[row]).all(axis=1).any()
+        row
+        for row in range(len(table))
+        if ((table[row + 1 :] <= table[row]).all(axis=1) & as_accurate[row + 1 :, row]).any()
     )
 
 

@@ -274,6 +274,6 @@ def _external(
     return tensor
 
 
-def load_template(data: bytes) -> ModelProto:
-    """Return the template from its bytes, without reading the weights file."""
+def load(data: bytes) -> ModelProto:
+    """Return the template or a point's graph from its bytes, without reading the weights file."""
     return onnx.load_model_from_string(data)

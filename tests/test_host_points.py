@@ -115,6 +115,20 @@ def test_what_noise_puts_out_of_order_is_left_out_and_the_best_stays() -> None:
     assert [candidate.ranks for candidate in best] == [(1, 1), (2, 5)]
 
 
+def test_of_the_chains_to_the_best_point_it_is_the_longest() -> None:
+    seen = [
+        candidate((1, 1), 4, 1.0),
+        candidate((1, 5), 5, 2.0),
+        candidate((1, 6), 6, 3.0),
+        candidate((5, 1), 7, 3.5),
+        candidate((5, 9), 8, 4.0),
+    ]
+
+    best = host_points._best(seen, ALL_DENSE, 9)
+
+    assert [c.ranks for c in best] == [(1, 1), (1, 5), (1, 6), (5, 9), (6, 10)]
+
+
 def test_no_point_is_slower_than_the_dense_network() -> None:
     slow = [candidate((1, 1), 5, 1.0), candidate((3, 9), 10, 6.0), candidate((6, 10), 9, 5.1)]
 
@@ -140,7 +154,7 @@ def test_dense_weights_that_the_file_lacks_are_kept_behind_the_others(
     source: Artifact, network: Network, tmp_path: Path
 ) -> None:
     """As where training has shrunk a layer so far that by MACs it is never dense."""
-    lacking = graph.load_template(source.template_path.read_bytes())
+    lacking = graph.load(source.template_path.read_bytes())
     kept = [tensor for tensor in lacking.graph.initializer if tensor.name != "fc.dense"]
     del lacking.graph.initializer[:]
     lacking.graph.initializer.extend(kept)

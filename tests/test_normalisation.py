@@ -7,7 +7,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from benchmarks.layer_latencies import Measuring, session_of
-from benchmarks.normalisation import recalibrated
+from benchmarks.normalisation import recalibrated, statistics
 
 RNG = np.random.default_rng(0)
 KERNEL = RNG.standard_normal((3, 2, 1, 1)).astype(np.float32)
@@ -49,6 +49,10 @@ def test_outputs_are_normalised_by_their_own_statistics(tmp_path: Path) -> None:
     (one,) = session_of(found, tmp_path, 1).run(None, {"x": X[:1]})
     assert whole == pytest.approx(expected(), abs=1e-4)
     assert one == pytest.approx(expected()[:1], abs=1e-4)
+
+
+def test_the_statistics_of_a_point_are_told_from_its_weights() -> None:
+    assert set(statistics(model())) == {"mean", "var"}
 
 
 def test_the_statistics_it_had_are_gone(tmp_path: Path) -> None:

@@ -216,6 +216,9 @@ def test_the_interval_covers_the_true_median_nineteen_times_in_twenty() -> None:
     assert covered >= 180
 
 
+RISING = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # accuracy along a chain
+
+
 def grid(table: list[list[float]]) -> tuple[Latency, ...]:
     return tuple(
         Latency(point, batch, ms, ms * 1.1, ms * 1.2, ms * 1.3, 10, ms * 0.9, ms * 1.1)
@@ -227,14 +230,14 @@ def grid(table: list[list[float]]) -> tuple[Latency, ...]:
 def test_smoothing_leaves_monotone_latencies_alone() -> None:
     table = grid([[1, 2, 4], [2, 3, 5], [3, 6, 9]])
 
-    smoothed, dominated = smooth(table)
+    smoothed, dominated = smooth(table, RISING[: len(table) // 3])
 
     assert dominated == ()
     assert [x.p50_ms for x in smoothed] == pytest.approx([x.p50_ms for x in table])
 
 
 def test_a_point_on_a_plateau_below_a_faster_one_is_dominated() -> None:
-    smoothed, dominated = smooth(grid([[1, 2, 4], [3, 5, 9], [2, 4, 8]]))
+    smoothed, dominated = smooth(grid([[1, 2, 4], [3, 5, 9], [2, 4, 8]]), RISING[:3])
 
     assert dominated == (1,)
     assert [x.p50_ms for x in smoothed if x.point == 2] == pytest.approx([2, 4, 8])
@@ -247,7 +250,7 @@ tables = st.lists(
 
 @given(tables)
 def test_smoothed_latencies_are_monotone(table: tuple[Latency, ...]) -> None:
-    smoothed, dominated = smooth(table)
+    smoothed, dominated = smooth(table, RISING[: len(table) // 3])
 
     p50 = np.array([x.p50_ms for x in smoothed]).reshape(-1, 3)
     chain = np.delete(p50, dominated, axis=0)
@@ -275,4 +278,8 @@ def test_a_monotone_grid_is_its_own_fit() -> None:
 
 
 def test_the_dearest_row_is_never_dominated() -> None:
-    assert dominated_rows(np.ones((3, 2))) == (0, 1)
+    assert dominated_rows(np.ones((3, 2)), RISING[:3]) == (0, 1)
+
+
+def test_a_point_that_is_more_accurate_than_a_faster_one_is_not_dominated() -> None:
+    assert dominated_rows(np.array([[1.0, 2.0], [3.0, 5.0], [2.0, 4.0]]), [0.7, 0.9, 0.8]) == ()
