@@ -1,19 +1,22 @@
-"""Sends one HTTP request over and over, for as little of the sender's time as Python allows.
+"""Sends HTTP requests for as little of the sender's time as Python allows.
 
 Closed loop: each connection sends its next request when it has the answer to the last. Open loop:
-requests go out at their times, and a latency counts from when a request should have been sent.
+requests go out at their times whatever became of those before, and a latency counts from when a
+request should have been sent: one that had to wait for a connection, or for the sender itself,
+waited like any other (coordinated omission, as Gil Tene named it).
 """
 
 import asyncio
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import httptools
 
-from benchmarks.open_loop import until
+T = TypeVar("T")
 
 MS = 1e3
 OK = 200
@@ -21,6 +24,8 @@ OK = 200
 # server as much as a request does: a burst at the start would find none, and more behind it.
 READY = 32
 BROKEN = 0  # in the place of a status: the server ended the connection, as one does that drowns
+# Sleeping is that exact, as timers count whole milliseconds; the rest is spun away.
+SPIN_S = 1.5e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,7 @@ class Call:
     url: str
     media_type: str
     body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def address(self) -> tuple[str, int]:
@@ -41,11 +47,22 @@ class Call:
         """Return the request as it goes over a connection that is kept."""
         parts = urlsplit(self.url)
         target = f"{parts.path}?{parts.query}" if parts.query else parts.path
-        head = (
-            f"POST {target} HTTP/1.1\r\nHost: {parts.netloc}\r\n"
-            f"Content-Type: {self.media_type}\r\nContent-Length: {len(self.body)}\r\n\r\n"
-        )
-        return head.encode() + self.body
+        fields = {
+            "Host": parts.netloc,
+            "Content-Type": self.media_type,
+            "Content-Length": str(len(self.body)),
+            **self.headers,
+        }
+        head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+        return f"POST {target} HTTP/1.1\r\n{head}\r\n".encode() + self.body
+
+
+class Answer(NamedTuple):
+    """What came back: the status and the body; and when the request was written, perf_counter s."""
+
+    status: int
+    body: bytes
+    written_s: float
 
 
 @dataclass(slots=True)
@@ -69,6 +86,7 @@ class Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self._parser = httptools.HttpResponseParser(self)
         self._answer: asyncio.Future[int] | None = None
+        self._body = b""
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -77,6 +95,10 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._parser.feed_data(data)
+
+    def on_body(self, body: bytes) -> None:
+        """Keep a part of the body; the parser calls this."""
+        self._body += body
 
     def on_message_complete(self) -> None:
         """Hand the status over; the parser calls this at the end of an answer."""
@@ -89,8 +111,8 @@ class Connection(asyncio.Protocol):
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(exc or ConnectionResetError("the server hung up"))
 
-    async def send(self, request: bytes) -> int:
-        """Return the status of the answer.
+    async def send(self, request: bytes) -> Answer:
+        """Return the answer.
 
         Raises:
             OSError: the connection broke.
@@ -98,8 +120,10 @@ class Connection(asyncio.Protocol):
         if self._transport is None or not self.is_open:
             raise ConnectionResetError("the server hung up")
         self._answer = asyncio.get_running_loop().create_future()
+        self._body = b""
         self._transport.write(request)
-        return await self._answer
+        written_s = time.perf_counter()
+        return Answer(await self._answer, self._body, written_s)
 
     @property
     def is_open(self) -> bool:
@@ -112,15 +136,54 @@ class Connection(asyncio.Protocol):
             self._transport.close()
 
 
-async def connect(call: Call) -> Connection:
-    """Return a connection to where a call goes.
+async def connect(address: tuple[str, int]) -> Connection:
+    """Return a connection.
 
     Raises:
         OSError: nobody listens there.
     """
     loop = asyncio.get_running_loop()
-    _, connection = await loop.create_connection(Connection, *call.address)
+    _, connection = await loop.create_connection(Connection, *address)
     return connection
+
+
+class Pool:
+    """Connections to one server, each with one request at most: as many as it takes."""
+
+    def __init__(self, address: tuple[str, int]) -> None:
+        self._address = address
+        self._free: list[Connection] = []
+        self._made: list[Connection] = []
+
+    async def open(self) -> None:
+        """Have READY connections.
+
+        Raises:
+            OSError: nobody listens there.
+        """
+        self._free = [await connect(self._address) for _ in range(READY)]
+        self._made = list(self._free)
+
+    async def send(self, request: bytes) -> Answer:
+        """Return the answer, of status BROKEN where the connection broke."""
+        while self._free and not self._free[-1].is_open:
+            self._free.pop()
+        if self._free:
+            connection = self._free.pop()
+        else:
+            connection = await connect(self._address)
+            self._made.append(connection)
+        try:
+            return await connection.send(request)
+        except ConnectionError:
+            return Answer(BROKEN, b"", time.perf_counter())
+        finally:
+            self._free.append(connection)
+
+    def close(self) -> None:
+        """Hang up."""
+        for connection in self._made:
+            connection.close()
 
 
 async def closed_loop(call: Call, connections: int, seconds: float) -> tuple[Latencies, float]:
@@ -130,15 +193,15 @@ async def closed_loop(call: Call, connections: int, seconds: float) -> tuple[Lat
         OSError: nobody listens there.
     """
     found, request = Latencies(), call.to_bytes()
-    kept = [await connect(call) for _ in range(connections)]
+    kept = [await connect(call.address) for _ in range(connections)]
 
     async def repeat(connection: Connection, until_s: float) -> None:
         while (began_s := time.perf_counter()) < until_s:
             try:
-                status = await connection.send(request)
+                status = (await connection.send(request)).status
             except ConnectionError:
                 status = BROKEN
-                connection = await connect(call)
+                connection = await connect(call.address)
                 kept.append(connection)
             found.add(status, time.perf_counter() - began_s)
 
@@ -152,42 +215,47 @@ async def closed_loop(call: Call, connections: int, seconds: float) -> tuple[Lat
 
 
 async def open_loop(call: Call, arrivals_s: Sequence[float]) -> Latencies:
-    """Return what came back of requests sent at these times, on as many connections as it takes:
-    READY at first.
+    """Return what came back of requests sent at these times.
 
     Raises:
         OSError: nobody listens there.
     """
     found, request = Latencies(), call.to_bytes()
-    free = [await connect(call) for _ in range(READY)]
-    made = list(free)
+    pool = Pool(call.address)
 
-    async def send(due_s: float) -> None:
-        while free and not free[-1].is_open:
-            free.pop()
-        if free:
-            connection = free.pop()
-        else:
-            connection = await connect(call)
-            made.append(connection)
-        try:
-            status = await connection.send(request)
-        except ConnectionError:
-            status = BROKEN
-        found.add(status, time.perf_counter() - due_s)
-        free.append(connection)
+    async def send(_: int, due_s: float) -> None:
+        answer = await pool.send(request)
+        found.add(answer.status, time.perf_counter() - due_s)
 
+    await pool.open()
+    try:
+        await at_their_times(arrivals_s, send)
+        return found
+    finally:
+        pool.close()
+
+
+async def at_their_times(
+    arrivals_s: Sequence[float], send: Callable[[int, float], Awaitable[T]]
+) -> list[T]:
+    """Start `send` for each arrival at its time, given its number and perf_counter; return what
+    all have returned. No garbage is collected meanwhile: a pause would count as the server's."""
     gc.collect()
-    gc.disable()  # a pause of the sender's would count as the server's
+    gc.disable()
     try:
         began_s = time.perf_counter()
         sent = []
-        for arrival_s in arrivals_s:
-            await until(began_s + arrival_s)
-            sent.append(asyncio.ensure_future(send(began_s + arrival_s)))
-        await asyncio.gather(*sent)
-        return found
+        for i, arrival_s in enumerate(arrivals_s):
+            await _until(began_s + arrival_s)
+            sent.append(asyncio.ensure_future(send(i, began_s + arrival_s)))
+        return await asyncio.gather(*sent)
     finally:
         gc.enable()
-        for one in made:
-            one.close()
+
+
+async def _until(due_s: float) -> None:
+    """Return at `due_s`, or at once when it has passed, having let others go on."""
+    left_s = due_s - time.perf_counter()
+    await asyncio.sleep(max(0.0, left_s - SPIN_S))
+    while time.perf_counter() < due_s:
+        await asyncio.sleep(0)

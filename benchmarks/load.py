@@ -2,13 +2,16 @@
 
 A server of each policy runs in a process of its own, kept from the core that sends. All answer the
 same requests, one server at a time, in random order in each round. Latency counts from when a
-request should have been sent. The simulator draws from the profile that the servers use. Rows
-whose requests went out too late to be that load say so, and are not compared.
+request should have been sent. The simulator draws from the profile that the servers use, and counts
+for each request what a server's event loop took for one in a run of its own beforehand; beside it
+stands what it says without. Rows whose requests went out too late to be that load say so, and are
+not compared.
 """
 
 import argparse
 import asyncio
 import io
+import math
 import os
 import random
 import socket
@@ -18,9 +21,9 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -39,6 +42,7 @@ from benchmarks.simulator.figures import Figures, figures, over_seeds
 from benchmarks.simulator.host import Quantiles
 from benchmarks.simulator.rivals import RIVALS
 from benchmarks.simulator.scenarios import ARRIVALS, Scenario
+from benchmarks.simulator.workloads import Workload
 from maestro_core import artifact
 from maestro_core.artifact import Artifact
 from maestro_core.host import Elsewhere
@@ -50,6 +54,9 @@ from server.tables import Tables
 POLICIES = (*OWN, "largest", "smallest", "slackfit", "infaas")
 START_S = 180.0
 WARM_UP = 100  # requests, one after another, that also tell what the way there and back takes
+# What receiving and answering take of a core is measured under this load, in as many requests.
+QUIET = Scenario("poisson", 0.3)
+QUIET_REQUESTS = 1000
 AGREE = 0.02  # of targets met, live and simulated
 # A row is compared where all but a hundredth were sent within so much of their target.
 KEPT_UP = 0.1
@@ -85,11 +92,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with cores_apart() as (sending, serving), ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         profile = profiled(model, folder, serving, quick=chosen.quick)
-        addresses = {
+        servers = {
             policy: stack.enter_context(server(model, folder, policy, serving))
             for policy in chosen.policies
         }
-        bench = Bench(model, profile, addresses, chosen.requests, chosen.trace)
+        bench = Bench(model, profile, servers, chosen.requests, chosen.trace)
         rows = bench.compared(cases, chosen.rounds)
     sent = [row for row in rows if row["kept_up"]]
     result = {
@@ -100,52 +107,72 @@ def main(argv: Sequence[str] | None = None) -> None:
         "requests": chosen.requests,
         "rounds": chosen.rounds,
         "way_ms": bench.way_ms,
+        "loop_ms": bench.loop_ms,
         "overhead_ms": profile.overhead_ms,
         "agree_within": AGREE,
         "kept_up_within": KEPT_UP,
         "compared": len(sent),
-        "agreeing": sum(abs(row["difference"]) <= AGREE for row in sent),
+        "agreeing": sum(abs(row["difference"][0]) <= AGREE for row in sent),
         "rows": rows,
     }
     report.write(result, chosen.out)
     draw(rows, chosen.out.with_suffix(".png"))
 
 
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A live server: where it answers, and the number of its process."""
+
+    address: str
+    pid: int
+
+    def loop_s(self) -> float:
+        """Return for how long its first thread, that of the event loop, has had a core."""
+        path = Path(f"/proc/{self.pid}/task/{self.pid}/schedstat")
+        return int(path.read_text(encoding="ascii").split()[0]) / 1e9
+
+
 class Bench:
     """Live servers by policy, and the simulator of the host that they run on.
 
     way_ms: what a request takes beyond what the server counts; clients ask for that much less.
+    loop_ms: what a request takes of the core of a server's event loop.
     """
 
     def __init__(
         self,
         model: Artifact,
         profile: Profile,
-        addresses: dict[str, str],
+        servers: Mapping[str, Server],
         requests: int,
         trace: Path | None,
     ) -> None:
         accuracy = [point.score.value for point in model.manifest.points]
         self._quantiles = Quantiles.from_profile(profile, accuracy)
         self._latencies = self._quantiles.latencies()
-        self._addresses = addresses
+        self._profile = profile
+        self._servers = servers
         self._requests = requests
         self._trace = trace
         self._body = npy_sample(model)
-        self.way_ms = median(self._warm_up(address) for address in addresses.values())
+        self.way_ms = median(self._warm_up(server.address) for server in servers.values())
+        quiet = QUIET.workload(self._latencies, QUIET_REQUESTS, seed=10**6)
+        self.loop_ms = median(self._sent(one, quiet)[1] for one in servers.values())
 
     def compared(self, cases: Sequence[Scenario], rounds: int) -> list[Row]:
         """Return a row per case and policy: live and simulated figures over the rounds."""
         live: dict[tuple[Scenario, str], list[Figures]] = {}
         simulated: dict[tuple[Scenario, str], list[Figures]] = {}
+        without: dict[tuple[Scenario, str], list[Figures]] = {}
         todo = [(seed, case) for seed in range(rounds) for case in cases]
         for seed, case in track(todo, "load", console=Console(stderr=True), transient=True):
-            order = list(self._addresses)
+            order = list(self._servers)
             random.Random(f"{seed}/{case.name}").shuffle(order)
             for policy in order:
                 live.setdefault((case, policy), []).append(self._live(case, policy, seed))
-                found = self._simulated(case, policy, seed)
-                simulated.setdefault((case, policy), []).append(found)
+                for runs, loop_ms in ((simulated, self.loop_ms), (without, 0.0)):
+                    found = self._simulated(case, policy, seed, loop_ms)
+                    runs.setdefault((case, policy), []).append(found)
         return [
             {
                 "arrivals": case.arrivals,
@@ -153,8 +180,8 @@ class Bench:
                 "policy": policy,
                 "live": over_seeds(live[case, policy]),
                 "simulated": over_seeds(simulated[case, policy]),
-                "difference": _mean(live[case, policy], "met")
-                - _mean(simulated[case, policy], "met"),
+                "difference": _difference(live[case, policy], simulated[case, policy]),
+                "difference_without_loop": _difference(live[case, policy], without[case, policy]),
                 "kept_up": _mean(live[case, policy], "sent_late_of_target") <= KEPT_UP,
             }
             for case, policy in live
@@ -174,11 +201,21 @@ class Bench:
         )
         return asyncio.run(sending)
 
+    def _sent(self, server: Server, workload: Workload) -> tuple[list[Sent], float]:
+        """Return what became of a workload, and what a request took of the event loop's core."""
+        arrivals_s, targets_ms = workload.arrivals_s.tolist(), workload.targets_ms.tolist()
+        before_s = server.loop_s()
+        sent = self._send(server.address, arrivals_s, targets_ms)
+        return sent, 1e3 * (server.loop_s() - before_s) / len(sent)
+
     def _live(self, case: Scenario, policy: str, seed: int) -> Figures:
         workload = case.workload(self._latencies, self._requests, seed, self._trace)
-        sent = self._send(
-            self._addresses[policy], workload.arrivals_s.tolist(), workload.targets_ms.tolist()
-        )
+        sent, loop_ms = self._sent(self._servers[policy], workload)
+        slowed = [
+            one.compute_ms / self._profile.quantile_ms(one.point, one.rows, 50)
+            for one in sent
+            if one.rows
+        ]
         outcome = Outcome(
             replace(workload, targets_ms=workload.targets_ms + self.way_ms),
             np.array([one.latency_ms for one in sent]),
@@ -190,14 +227,17 @@ class Bench:
             "sent_late_p50_ms": float(np.quantile(late_ms, 0.5)),
             "sent_late_p99_ms": float(np.quantile(late_ms, 0.99)),
             "sent_late_of_target": float(np.quantile(late_ms / workload.targets_ms, 0.99)),
+            "loop_ms": loop_ms,
+            "compute_of_profiled": median(slowed) if slowed else math.nan,
         }
 
-    def _simulated(self, case: Scenario, policy: str, seed: int) -> Figures:
+    def _simulated(self, case: Scenario, policy: str, seed: int, loop_ms: float) -> Figures:
         workload = case.workload(self._latencies, self._requests, seed, self._trace)
         tables = Tables(self._latencies)
         chosen = OWN.get(policy) or RIVALS[policy](tables, len(tables.unit_ms) // 2)
-        outcome = scenarios.run(self._quantiles, workload, chosen, seed)
-        return figures(outcome, self._latencies)
+        outcome = scenarios.run(self._quantiles, workload, chosen, seed, request_ms=loop_ms)
+        own = replace(workload, targets_ms=workload.targets_ms + loop_ms)  # as clients do with way
+        return figures(replace(outcome, workload=own), self._latencies)
 
 
 def npy_sample(model: Artifact) -> bytes:
@@ -210,6 +250,14 @@ def npy_sample(model: Artifact) -> bytes:
 
 def _mean(runs: Sequence[Figures], name: str) -> float:
     return sum(run[name] for run in runs) / len(runs)
+
+
+def _difference(live: Sequence[Figures], simulated: Sequence[Figures]) -> tuple[float, float]:
+    """Return the mean difference in targets met, seed by seed, and half its 95 % interval."""
+    pairs = zip(live, simulated, strict=True)
+    (found,) = over_seeds([{"met": a["met"] - b["met"]} for a, b in pairs]).values()
+    assert found is not None  # noqa: S101  shares are finite
+    return found
 
 
 @contextmanager
@@ -239,14 +287,14 @@ def profiled(model: Artifact, folder: Path, cores: set[int], *, quick: bool) -> 
 
 
 @contextmanager
-def server(model: Artifact, folder: Path, policy: str, cores: set[int]) -> Iterator[str]:
-    """Serve by a policy on `cores`; yield the address once it is ready.
+def server(model: Artifact, folder: Path, policy: str, cores: set[int]) -> Iterator[Server]:
+    """Serve by a policy on `cores`; yield the server once it is ready.
 
     Raises:
         ChildProcessError: it ended, or isn't after three minutes; with the last lines of its log.
     """
-    with serving(model, folder, cores, "--policy", policy) as (address, _):
-        yield address
+    with serving(model, folder, cores, "--policy", policy) as (address, pid):
+        yield Server(address, pid)
 
 
 @contextmanager

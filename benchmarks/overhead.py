@@ -92,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = artifact.load(chosen.artifact) if chosen.artifact else _lenet(folder)
         point = max(range(len(model.points)), key=lambda i: model.points[i].score.value)
         profiled(model, folder, serving, quick=chosen.quick)
-        addresses = {OURS: stack.enter_context(our_server(model, folder, OURS, serving))}
+        ours = stack.enter_context(our_server(model, folder, OURS, serving))
+        addresses = {OURS: ours.address}
         file = model.path / model.points[point].graph
         for name, python in pythons.items():
             try:

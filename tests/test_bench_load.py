@@ -14,7 +14,7 @@ from benchmarks import load
 from benchmarks.open_loop import Sent, send_all
 from maestro_core.artifact import Artifact
 
-ANSWER = {"total_ms": 1.0, "accuracy": 0.9}
+ANSWER = {"total_ms": 1.0, "compute_ms": 0.5, "batch_size": 2, "point": 3, "accuracy": 0.9}
 Handler = Callable[[web.Request], Awaitable[web.Response]]
 
 
@@ -48,7 +48,8 @@ def test_requests_go_out_at_their_times_whatever_the_answers_take() -> None:
 
     assert all(one.late_ms < 50 for one in sent), "one waited for the answer before it"
     assert all(100 < one.latency_ms < 300 for one in sent)
-    assert {(one.status, one.accuracy, one.server_ms) for one in sent} == {(200, 0.9, 1.0)}
+    said = {(s.status, s.server_ms, s.compute_ms, s.rows, s.point, s.accuracy) for s in sent}
+    assert said == {(200, 1.0, 0.5, 2, 3, 0.9)}
 
 
 def test_latency_counts_from_when_a_request_should_have_been_sent() -> None:
@@ -103,13 +104,16 @@ def test_live_servers_are_set_beside_the_simulator(tiny_artifact: Artifact, tmp_
     result = json.loads(out.read_text())
     assert {row["policy"] for row in result["rows"]} == {"maestro", "smallest"}
     for row in result["rows"]:
-        assert row["difference"] == pytest.approx(
+        assert row["difference"][0] == pytest.approx(
             row["live"]["met"][0] - row["simulated"]["met"][0]
         )
+        assert row["live"]["loop_ms"][0] > 0
+        assert row["live"]["compute_of_profiled"][0] > 0
         late = row["live"]["sent_late_of_target"][0]
         assert row["kept_up"] == (late <= result["kept_up_within"])
     assert result["agreeing"] <= result["compared"] == sum(row["kept_up"] for row in result["rows"])
     assert result["way_ms"] > 0
+    assert result["loop_ms"] > 0
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 

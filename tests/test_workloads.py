@@ -79,10 +79,10 @@ def test_nothing_comes_in_the_off_part_of_a_period() -> None:
 
 
 def test_a_trace_keeps_its_gaps_in_their_cycle(trace: Path) -> None:
-    gaps = np.diff(replay(trace, 10.0, 301, rng()))
+    gaps = np.diff(replay(trace, 10.0, 300, rng()))
 
     cycle = np.array([0.5, 0.1, 1.4]) * 0.1 / (2.0 / 3)
-    assert any(np.allclose(gaps, np.tile(np.roll(cycle, k), 100)) for k in range(3))
+    assert any(np.allclose(gaps, np.tile(np.roll(cycle, k), 100)[:299]) for k in range(3))
 
 
 def test_a_trace_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,10 @@ from server.latencies import Latencies
 from server.requests import Admitted, Request
 from server.scheduler import Scheduler
 
+# What an event is, in the place of the number of a batch that ends.
+_WOKEN = -1
+_RECEIVED = -2  # and below: less the number of the request
+
 Balancer = Callable[[Sequence[Scheduler]], int]
 
 
@@ -40,11 +44,17 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """One server: its scheduler, and the host that it runs on."""
+    """One server: its scheduler, and the host that it runs on.
+
+    request_ms: what a request takes of the core that receives and answers, half of it before it is
+    taken in, half after its batch. With `shares_core` that is taken from a batch that computes.
+    """
 
     scheduler: Scheduler
     host: Host
     latencies: Latencies
+    request_ms: float = 0.0
+    shares_core: bool = True
 
 
 def shortest_queue(schedulers: Sequence[Scheduler]) -> int:
@@ -63,6 +73,20 @@ def simulate(
     return _Run(workload, replicas, balance, time_decisions).outcome()
 
 
+@dataclass(slots=True)
+class _Front:
+    """What receives and answers at one replica."""
+
+    half_s: float  # of a request
+    free_s: float = -math.inf
+    taken_s: float = 0.0  # from the batch that computes, and not yet added to its end
+
+    def busy_until(self, now: float) -> float:
+        """Return when half a request that comes now is done."""
+        self.free_s = max(now, self.free_s) + self.half_s
+        return self.free_s
+
+
 class _Run:
     def __init__(
         self,
@@ -79,6 +103,7 @@ class _Run:
         self._schedulers = [replica.scheduler for replica in replicas]
         self._balance = balance
         self._time_decisions = time_decisions
+        self._fronts = [_Front(replica.request_ms / 2e3) for replica in replicas]
         self._heap: list[tuple[float, int, int, int, float]] = []
         self._events = 0
         self._running: dict[tuple[int, int], float] = {}
@@ -92,29 +117,53 @@ class _Run:
             while heap and heap[0][0] <= arrival_s:
                 self._finish(*heapq.heappop(heap))
             at = self._balance(self._schedulers) if len(self._schedulers) > 1 else 0
-            scheduler = self._schedulers[at]
-            request = Request(str(i), arrival_s, arrival_s + target_ms / 1e3)
-            if isinstance(scheduler.submit(request, arrival_s), Admitted) and scheduler.has_slot:
-                self._dispatch(at, arrival_s)
+            if not self._replicas[at].request_ms:
+                self._submit(at, i, target_ms, arrival_s)
+                continue
+            if self._replicas[at].shares_core and self._schedulers[at].running:
+                self._fronts[at].taken_s += self._fronts[at].half_s
+            self._push(self._fronts[at].busy_until(arrival_s), at, _RECEIVED - i, target_ms)
         while heap:
             self._finish(*heapq.heappop(heap))
         self._result.latency_ms = np.asarray(self._latency_ms)
         self._result.accuracy = np.asarray(self._accuracy)
         return self._result
 
-    def _finish(self, now: float, _: int, at: int, batch_id: int, measured_ms: float) -> None:
+    def _submit(self, at: int, i: int, target_ms: float, now: float) -> None:
         scheduler = self._schedulers[at]
-        if batch_id < 0:
+        request = Request(str(i), now, now + target_ms / 1e3)
+        if isinstance(scheduler.submit(request, now), Admitted) and scheduler.has_slot:
+            self._dispatch(at, now)
+
+    def _finish(self, now: float, _: int, at: int, what: int, ms: float) -> None:
+        """Do what is due: a request received, a wake-up, or a batch that ends (its number, ms)."""
+        if what <= _RECEIVED:
+            self._submit(at, _RECEIVED - what, ms, now)
+            return
+        scheduler, front = self._schedulers[at], self._fronts[at]
+        if what == _WOKEN:
             self._woken[at] = math.inf
+        elif front.taken_s:
+            later_s, front.taken_s = now + front.taken_s, 0.0
+            self._push(later_s, at, what, ms + 1e3 * (later_s - now))
+            return
         else:
-            accuracy = self._running.pop((at, batch_id))
-            overhead_ms = self._replicas[at].latencies.overhead_ms
-            for request in scheduler.done(batch_id, measured_ms, now):
-                i = int(request.id)
-                self._latency_ms[i] = 1e3 * (now - request.arrival_s) + overhead_ms
-                self._accuracy[i] = accuracy
+            self._answer(at, what, ms, now)
         if scheduler.waiting:
             self._dispatch(at, now)
+
+    def _answer(self, at: int, batch_id: int, measured_ms: float, now: float) -> None:
+        accuracy = self._running.pop((at, batch_id))
+        replica, arrivals_s = self._replicas[at], self._result.workload.arrivals_s
+        for request in replica.scheduler.done(batch_id, measured_ms, now):
+            i = int(request.id)
+            if replica.request_ms:
+                answered_s = self._fronts[at].busy_until(now)
+                self._latency_ms[i] = 1e3 * (answered_s - float(arrivals_s[i]))
+            else:
+                overhead_ms = replica.latencies.overhead_ms
+                self._latency_ms[i] = 1e3 * (now - request.arrival_s) + overhead_ms
+            self._accuracy[i] = accuracy
 
     def _dispatch(self, at: int, now: float) -> None:
         scheduler, replica = self._schedulers[at], self._replicas[at]
@@ -126,14 +175,15 @@ class _Run:
             if plan.batch is None:
                 if plan.wake_s is not None and now < plan.wake_s < self._woken[at]:
                     self._woken[at] = plan.wake_s
-                    self._push(plan.wake_s, at, -1, 0.0)
+                    self._push(plan.wake_s, at, _WOKEN, 0.0)
                 return
             batch = plan.batch
             self._result.batch_rows.append(batch.rows)
             took_ms = replica.host.draw_ms(batch.point, batch.rows, now)
             self._running[at, batch.id] = replica.latencies.accuracy[batch.point]
-            self._push(now + took_ms / 1e3, at, batch.id, took_ms)
+            began_s = max(now, self._fronts[at].free_s)  # answers are written before
+            self._push(began_s + took_ms / 1e3, at, batch.id, took_ms)
 
-    def _push(self, when: float, at: int, batch_id: int, measured_ms: float) -> None:
+    def _push(self, when: float, at: int, what: int, ms: float) -> None:
         self._events += 1
-        heapq.heappush(self._heap, (when, self._events, at, batch_id, measured_ms))
+        heapq.heappush(self._heap, (when, self._events, at, what, ms))

@@ -11,7 +11,11 @@ from benchmarks.simulator.events import Outcome
 from server.latencies import Latencies
 
 # Student's t, two-sided 95 %, by degrees of freedom; normal beyond.
-_T = (math.inf, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+_T = (
+    *(math.inf, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26),
+    *(2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09),
+    *(2.09, 2.08, 2.07, 2.07, 2.06, 2.06, 2.06, 2.05, 2.05, 2.05),
+)
 
 Figures = dict[str, float]
 

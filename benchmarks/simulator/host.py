@@ -71,8 +71,8 @@ class Host:
         self, quantiles: Quantiles, rng: np.random.Generator, spell: SlowSpell | None = None
     ) -> None:
         self._spell = spell
-        self._uniform = rng.random(DRAWS).tolist()
-        self._next = 0
+        self._rng = rng
+        self._uniform: list[float] = []
         tables = [
             Latencies.from_quantiles(quantiles.accuracy, quantiles.batch_sizes, table, table).p50_ms
             for table in (quantiles.p50_ms, quantiles.p90_ms, quantiles.p95_ms, quantiles.p99_ms)
@@ -84,8 +84,9 @@ class Host:
 
     def draw_ms(self, point: int, rows: int, now: float) -> float:
         """Return how long a batch that starts now takes."""
-        u = self._uniform[self._next]
-        self._next = (self._next + 1) % DRAWS
+        if not self._uniform:
+            self._uniform = self._rng.random(DRAWS).tolist()
+        u = self._uniform.pop()
         knots = self._knots[point][rows - 1]
         right = bisect_right(LEVELS, u)
         if right < len(LEVELS):

@@ -76,14 +76,19 @@ def run(
     seed: int,
     *,
     spell: SlowSpell | None = None,
+    request_ms: float = 0.0,
+    shares_core: bool = True,
     time_decisions: bool = False,
 ) -> Outcome:
-    """Return what becomes of a workload on one host. Rivals give up only what is late already."""
+    """Return what becomes of a workload on one host. Rivals give up only what is late already.
+
+    request_ms, shares_core: what receiving and answering take (`events.Replica`).
+    """
     latencies = quantiles.latencies()
     host = Host(quantiles, np.random.default_rng(1000 + seed), spell)
     sheds = policy in OWN.values()
     scheduler = Scheduler(latencies, policy=policy, max_queue=MAX_QUEUE, sheds=sheds)
-    replica = Replica(scheduler, host, latencies)
+    replica = Replica(scheduler, host, latencies, request_ms, shares_core)
     return simulate(workload, [replica], time_decisions=time_decisions)
 
 

@@ -71,7 +71,8 @@ def replay(path: Path, rate: float, count: int, rng: np.random.Generator) -> Arr
         raise ValueError(f"{path} must hold at least two times in seconds that rise")
     turned = np.roll(gaps, -int(rng.integers(len(gaps))))
     repeated = np.tile(turned, math.ceil(count / len(gaps)))[:count]
-    return np.cumsum(repeated) * (1 / rate) / float(gaps.mean())
+    mean_s = float(repeated.mean()) or float(gaps.mean())  # few gaps of a bursty trace may all be 0
+    return np.cumsum(repeated) * (1 / rate) / mean_s
 
 
 def one_target(target_ms: float, count: int) -> Array:
