@@ -47,13 +47,13 @@ def test_tritonclient_reads_metadata_and_infers_both_ways(client: Any) -> None:
             [x],
             outputs=wanted,
             request_id="q",
-            timeout=900_000,
+            timeout=700_000,  # us: the smaller of both targets binds
             priority=1,
             parameters={"max_latency_ms": 800.0, "min_accuracy": 0.6},
         )
         answer = result.get_response()
         assert answer["id"] == "q"
-        assert answer["parameters"]["max_latency_ms"] == 800
+        assert answer["parameters"]["max_latency_ms"] == 700
         assert answer["parameters"]["accuracy"] >= 0.6
         outputs.append(result.as_numpy("y"))
     np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-5)
@@ -69,6 +69,10 @@ def test_tritonclient_reads_our_errors(client: Any) -> None:
         client.infer("tiny", [x])
     with pytest.raises(triton.InferenceServerException, match="there is no model 'other'"):
         client.get_model_metadata("other")
+    x = triton.InferInput("x", list(X.shape), "FP32")
+    x.set_data_from_numpy(X)
+    with pytest.raises(triton.InferenceServerException, match="no allowed point answers within"):
+        client.infer("tiny", [x], timeout=1, parameters={"on_miss": "reject"})
 
 
 def test_kserve_infers_both_ways(address: str) -> None:
