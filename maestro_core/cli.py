@@ -358,15 +358,24 @@ def _print_points(loaded: Artifact, rows: list[dict[str, Any]], as_json: bool) -
             str(row["point"]),
             f"{100 * row['accuracy']:.2f}",
             f"{100 * row['accuracy_low']:.2f}-{100 * row['accuracy_high']:.2f}",
-            f"{row['macs']:,}",
+            _short(row["macs"]),
             f"{row['macs'] / manifest.dense_macs:.0%}",
-            f"{row['params']:,}",
+            _short(row["params"]),
             *("-" if row[q] is None else f"{row[q]:.3f}" for q in ("p50_ms", "p95_ms")),
             {True: "yes", False: "no", None: "-"}[row["on_frontier"]],
         )
     console.print(table)
     if rows[0]["p50_ms"] is None:
         errors.print(f"not profiled on this host yet: maestro profile {loaded.path}")
+
+
+def _short(number: int) -> str:
+    """Return three significant digits and a unit: all columns fit a terminal of 80."""
+    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            scaled = number / size
+            return f"{scaled:.{max(0, 2 - len(str(int(scaled))) + 1)}f} {unit}"
+    return str(number)
 
 
 def _print_text_points(report: dict[str, Any]) -> None:

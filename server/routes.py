@@ -30,7 +30,6 @@ from server.schemas import (
 from server.service import Service
 from server.settings import Settings
 from server.simple import FORM, INFER, JSON, NPY, PICTURES, infer_call
-from server.tracing import ARRIVED
 
 
 def inference(service: Service, bodies: Bodies) -> APIRouter:
@@ -58,7 +57,7 @@ def inference(service: Service, bodies: Bodies) -> APIRouter:
         given.pop("inputs", None)
         targets_ms = header_targets_ms(headers_of(request.scope))
         parameters = parse_parameters(query_of(request.scope), given, targets_ms)
-        return Json(service.explain(parameters, request.scope[ARRIVED]))
+        return Json(service.explain(parameters))
 
     @router.get("/frontier", response_model=Frontier, summary="The points, as measured here")
     async def frontier(batch: Annotated[int, Query(ge=1)] = 1) -> Response:

@@ -201,16 +201,17 @@ class Service:
         future = dispatcher.begin(request, x)
         return Place(future, partial(dispatcher.give_up, request.id, future))
 
-    def explain(self, parameters: InferParameters, arrived_s: float) -> dict[str, Any]:
-        """Return what would be chosen for one sample now, and why.
+    def explain(self, parameters: InferParameters) -> dict[str, Any]:
+        """Return what would be chosen for one sample that came now, and why.
 
         Raises:
             ServiceError: the parameters are wrong, or nothing is served yet.
         """
         scheduler = self.serving().dispatcher.scheduler
-        request = parameters.request(next(self._ids), arrived_s, 1)
+        now = time.monotonic()  # not when this came: a question takes longer than an inference
+        request = parameters.request(next(self._ids), now, 1)
         try:
-            return asdict(scheduler.explain(request, time.monotonic()))
+            return asdict(scheduler.explain(request, now))
         except ValueError as error:
             raise InvalidError(str(error)) from error
 

@@ -99,7 +99,8 @@ def test_the_show_line_shows_what_training_leaves(tmp_path: Path) -> None:
     finished = run([*PROGRAM, *line[1:]], tmp_path, MAESTRO_STATE_DIR=str(tmp_path))
 
     assert finished.returncode == 0, finished.stderr
-    assert f"{SHIPPED.points[-1].macs:,}" in finished.stdout
+    assert f"{100 * SHIPPED.points[-1].score.value:.2f}" in finished.stdout
+    assert "…" not in finished.stdout
 
 
 def test_the_table_of_points_is_that_of_the_shipped_network() -> None:
