@@ -3,8 +3,9 @@
 Apart from `profiler`, so that a process that only asks does not load a runtime.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from maestro_core.profile import Kind, Latency
 
@@ -41,6 +42,11 @@ class Effort:
     budget_s: float
     precision: Precision
     search: bool = False
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Effort":
+        """Return the effort that `dataclasses.asdict` made `fields` of."""
+        return cls(**{**fields, "precision": Precision(**fields["precision"])})
 
     def after(self, spent_s: float) -> "Effort":
         """Return what is left when so much is spent; the trials get a second in any case."""

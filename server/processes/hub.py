@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks.effort import CancelledError, Effort, Precision, Progress
+from benchmarks.effort import CancelledError, Effort, Progress
 from maestro_core.profile import Profile
 from maestro_core.profile_store import ProfileStore
 from server.calibration import (
@@ -54,9 +54,7 @@ class Hub:
             case "join":
                 return await self._join(index, channel, given["profile"])
             case "calibrate":
-                effort = given["effort"]
-                precision = Precision(**effort["precision"])
-                return self._start(index, Effort(**{**effort, "precision": precision}))
+                return self._start(index, Effort.from_dict(given["effort"]))
             case "job":
                 return self._known(self._calibrator.job, given["job"])
             case "cancel":

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
-from benchmarks.effort import CancelledError, Effort, Precision, Progress
+from benchmarks.effort import CancelledError, Effort, Progress
 from maestro_core.profile import Profile
 from server.calibration import (
     AlreadyRunningError,
@@ -134,10 +134,10 @@ class Team:
 
     def _begun(self, given: dict[str, Any]) -> Effort:
         """Note a calibration; return its effort."""
-        effort = given["effort"]
+        effort = Effort.from_dict(given["effort"])
         self._stop = threading.Event()
-        self.last_job = Job(given["job"], "running", seconds_left=effort["budget_s"])
-        return Effort(**{**effort, "precision": Precision(**effort["precision"])})
+        self.last_job = Job(given["job"], "running", seconds_left=effort.budget_s)
+        return effort
 
     async def _measure(self, effort: Effort, is_stopped: Callable[[], bool]) -> str | None:
         """Return the text of a profile; None when it was cancelled."""
