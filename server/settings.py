@@ -8,7 +8,7 @@ from platformdirs import user_cache_path
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-SHIPPED = "mnist-lenet.maestro"
+SHIPPED = "cifar10-small.maestro"
 LARGEST_BATCH = 1024
 
 OURS: Final = "maestro"

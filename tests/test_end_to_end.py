@@ -33,7 +33,7 @@ def test_the_shipped_model_names_the_example_pictures(address: str, picture: Pat
     answer = infer(address, picture, "?max_latency_ms=1000").json()
 
     assert answer["labels"] == [picture.stem]
-    assert answer["accuracy"] >= 0.92
+    assert answer["accuracy"] >= 0.9
     assert answer["predicted_ms"] > 0
     assert answer["compute_ms"] > 0
 
