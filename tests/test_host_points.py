@@ -18,6 +18,7 @@ from maestro_core import artifact, graph, held_out
 from maestro_core.artifact import Artifact
 from maestro_core.frontier import RankTable
 from server.engine import Engine
+from server.settings import shipped_artifact
 from tests.conftest import TINY_LAYERS, tiny_contents, tiny_manifest
 
 TABLES = (
@@ -100,6 +101,19 @@ def candidate(ranks: tuple[int, int], correct: int, p50_ms: float, *dense: str) 
 
 
 ALL_DENSE = candidate((6, 10), 9, 5.0, "conv", "fc")
+
+
+def test_a_point_of_the_artifact_is_normalised_as_it_was_exported() -> None:
+    shipped = artifact.load(shipped_artifact())
+    network = Network.of(shipped)
+    plan = network.plan(shipped.points[0].ranks)
+
+    model = network.build(plan, MEASURING)
+
+    x = network.samples.x[:5]
+    session = layer_latencies.session_of(model, network.folder, 1)
+    assert session.run(None, {"x": x})[0] == pytest.approx(Engine(shipped).run(x, 0), abs=1e-4)
+    assert network.statistics[plan.ranks]
 
 
 def test_what_noise_puts_out_of_order_is_left_out_and_the_best_stays() -> None:
