@@ -112,7 +112,8 @@ def test_a_point_of_the_artifact_is_normalised_as_it_was_exported() -> None:
 
     x = network.samples.x[:5]
     session = layer_latencies.session_of(model, network.folder, 1)
-    assert session.run(None, {"x": x})[0] == pytest.approx(Engine(shipped).run(x, 0), abs=1e-4)
+    (output,) = session.run(None, {shipped.manifest.input.name: x})
+    assert output == pytest.approx(Engine(shipped).run(x, 0), abs=1e-4)
     assert network.statistics[plan.ranks]
 
 
