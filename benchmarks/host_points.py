@@ -336,8 +336,8 @@ def _first_as_good(network: Network, chain: Sequence[Ranks], measuring: Measurin
 def _best(candidates: Sequence[Candidate], all_dense: Candidate, points: int) -> list[Candidate]:
     """Return those that no other beats, nested, spread over the latencies.
 
-    None is slower than the dense network. The most accurate is kept, and the fastest that is within
-    it; of the chains between them, the longest.
+    None is slower than the dense network. Of the chains that end at the most accurate it is the
+    longest, and of those as long the one that begins fastest.
     """
     candidates = [c for c in (*candidates, all_dense) if c.p50_ms <= all_dense.p50_ms]
     kept = pareto([c.p50_ms for c in candidates], [c.correct for c in candidates])
@@ -346,7 +346,8 @@ def _best(candidates: Sequence[Candidate], all_dense: Candidate, points: int) ->
         above = [chain for chain in chains if _is_within(candidate, chain[0])]
         if above or not chains:
             chains.append([candidate, *max(above, key=len, default=[])])
-    return [chains[-1][i] for i in spread([c.p50_ms for c in chains[-1]], points)]
+    chain = max(reversed(chains), key=len)
+    return [chain[i] for i in spread([c.p50_ms for c in chain], points)]
 
 
 def _is_within(less: Candidate, more: Candidate) -> bool:
