@@ -22,10 +22,6 @@ class Correction:
     error: float
     rank_correlation: float
 
-    def ms(self, layers_ms: float) -> float:
-        """Return the predicted latency of a whole point."""
-        return self.fixed_ms + self.factor * layers_ms
-
 
 def fit(sums_ms: Sequence[float], wholes_ms: Sequence[float]) -> Correction:
     """Return the line with the least relative squared error through at least three points."""

@@ -201,11 +201,10 @@ def search(network: Network, points: int, measuring: Measuring) -> Found:
     sums_ms = [_cost(tables, ranks) for ranks in chain]
     half = share(2)
     exported = network.artifact.points
-    tries = 2 * points + len(exported)
-    network, tries = _affordable(network, tries, len(chain).bit_length(), half)
-    kept = [exported[i].ranks for i in spread([p.macs for p in exported], tries // 2)]
+    network, tries = _affordable(network, 2 * points, len(chain).bit_length(), half)
+    kept = [point.ranks for point in exported]  # all: none needs its normalisation set
     first = _first_as_good(network, chain, measuring)
-    picked = [chain[first + i] for i in spread(sums_ms[first:], tries - len(kept))]
+    picked = [chain[first + i] for i in spread(sums_ms[first:], tries)]
     plans = [network.plan(ranks) for ranks in dict.fromkeys([*kept, *picked])]
     dense = Plan(network.whole, frozenset(layer.name for layer in network.layers))
     *candidates, all_dense = verified(network, [*plans, dense], half)

@@ -93,11 +93,17 @@ def _validate(values: Mapping[str, Any]) -> InferParameters:
         return _PARAMETERS.validate_python(dict(values))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        name = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            known = ", ".join(InferParameters.model_fields)
+            name, known = first["loc"][0], ", ".join(InferParameters.model_fields)
             raise InvalidError(f"unknown parameter '{name}'; known: {known}") from error
-        raise InvalidError(f"{name}: {first['msg']}, not {str(first['input'])[:40]!r}") from error
+        raise _invalid(error) from error
+
+
+def _invalid(error: ValidationError) -> InvalidError:
+    """Return what a client is told of the first field that is wrong."""
+    first = error.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in first["loc"])
+    return InvalidError(f"{name}: {first['msg']}, not {str(first['input'])[:40]!r}")
 
 
 _NOTHING = InferParameters()
@@ -160,9 +166,7 @@ def parse_profile_request(values: Mapping[str, Any]) -> ProfileRequest:
     try:
         return ProfileRequest.model_validate(values)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise InvalidError(f"{name}: {first['msg']}, not {str(first['input'])[:40]!r}") from error
+        raise _invalid(error) from error
 
 
 class Job(BaseModel):

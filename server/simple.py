@@ -37,7 +37,7 @@ JSON = "application/json"
 NPY = ("application/x-npy", "application/npy")
 PICTURES = ("image/png", "image/jpeg", "image/jpg")
 FORM = "multipart/form-data"
-# So many large pictures are decoded at once: one takes up to 200 MiB.
+# So many large pictures are decoded at once: pixels take far more room than the body did.
 LARGE_AT_ONCE = 2
 # What clients send when nobody told them the type: `curl --data-binary` the last.
 _UNSAID = ("", "application/octet-stream", "application/x-www-form-urlencoded")

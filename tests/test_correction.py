@@ -15,7 +15,7 @@ def test_a_line_is_found_and_fits_what_was_left_out() -> None:
     assert found.factor == pytest.approx(0.8)
     assert found.error == pytest.approx(0.0, abs=1e-9)
     assert found.rank_correlation == pytest.approx(1.0)
-    assert found.ms(10.0) == pytest.approx(8.2)
+    assert found.fixed_ms + 10.0 * found.factor == pytest.approx(8.2)
 
 
 def test_noise_shows_in_the_error() -> None:
