@@ -53,25 +53,14 @@ def test_a_steady_host_gives_the_times_that_follow_by_hand() -> None:
     assert outcome.accuracy.tolist() == [0.76] * 4
 
 
-@pytest.mark.parametrize(
-    ("shares_core", "latency_ms"),
-    [
-        # Half a ms to receive the first; 8 to compute, and half more for receiving the second
-        # meanwhile; half to answer. The second computes once the first is answered.
-        (True, [9.5, 17.0]),
-        (False, [9.0, 16.5]),
-    ],
-)
-def test_receiving_and_answering_delay_the_engine_by_what_they_take(
-    shares_core: bool, latency_ms: list[float]
-) -> None:
+def test_receiving_and_answering_delay_the_engine_by_what_they_take() -> None:
     alone = replica(quantiles(1.0, overhead_ms=0.5), point=2)
 
-    outcome = simulate(
-        workload([0, 1], 40), [replace(alone, request_ms=1.0, shares_core=shares_core)]
-    )
+    outcome = simulate(workload([0, 1], 40), [replace(alone, request_ms=1.0)])
 
-    assert outcome.latency_ms.tolist() == pytest.approx(latency_ms)
+    # Half a ms to receive the first; 8 to compute, and half more for receiving the second
+    # meanwhile; half to answer. The second computes once the first is answered.
+    assert outcome.latency_ms.tolist() == pytest.approx([9.5, 17.0])
 
 
 def test_who_is_not_served_has_no_latency_and_does_not_count_as_met() -> None:

@@ -47,14 +47,13 @@ class Replica:
     """One server: its scheduler, and the host that it runs on.
 
     request_ms: what a request takes of the core that receives and answers, half of it before it is
-    taken in, half after its batch. With `shares_core` that is taken from a batch that computes.
+    taken in, half after its batch. While a batch computes, that is taken from it.
     """
 
     scheduler: Scheduler
     host: Host
     latencies: Latencies
     request_ms: float = 0.0
-    shares_core: bool = True
 
 
 def shortest_queue(schedulers: Sequence[Scheduler]) -> int:
@@ -120,7 +119,7 @@ class _Run:
             if not self._replicas[at].request_ms:
                 self._submit(at, i, target_ms, arrival_s)
                 continue
-            if self._replicas[at].shares_core and self._schedulers[at].running:
+            if self._schedulers[at].running:
                 self._fronts[at].taken_s += self._fronts[at].half_s
             self._push(self._fronts[at].busy_until(arrival_s), at, _RECEIVED - i, target_ms)
         while heap:

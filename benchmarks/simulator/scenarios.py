@@ -77,18 +77,17 @@ def run(
     *,
     spell: SlowSpell | None = None,
     request_ms: float = 0.0,
-    shares_core: bool = True,
     time_decisions: bool = False,
 ) -> Outcome:
     """Return what becomes of a workload on one host. Rivals give up only what is late already.
 
-    request_ms, shares_core: what receiving and answering take (`events.Replica`).
+    request_ms: what receiving and answering take (`events.Replica`).
     """
     latencies = quantiles.latencies()
     host = Host(quantiles, np.random.default_rng(1000 + seed), spell)
     sheds = policy in OWN.values()
     scheduler = Scheduler(latencies, policy=policy, max_queue=MAX_QUEUE, sheds=sheds)
-    replica = Replica(scheduler, host, latencies, request_ms, shares_core)
+    replica = Replica(scheduler, host, latencies, request_ms)
     return simulate(workload, [replica], time_decisions=time_decisions)
 
 
