@@ -94,8 +94,8 @@ def _validate(values: Mapping[str, Any]) -> InferParameters:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         if first["type"] == "extra_forbidden":
-            name, known = first["loc"][0], ", ".join(InferParameters.model_fields)
-            raise InvalidError(f"unknown parameter '{name}'; known: {known}") from error
+            known = ", ".join(InferParameters.model_fields)
+            raise InvalidError(f"unknown parameter '{first['loc'][0]}'; known: {known}") from error
         raise _invalid(error) from error
 
 
