@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from server.metrics import Metrics
 from server.running import GRACE_S
 from server.service import DRAIN_S
-from server.settings import Settings
+from server.settings import Settings, read_settings
 
 yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
 
@@ -126,9 +127,28 @@ def test_a_container_can_write_to_its_volumes_alone() -> None:
 def test_scaling_asks_for_a_metric_that_the_server_has() -> None:
     (scaled,) = [d for path in KUBERNETES for d in documents(path) if d["kind"] == "ScaledObject"]
     query = scaled["spec"]["triggers"][0]["metadata"]["query"]
+    (metric,) = re.findall(r"maestro_\w+", query)
 
-    assert "maestro_queue_seconds_bucket" in query
-    assert '"queue", "From arrival' in (ROOT / "server" / "metrics.py").read_text()
+    assert f"\n{metric} 0.0" in Metrics().text().decode()
+
+
+def test_scaling_looks_at_the_pods_of_its_own_deployment_alone() -> None:
+    (scaled,) = [d for path in KUBERNETES for d in documents(path) if d["kind"] == "ScaledObject"]
+    (pod,) = re.findall(r'pod=~"([^"]*)"', scaled["spec"]["triggers"][0]["metadata"]["query"])
+
+    assert re.fullmatch(pod, "maestro-7d4b9c6f5d-x2v8q")
+    assert not re.fullmatch(pod, "maestro-c7i-7d4b9c6f5d-x2v8q")
+
+
+def test_kubernetes_sets_no_variable_that_reads_as_a_setting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (deployment,) = [d for path in KUBERNETES for d in documents(path) if d["kind"] == "Deployment"]
+    monkeypatch.setenv("MAESTRO_PORT", "tcp://10.0.0.1:80")  # as of a service "maestro"
+
+    with pytest.raises(ValueError, match="MAESTRO_PORT"):
+        read_settings()
+    assert deployment["spec"]["template"]["spec"]["enableServiceLinks"] is False
 
 
 @pytest.fixture(scope="module")
