@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -205,6 +206,7 @@ def serve(
 ) -> None:
     """Start the server; without ARTIFACT, for the model that ships with the project."""
     from server import logs
+    from server.errors import ServiceError
     from server.settings import read_settings
 
     given: dict[str, Any] = {
@@ -216,27 +218,37 @@ def serve(
     }
     settings = read_settings(**{name: v for name, v in given.items() if v is not None})
     logs.set_up(settings.log_format)
-    if settings.workers == 1:
-        _serve_alone(settings)
-    else:
-        _serve_with_workers(settings)
+    run = _serve_alone if settings.workers == 1 else _serve_with_workers
+    if settings.log_format == "text":
+        run(settings, _tell)
+        return
+    log = logging.getLogger("maestro")
+    try:
+        run(settings, log.info)
+    except (CommandError, ServiceError, ValueError, OSError) as error:
+        log.error(error)
+        raise typer.Exit(1) from error
 
 
-def _serve_alone(settings: "Settings") -> None:
+def _tell(line: str) -> None:
+    console.print(line, soft_wrap=True)
+
+
+def _serve_alone(settings: "Settings", tell: Callable[[str], None]) -> None:
     from server import running, tracing
     from server.service import Service
 
     tracing.export_spans("maestro")
-    with _progress("calibrating") as progress:
+    with _progress("calibrating", settings.log_format) as progress:
         service = Service(settings, progress)
         name = service.artifact.manifest.name
-        console.print(f"{name} on http://{settings.host}:{settings.port}; API at /docs")
+        tell(f"{name} on http://{settings.host}:{settings.port}; API at /docs")
         started = running.run(service)
     if not started:
         raise CommandError(f"the server did not start on {settings.host}:{settings.port}")
 
 
-def _serve_with_workers(settings: "Settings") -> None:
+def _serve_with_workers(settings: "Settings", tell: Callable[[str], None]) -> None:
     from server.processes import cores, listening
     from server.processes.supervisor import WorkersError, supervise
 
@@ -248,9 +260,9 @@ def _serve_with_workers(settings: "Settings") -> None:
         where = f"{settings.host}:{settings.port}"
         raise CommandError(f"the server did not start on {where}: {error.strerror}") from error
     port = listeners[0].getsockname()[1]
-    console.print(f"{name} on http://{settings.host}:{port}, {len(groups)} workers; API at /docs")
+    tell(f"{name} on http://{settings.host}:{port}, {len(groups)} workers; API at /docs")
     try:
-        with _progress("calibrating") as progress:
+        with _progress("calibrating", settings.log_format) as progress:
             supervise(settings, groups, listeners, progress)
     except WorkersError as error:
         raise CommandError(str(error)) from error
@@ -339,7 +351,7 @@ def _train_side(module: str) -> Any:  # noqa: ANN401  a module
         extra = _EXTRAS.get((error.name or "").split(".")[0])
         if extra:
             raise CommandError(
-                f"this needs {error.name}: pip install 'maestro-serve[{extra}]'"
+                f"this needs {error.name}: pip install -e '.[{extra}]' in a clone of the project"
             ) from error
         raise
 
@@ -401,8 +413,11 @@ def _warn(note: str | None) -> None:
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Callable[[Any], None]]:
-    """Show a calibration on stderr, from its first sign of life: a bar, or now and then a line."""
+def _progress(what: str, form: Literal["text", "json"] = "text") -> Iterator[Callable[[Any], None]]:
+    """Show a calibration on stderr, from its first sign of life: a bar, or now and then a line.
+
+    form: that of the log, which takes the lines where it is JSON.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
     bar = Progress(*columns, TimeElapsedColumn(), console=errors, transient=True)
     task = bar.add_task(what, total=None, left="")
@@ -410,16 +425,20 @@ def _progress(what: str) -> Iterator[Callable[[Any], None]]:
 
     def update(seen: Any) -> None:  # noqa: ANN401  effort.Progress, without importing it
         left = f"{seen.done} of {seen.total}, {seen.left_s:.0f} s at most"
-        if errors.is_terminal:
+        if form == "text" and errors.is_terminal:
             bar.start()
             bar.update(task, completed=seen.done, total=seen.total, left=left)
             if seen.done == seen.total or seen.left_s <= 0:
                 bar.stop()
         elif state["line"] != int(seen.left_s) // 3:
             state["line"] = int(seen.left_s) // 3
-            errors.print(f"{what}: {left}")
+            if form == "json":
+                logging.getLogger("maestro").info("%s: %s", what, left)
+            else:
+                errors.print(f"{what}: {left}", soft_wrap=True)
 
     try:
         yield update
     finally:
-        bar.stop()
+        if bar.live.is_started:  # else a console that is no terminal gets an empty line
+            bar.stop()

@@ -88,7 +88,7 @@ def export_spans(service_name: str) -> bool:
     if not any(os.environ.get(name) for name in _EXPORTS):
         return False
     if not HAS_SPANS:
-        log.warning("no spans are sent: pip install 'maestro-serve[tracing]'")
+        log.warning("no spans are sent: pip install -e '.[tracing]' in a clone of the project")
         return False
     named = os.environ.get("OTEL_SERVICE_NAME") or service_name
     provider = TracerProvider(resource=Resource.create({"service.name": named}))

@@ -1,5 +1,7 @@
 """How a server ends: told to, while clients call it."""
 
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -44,6 +46,34 @@ def test_sigterm_under_load_loses_no_answer(tiny_artifact: Artifact, tmp_path: P
     assert set(statuses) == {200}
 
 
+def test_who_never_asks_whether_it_is_ready_is_told_to_go(
+    tiny_artifact: Artifact, tmp_path: Path
+) -> None:
+    answers: list[httpx.Response] = []
+    lost: list[str] = []
+
+    def call(address: str) -> None:
+        with httpx.Client(base_url=address) as client:
+            try:
+                while not answers or "close" not in answers[-1].headers.get("connection", ""):
+                    answers.append(client.post("/infer", json=BODY))
+            except httpx.HTTPError as error:
+                lost.append(repr(error))
+
+    with server_process(tmp_path, tiny_artifact.path) as (address, process):
+        thread = threading.Thread(target=call, args=(address,))
+        thread.start()
+        while len(answers) < 40:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        thread.join()
+
+        assert process.wait(30) == 0
+    assert lost == []
+    assert {answer.status_code for answer in answers[:-1]} == {200}
+    assert answers[-1].status_code in (200, 503)
+
+
 def test_readiness_goes_first_and_serving_goes_on(tiny_artifact: Artifact, tmp_path: Path) -> None:
     with server_process(tmp_path, tiny_artifact.path, MAESTRO_DRAIN_S="2") as (address, process):
         process.send_signal(signal.SIGTERM)
@@ -81,3 +111,24 @@ def test_a_port_that_is_taken_is_one_clear_error(tiny_artifact: Artifact, tmp_pa
     assert second.returncode == 1
     assert f"did not start on 127.0.0.1:{port}" in second.stderr
     assert "Traceback" not in second.stderr
+
+
+def test_a_json_log_has_an_object_in_every_line(tiny_artifact: Artifact, tmp_path: Path) -> None:
+    with server_process(tmp_path / "first", tiny_artifact.path) as (address, _):
+        port = address.rpartition(":")[2]
+        program = [sys.executable, "-c", "from maestro_core.cli import main; main()"]
+        second = subprocess.run(
+            [*program, "serve", str(tiny_artifact.path), "--port", port],
+            env=os.environ
+            | {"MAESTRO_LOG_FORMAT": "json", "MAESTRO_STATE_DIR": str(tmp_path / "second")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    assert second.returncode == 1
+    assert second.stdout == ""
+    lines = [json.loads(line) for line in second.stderr.splitlines()]
+    assert lines[-1]["level"] == "error"
+    assert f"did not start on 127.0.0.1:{port}" in lines[-1]["message"]
+    assert any(f"on http://127.0.0.1:{port}" in line["message"] for line in lines)

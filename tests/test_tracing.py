@@ -158,7 +158,7 @@ def test_a_missing_extra_is_named(
     monkeypatch.setattr(tracing, "HAS_SPANS", False)
 
     assert not tracing.export_spans("maestro")
-    assert "pip install 'maestro-serve[tracing]'" in caplog.text
+    assert "pip install -e '.[tracing]'" in caplog.text
 
 
 def test_each_inference_is_a_span_in_the_clients_trace(client: TestClient) -> None:
