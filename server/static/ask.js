@@ -96,8 +96,10 @@ const ask = latest(async () => {
     if (asked === picture) showAnswer(answer, performance.now() - began);
   } catch (error) {
     if (!(error instanceof Problem)) throw error;
-    byId("answer").hidden = true;
-    show(byId("try-error"), error.message);
+    if (asked === picture) {
+      byId("answer").hidden = true;
+      show(byId("try-error"), error.message);
+    }
   }
   byId("answer").setAttribute("aria-busy", "false");
 });

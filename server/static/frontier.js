@@ -34,12 +34,14 @@ export function start(onChoice) {
   });
 }
 
-/** Ask for the points as they are measured now, and show them. */
+/** Ask for the points as they are measured now; show them, and return whether they are new. */
 export async function load() {
-  const [frontier, relaxed] = await Promise.all([
-    call("/frontier"),
-    call("/explain", { method: "POST" }),
-  ]);
+  const frontier = await call("/frontier");
+  if (same(frontier.points, points)) {
+    await explain();
+    return false;
+  }
+  const relaxed = await call("/explain", { method: "POST" });
   const before = points.length ? targetMs() : null;
   points = frontier.points;
   verdicts = relaxed.points;
@@ -50,6 +52,11 @@ export async function load() {
   place();
   describe();
   await explain();
+  return true;
+}
+
+function same(some, others) {
+  return JSON.stringify(some) === JSON.stringify(others);
 }
 
 /** Ask what the target would choose now, and light it up. */
@@ -130,20 +137,24 @@ function describe() {
   );
 }
 
+/** Fill the table, and touch only what is new: else a reader that is in it would lose its place. */
 function fillTable() {
-  const rows = points.map((p) => {
+  const body = byId("points").tBodies[0];
+  while (body.rows.length > points.length) body.lastChild.remove();
+  points.forEach((p, i) => {
+    const row = body.rows[i] ?? body.insertRow();
     const verdict = verdicts.find((v) => v.point === p.point);
-    const row = element("tr", "", p.point === chosen ? { "aria-current": "true" } : {});
     const interval = `${percent(p.accuracy_low)} to ${percent(p.accuracy_high)}`;
     const times = [p.p50_ms, p.p95_ms, p.p99_ms, verdict?.total_ms].map(ms);
     const state = p.point === chosen ? "chosen" : isInTime(verdict) ? "in time" : "too slow";
-    row.append(element("th", p.point, { scope: "row" }));
-    for (const cell of [percent(p.accuracy, 2), interval, ...times, state]) {
-      row.append(element("td", cell));
-    }
-    return row;
+    if (p.point === chosen) row.setAttribute("aria-current", "true");
+    else row.removeAttribute("aria-current");
+    [String(p.point), percent(p.accuracy, 2), interval, ...times, state].forEach((words, column) => {
+      const cell = row.cells[column];
+      if (cell) write(cell, words);
+      else row.append(column ? element("td", words) : element("th", words, { scope: "row" }));
+    });
   });
-  byId("points").tBodies[0].replaceChildren(...rows);
 }
 
 // -- the plot ------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import { byId, show, write } from "./text.js";
 import * as traffic from "./traffic.js";
 
 const LOOK_MS = 1000;
-const LEAVING = "The server takes no new requests now: it is shutting down, or is not up yet.";
+const LEAVING = "The server is shutting down, or is not up yet: new requests should go elsewhere.";
 
 let isEntered = false;
 let wasReady = false;
@@ -48,7 +48,7 @@ async function look() {
   byId("waiting").hidden = true;
   byId("main").hidden = false;
   if (!wasReady) await measured();
-  else await frontier.explain();
+  else if (await frontier.load()) await calibration.showProfile();
   wasReady = true;
   traffic.render();
 }
