@@ -98,3 +98,33 @@ def test_kserve_infers_both_ways(address: str) -> None:
     binary, plain = asyncio.run(call(True)), asyncio.run(call(False))
 
     np.testing.assert_allclose(binary, plain, rtol=1e-5)
+
+
+def test_kserve_sends_our_parameters_and_reads_our_errors(address: str) -> None:
+    """It has no call for metadata, and shows no words of an error that is problem+json."""
+    kserve = pytest.importorskip("kserve", reason="kserve is not installed")
+    client_library = pytest.importorskip("httpx")
+
+    async def call(shape: list[int], model: str = "tiny", **parameters: Any) -> Any:
+        x = kserve.InferInput("x", shape, "FP32")
+        x.set_data_from_numpy(np.zeros(shape, np.float32))
+        request = kserve.InferRequest(model, [x], parameters=parameters)
+        async with kserve.InferenceRESTClient(kserve.RESTConfig(protocol="v2")) as client:
+            return await client.infer(address, request, model_name=model, timeout=30)
+
+    def refused(status: int, shape: list[int], model: str = "tiny", **parameters: Any) -> str:
+        with pytest.raises(client_library.HTTPStatusError) as caught:
+            asyncio.run(call(shape, model, **parameters))
+        assert caught.value.response.status_code == status
+        return str(caught.value.response.json()["error"])
+
+    shape = list(X.shape)
+    answer = asyncio.run(call(shape, timeout=700_000, max_latency_ms=800.0, min_accuracy=0.6))
+
+    assert answer.parameters["max_latency_ms"] == 700
+    assert answer.parameters["accuracy"] >= 0.6
+    assert "the model takes" in refused(422, [1, 3])
+    assert "there is no model 'other'" in refused(404, shape, "other")
+    assert "no allowed point answers within" in refused(
+        422, shape, max_latency_ms=0.001, on_miss="reject"
+    )
