@@ -15,6 +15,8 @@ SHOWN = {
     "infaas": "tab:red",
     "clipper": "tab:purple",
     "bentoml": "tab:brown",
+    "clockwork": "tab:olive",
+    "nexus": "tab:pink",
     "largest": "tab:gray",
     "smallest": "tab:green",
 }

@@ -200,7 +200,8 @@ def serve(
         typer.Option(
             help="What chooses point and batch, else MAESTRO_POLICY: maestro; reserve, which "
             "leaves time for what may come on an idle host too; or to compare them with largest, "
-            "middle, smallest, infaas, maxacc, maxbatch, slackfit, clipper, bentoml."
+            "middle, smallest, infaas, maxacc, maxbatch, slackfit, clipper, bentoml, clockwork, "
+            "nexus, nexus-smallest."
         ),
     ] = None,
 ) -> None:

@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
-# An observed burst is expected again until about so many requests have come without one like
-# it, or until nothing has come for about so long.
+# An observed burst is expected again until about so many requests have come without one like it;
+# while nothing comes, less and less: hardly after about so long.
 MEMORY = 50_000
 MEMORY_S = 10.0
 FADING = 1 - 1 / MEMORY

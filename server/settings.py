@@ -24,6 +24,9 @@ PolicyName = Literal[
     "slackfit",
     "clipper",
     "bentoml",
+    "clockwork",
+    "nexus",
+    "nexus-smallest",
 ]
 
 

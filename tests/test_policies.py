@@ -12,8 +12,8 @@ from maestro_core.host import Host
 from maestro_core.profile import Latency, Profile, ProfileKey
 
 
-def profile_of(points: int) -> Profile:
-    key = ProfileKey("digest", Host.here(), "cpu", 1, 1, 1, ())
+def profile_of(points: int, artifact: str = "digest") -> Profile:
+    key = ProfileKey(artifact, Host.here(), "cpu", 1, 1, 1, ())
     cells = [
         Latency(point, batch, ms, 1.1 * ms, 1.1 * ms, 1.2 * ms, 100, ms, ms)
         for point in range(points)
@@ -26,7 +26,7 @@ def test_the_program_writes_its_result_and_its_picture(
     tiny_artifact: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stored = tmp_path / "profile.json"
-    stored.write_text(profile_of(len(tiny_artifact.points)).to_json())
+    stored.write_text(profile_of(len(tiny_artifact.points), tiny_artifact.digest).to_json())
     out = tmp_path / "policies.json"
     given = ["--profile", str(stored), "--requests", "100", "--seeds", "1", "--steady", "200"]
 
@@ -51,6 +51,7 @@ def row(policy: str, met: float, accuracy: float, arrivals: str = "gamma4") -> p
         "load": 1.0,
         "policy": policy,
         "met": (met, 0.0),
+        "met_by_seed": [met - 0.001, met + 0.001],
         "met_feasible": (met, 0.0),
         "accuracy": (accuracy, 0.0),
     }
@@ -68,7 +69,7 @@ def test_the_verdict_compares_accuracy_at_equal_targets_met() -> None:
 
     [verdict] = policies.against_rivals(rows, "ours")
     assert verdict["best_rival"] == "smallest"
-    assert verdict["met_margin"] == pytest.approx(-0.001)
+    assert verdict["met_margin"] == pytest.approx((-0.001, 0.0))
     assert verdict["accuracy_margin"] == pytest.approx(0.01)
     assert verdict["misses"] == pytest.approx(0.2)
     assert policies.bursts(rows, "ours")[0]["ours"] == (0.998, 0.0)
@@ -86,11 +87,14 @@ def test_counts_out_of_range_are_refused() -> None:
             policies.main(given)
 
 
-def test_a_profile_of_another_number_of_points_is_refused(
-    tiny_artifact: Artifact, tmp_path: Path
-) -> None:
+def test_a_profile_of_another_artifact_is_refused(tiny_artifact: Artifact, tmp_path: Path) -> None:
     stored = tmp_path / "profile.json"
-    stored.write_text(profile_of(len(tiny_artifact.points) + 1).to_json())
+    stored.write_text(profile_of(len(tiny_artifact.points)).to_json())
 
-    with pytest.raises(ValueError, match="accuracies for"):
+    with pytest.raises(ValueError, match="a profile of another artifact"):
         policies.read_quantiles(tiny_artifact.path, stored)
+
+
+def test_a_trace_that_is_missing_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    with pytest.raises((ValueError, OSError), match=r"none\.txt"):
+        policies.main(["--trace", str(tmp_path / "none.txt")])

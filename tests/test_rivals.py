@@ -40,7 +40,7 @@ def shape(choice: Choice) -> tuple[int, int]:
 
 def test_a_fixed_point_takes_the_batch_that_its_head_allows() -> None:
     assert shape(first_choice(rivals.fixed(1), [3.5] * 4)) == (1, 2)
-    assert shape(first_choice(rivals.fixed(1), [1.5] * 4)) == (1, 1)
+    assert shape(first_choice(rivals.fixed(1), [2.5] * 4)) == (1, 1)
 
 
 def test_maxacc_takes_the_dearest_point_and_then_the_batch() -> None:
@@ -77,10 +77,28 @@ def test_infaas_gives_each_request_its_own_variant() -> None:
     assert shape(first_choice(rivals.infaas, [3.1, 3.2, 9.0])) == (1, 2)
 
 
-def test_expired_heads_are_dropped_by_all() -> None:
-    for policy in (rivals.fixed(0), rivals.max_acc, rivals.max_batch, rivals.infaas):
-        assert first_choice(policy, [1.0, 9.0], now=0.002).drop == 1
-        assert first_choice(policy, [1.0], now=0.002) == Choice(0, drop=1)
+def test_heads_that_a_run_of_their_own_makes_late_are_dropped_by_all() -> None:
+    several = (rivals.max_acc, rivals.max_batch, rivals.infaas, rivals.slack_fit(TABLES))
+    alone = (rivals.fixed(0), rivals.nexus(0), rivals.Clockwork(0), rivals.Clipper(0))
+    for policy in (*several, *alone):
+        assert first_choice(policy, [2.5, 9.0], now=0.002).drop == 1
+        assert first_choice(policy, [2.5], now=0.002) == Choice(0, drop=1)
+    assert first_choice(rivals.fixed(1), [3.5, 9.0], now=0.002).drop == 1
+
+
+def test_nexus_drops_heads_for_a_batch_that_is_in_time() -> None:
+    assert first_choice(rivals.nexus(0), [1.6, 2.6, 2.6, 2.6]) == Choice(3, 0, drop=1)
+    assert first_choice(rivals.nexus(0), [1.1]) == Choice(1, 0)
+
+
+def test_clockwork_counts_on_the_longest_of_the_last_ten_batches() -> None:
+    clockwork = rivals.Clockwork(0)
+    assert clockwork(view_after(None, waiting=4, target_ms=2.6)).count == 4
+
+    for batch_id in range(1, 12):  # of four rows: 9 ms once, 2.5 ms since
+        took_ms = 9.0 if batch_id == 1 else 2.5
+        choice = clockwork(view_after(Finished(batch_id, 4, 0, 0.0, took_ms), 4, target_ms=2.6))
+        assert choice.count == (4 if batch_id == 11 else 3)
 
 
 def view_after(finished: Finished | None, waiting: int, target_ms: float = 100.0) -> View:

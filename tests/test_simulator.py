@@ -154,14 +154,14 @@ def test_ours_is_near_the_best_schedule_and_never_above() -> None:
 
 
 def test_a_slowed_host_is_followed() -> None:
-    found = reach.slowed(quantiles(), Scenario("poisson", 0.8), 3000, seed=0)
+    found = reach.slowed(reach.Served(quantiles()), Scenario("poisson", 0.8), 3000, seed=0)
 
     assert found["during"] > 0.98
     assert found["after"] > 0.98
 
 
 def test_far_too_much_load_does_not_lower_the_goodput() -> None:
-    found = reach.overloaded(quantiles(), 1.0, 4000, seed=0)
+    found = reach.overloaded(reach.Served(quantiles()), 1.0, 4000, seed=0)
 
     assert found["goodput"] > 0.9
     assert found["on_time"] > 0.99

@@ -1,7 +1,7 @@
 """The runs that claims rest on: long, near the optimum, on a slowed host, far too much load."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 from time import perf_counter
 
@@ -25,16 +25,32 @@ SLOWER = 1.5
 RECOVERY_S = 1.0
 OVERLOAD = 3.0
 SMALL = 60
-LOOSE = 4.0  # targets of the decision timing, over the time to drain its queue
+# Targets of the decision timing, over the time to drain its queue: with the first all can be met.
+LOOSE = 4.0
+TIGHT = 1.0
 
 
-def steady(quantiles: Quantiles, requests: int, seed: int = 0) -> Figures:
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A host, and what receiving and answering a request take of its core (`events.Replica`)."""
+
+    quantiles: Quantiles
+    request_ms: float = 0.0
+
+    def run(self, workload: Workload, seed: int, spell: SlowSpell | None = None) -> Outcome:
+        """Return what becomes of a workload with our policy."""
+        return scenarios.run(
+            self.quantiles, workload, choose, seed, spell=spell, request_ms=self.request_ms
+        )
+
+
+def steady(host: Served, requests: int, seed: int = 0) -> Figures:
     """Return the figures of one long Poisson run at the load that the largest point carries, and
     how many requests a second were simulated."""
-    latencies = quantiles.latencies()
+    latencies = host.quantiles.latencies()
     workload = Scenario("poisson", 1.0).workload(latencies, requests, seed)
     began_s = perf_counter()
-    outcome = scenarios.run(quantiles, workload, choose, seed)
+    outcome = host.run(workload, seed)
     found = figures(outcome, latencies)
     missed = float((~outcome.met).sum())
     return {**found, "missed": missed, "simulated_rps": requests / (perf_counter() - began_s)}
@@ -50,17 +66,17 @@ def near_bound(quantiles: Quantiles, cv2: float, load: float, seed: int) -> Figu
     return {"ours": ours, "best": best, "gap": best - ours}
 
 
-def slowed(quantiles: Quantiles, scenario: Scenario, requests: int, seed: int) -> Figures:
+def slowed(host: Served, scenario: Scenario, requests: int, seed: int) -> Figures:
     """Return the share of feasible targets met when the host slows down for the middle third.
 
     Of requests that came before it; during it, from a second after its start; and after it. NaN
     where none came.
     """
-    latencies = quantiles.latencies()
+    latencies = host.quantiles.latencies()
     workload = scenario.workload(latencies, requests, seed)
     end_s = float(workload.arrivals_s[-1])
     spell = SlowSpell(end_s / 3, 2 * end_s / 3, SLOWER)
-    outcome = scenarios.run(quantiles, workload, choose, seed, spell=spell)
+    outcome = host.run(workload, seed, spell)
     came_s = workload.arrivals_s
     spans = {
         "before": came_s < spell.start_s,
@@ -72,14 +88,14 @@ def slowed(quantiles: Quantiles, scenario: Scenario, requests: int, seed: int) -
     return {name: _share(outcome.met[span & can]) for name, span in spans.items()}
 
 
-def overloaded(quantiles: Quantiles, cv2: float, requests: int, seed: int) -> Figures:
+def overloaded(host: Served, cv2: float, requests: int, seed: int) -> Figures:
     """Return goodput over the smallest point's capacity, at OVERLOAD times that load, and the
     share of what is answered that is on time."""
-    latencies = quantiles.latencies()
+    latencies = host.quantiles.latencies()
     tables = Tables(latencies)
     load = OVERLOAD * tables.unit_ms[-1] / tables.unit_ms[0]
     workload = _gamma(latencies, cv2, load, requests, seed)
-    outcome = scenarios.run(quantiles, workload, choose, seed)
+    outcome = host.run(workload, seed)
     span_s = _served_s(outcome)
     answered = np.isfinite(outcome.latency_ms)
     return {
@@ -88,18 +104,32 @@ def overloaded(quantiles: Quantiles, cv2: float, requests: int, seed: int) -> Fi
     }
 
 
-def decision_us(points: int, waiting: int, decisions: int, seed: int = 0) -> Figures:
-    """Return quantiles of the time of `plan` with so many requests waiting, mixed targets."""
+def decision_us(
+    points: int, waiting: int, decisions: int, loose: float = LOOSE, seed: int = 0
+) -> Figures:
+    """Return quantiles of the time of `plan` and `submit` with mixed targets.
+
+    waiting: requests in the queue, or as many as fit in time. loose: the least target, over the
+    time to drain such a queue; the largest is twice that.
+    """
     rng = np.random.default_rng(seed)
     latencies = _geometric(points)
     drain_s = Tables(latencies).drain_ms(waiting) / 1e3
     scheduler = Scheduler(latencies, max_queue=2 * waiting)
     now, numbers = 0.0, count()
     took_us: list[float] = []
+    submit_us: list[float] = []
+    waited: list[int] = []
     while len(took_us) < decisions:
-        while scheduler.waiting < waiting:
-            target_s = drain_s * float(rng.uniform(LOOSE, 2 * LOOSE))
-            scheduler.submit(Request(str(next(numbers)), now, now + target_s), now)
+        for _ in range(waiting):
+            if scheduler.waiting >= waiting:
+                break
+            target_s = drain_s * float(rng.uniform(loose, 2 * loose))
+            request = Request(str(next(numbers)), now, now + target_s)
+            began_s = perf_counter()
+            scheduler.submit(request, now)
+            submit_us.append(1e6 * (perf_counter() - began_s))
+        waited.append(scheduler.waiting)
         began_s = perf_counter()
         batch = scheduler.plan(now).batch
         took_us.append(1e6 * (perf_counter() - began_s))
@@ -108,8 +138,17 @@ def decision_us(points: int, waiting: int, decisions: int, seed: int = 0) -> Fig
         took_ms = latencies.p50_ms[batch.point][batch.rows - 1]
         now += took_ms / 1e3
         scheduler.done(batch.id, took_ms, now)
-    p50, p99 = (float(np.quantile(took_us, q)) for q in (0.5, 0.99))
-    return {"waiting": float(waiting), "points": float(points), "p50_us": p50, "p99_us": p99}
+    p50, p99 = np.quantile(took_us, (0.5, 0.99)).tolist()
+    submit_p50, submit_p99 = np.quantile(submit_us, (0.5, 0.99)).tolist()
+    return {
+        "waiting": float(np.median(waited)),
+        "points": float(points),
+        "loose": loose,
+        "p50_us": p50,
+        "p99_us": p99,
+        "submit_p50_us": submit_p50,
+        "submit_p99_us": submit_p99,
+    }
 
 
 def _steady_host(quantiles: Quantiles) -> Quantiles:

@@ -1,8 +1,8 @@
 """Published policies, in our words, for the same scheduler (built with `sheds=False`).
 
 Each gets more than it was published with: exact latency tables for every batch size, and
-requests whose deadline has passed are dropped before it is asked. None knows the tail, the
-host's slow-down or the arrivals.
+requests that even a batch of their own would answer late are dropped before it is asked. None
+knows the tail, the host's slow-down or the arrivals.
 """
 
 from bisect import bisect_right
@@ -19,10 +19,14 @@ from server.tables import MS, Tables
 from server.waiting import Entry
 
 
-def expired(view: View) -> int:
-    """Return how many heads have passed their deadlines."""
+def doomed(view: View, point: int = 0) -> int:
+    """Return how many heads a run of their own at `point`, begun now, would answer too late."""
     entries, count = view.waiting.entries, 0
-    while count < len(entries) and entries[count].expiry_s <= view.now:
+    p50_ms = view.tables.latencies.p50_ms[point]
+    while count < len(entries):
+        entry = entries[count]
+        if entry.expiry_s >= view.now + p50_ms[entry.request.rows - 1] / MS:
+            break
         count += 1
     return count
 
@@ -56,7 +60,7 @@ def fixed(point: int) -> Policy:
     """Return Clipper+ of the SuperServe paper: one point, the batch as large as the head allows."""
 
     def choose(view: View) -> Choice:
-        drop = expired(view)
+        drop = doomed(view, point)
         if drop == len(view.waiting):
             return Choice(0, drop=drop)
         rows = _largest_batch(view.tables, point, _slack_ms(view, drop))
@@ -65,9 +69,67 @@ def fixed(point: int) -> Policy:
     return choose
 
 
+def nexus(point: int) -> Policy:
+    """Return the early drop of Nexus (SOSP 2019): one model, a window that slides over the queue.
+
+    The batch is as large as what waits allows; heads that would be late in it are dropped for it,
+    and it is made anew of what is left.
+    """
+
+    def choose(view: View) -> Choice:
+        entries, tables = view.waiting.entries, view.tables
+        drop = doomed(view, point)
+        while drop < len(entries):
+            choice = _start(view, drop, point, tables.latencies.max_batch)
+            batch = entries[drop : drop + choice.count]
+            rows = sum(entry.request.rows for entry in batch)
+            end_s = view.now + tables.latencies.p50_ms[point][rows - 1] / MS
+            if batch[0].expiry_s >= end_s:
+                return choice
+            drop += 1
+        return Choice(0, drop=drop)
+
+    return choose
+
+
+@dataclass(slots=True)
+class Clockwork:
+    """Clockwork (OSDI 2020): one model; the largest batch that is in time for all in it.
+
+    A batch is thought to take the most of the last ten of its size, and a request that has not
+    that time left is given up before it runs.
+    """
+
+    point: int
+    _seen: int = 0
+    _took_ms: dict[int, deque[float]] = field(default_factory=dict)
+
+    def __call__(self, view: View) -> Choice:
+        last = view.finished
+        if last is not None and last.batch_id != self._seen:
+            self._seen = last.batch_id
+            self._took_ms.setdefault(last.rows, deque(maxlen=10)).append(last.measured_ms)
+        drop = doomed(view, self.point)
+        entries, tables = view.waiting.entries, view.tables
+        while drop < len(entries) and _slack_ms(view, drop) < self._estimate_ms(
+            tables, entries[drop].request.rows
+        ):
+            drop += 1
+        if drop == len(entries):
+            return Choice(0, drop=drop)
+        slack_ms, rows = _slack_ms(view, drop), tables.latencies.max_batch
+        while rows > 1 and self._estimate_ms(tables, rows) > slack_ms:
+            rows -= 1
+        return _start(view, drop, self.point, rows)
+
+    def _estimate_ms(self, tables: Tables, rows: int) -> float:
+        seen = self._took_ms.get(rows)
+        return max(seen) if seen else tables.latencies.p50_ms[self.point][rows - 1]
+
+
 def max_acc(view: View) -> Choice:
     """MaxAcc (SuperServe, NSDI 2025): the dearest point for one, then the largest batch for it."""
-    drop = expired(view)
+    drop = doomed(view)
     if drop == len(view.waiting):
         return Choice(0, drop=drop)
     slack_ms = _slack_ms(view, drop)
@@ -77,7 +139,7 @@ def max_acc(view: View) -> Choice:
 
 def max_batch(view: View) -> Choice:
     """MaxBatch (same paper): the largest batch at the cheapest point, then the dearest point."""
-    drop = expired(view)
+    drop = doomed(view)
     if drop == len(view.waiting):
         return Choice(0, drop=drop)
     slack_ms = _slack_ms(view, drop)
@@ -98,7 +160,7 @@ def slack_fit(tables: Tables, share: float = 1.0, buckets: int = 64) -> Policy:
         controls.append((max(0, _largest_point(tables, max(1, rows), edge)), max(1, rows)))
 
     def choose(view: View) -> Choice:
-        drop = expired(view)
+        drop = doomed(view)
         if drop == len(view.waiting):
             return Choice(0, drop=drop)
         bucket = max(0, bisect_right(edges, share * _slack_ms(view, drop)) - 1)
@@ -114,7 +176,7 @@ def infaas(view: View) -> Choice:
     Of the variants within the target, the one that leaves the least; requests of one variant
     share a batch.
     """
-    drop = expired(view)
+    drop = doomed(view)
     if drop == len(view.waiting):
         return Choice(0, drop=drop)
     entries = view.waiting.entries
@@ -155,7 +217,7 @@ class Clipper:
                 self.cap = max(1.0, 0.9 * self.cap)
             elif last.rows >= int(self.cap):
                 self.cap = min(self.cap + 1, float(view.tables.latencies.max_batch))
-        drop = expired(view)
+        drop = doomed(view, self.point)
         if drop == len(view.waiting):
             return Choice(0, drop=drop)
         self._budgets_ms[self._seen + 1] = 0.92 * _slack_ms(view, drop)
@@ -231,5 +293,8 @@ RIVALS: dict[str, Callable[[Tables, int], Policy]] = {
     "maxbatch": lambda _tables, _: max_batch,
     "slackfit": lambda tables, _: slack_fit(tables),
     "clipper": lambda _, point: Clipper(point),
+    "clockwork": lambda _, point: Clockwork(point),
+    "nexus": lambda _, point: nexus(point),
+    "nexus-smallest": lambda _tables, _: nexus(0),
     "bentoml": lambda _, point: BentoML(point),
 }
