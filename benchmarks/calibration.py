@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import networks, profiler, report
+from benchmarks import arguments, networks, profiler, report
 from benchmarks.effort import FULL, Effort
 from maestro_core.profile import Profile
 from server.engine import Engine
@@ -31,8 +31,10 @@ _WINDOW_S = 1.0
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the result, and write it where `--out` says."""
     parser = argparse.ArgumentParser(prog="maestro bench calibration", description=__doc__)
-    parser.add_argument("--load", type=float, default=0.2, help="share of time spent serving")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of serving")
+    parser.add_argument(
+        "--load", type=arguments.positive, default=0.2, help="share of time spent serving"
+    )
+    parser.add_argument("--seconds", type=arguments.positive, default=60.0, help="of serving")
     parser.add_argument("--out", type=Path, default=report.RESULTS / "calibration.json")
     chosen = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:

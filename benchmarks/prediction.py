@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import networks, profiler, report
+from benchmarks import arguments, networks, profiler, report
 from benchmarks.effort import FULL, Effort
 from maestro_core import artifact
 from maestro_core.host import Elsewhere
@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "artifact", type=Path, nargs="?", help="ResNet-18 of random weights if none"
     )
-    parser.add_argument("--runs", type=int, default=100, help="of each pair")
-    parser.add_argument("--budget-s", type=float, default=FULL.budget_s)
+    parser.add_argument("--runs", type=arguments.count, default=100, help="of each pair")
+    parser.add_argument("--budget-s", type=arguments.positive, default=FULL.budget_s)
     parser.add_argument("--out", type=Path, default=report.RESULTS / "prediction.json")
     chosen = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:

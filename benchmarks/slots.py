@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import networks, report
+from benchmarks import arguments, networks, report
 from benchmarks.profiler import batch_sizes_to
 from maestro_core.artifact import Artifact
 from maestro_core.host import Elsewhere, usable_cores
@@ -40,7 +40,9 @@ class Split:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the result, and write it where `--out` says."""
     parser = argparse.ArgumentParser(prog="maestro bench slots", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each split at each batch")
+    parser.add_argument(
+        "--seconds", type=arguments.positive, default=5.0, help="of each split at each batch"
+    )
     parser.add_argument("--out", type=Path, default=report.RESULTS / "slots.json")
     chosen = parser.parse_args(argv)
     cores = usable_cores()

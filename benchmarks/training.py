@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from benchmarks import report
+from benchmarks import arguments, report
 from maestro_core.accounting import measure
 from maestro_core.allocator import keep_freed_memory
 from maestro_core.factorize import factorize_, low_rank_layers
@@ -59,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = [network.name for network in NETWORKS]
     parser = argparse.ArgumentParser(prog="maestro bench training", description=__doc__)
     parser.add_argument("--networks", nargs="+", choices=names, default=names)
-    parser.add_argument("--batch", type=int, default=128, help="pictures in a step")
-    parser.add_argument("--rounds", type=int, default=20, help="steps of each kind")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=arguments.count, default=128, help="pictures in a step")
+    parser.add_argument("--rounds", type=arguments.count, default=20, help="steps of each kind")
+    parser.add_argument("--threads", type=arguments.count, default=1)
     parser.add_argument("--quick", action="store_true", help="3 rounds of batch 16")
     parser.add_argument("--out", type=Path, default=report.RESULTS / "training.json")
     chosen = parser.parse_args(argv)

@@ -2,11 +2,12 @@
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from benchmarks import layers, prediction, report, slots
+from benchmarks import calibration, layers, load, prediction, report, slots, training
 from benchmarks.effort import Effort, Precision
 from benchmarks.memory import grown_mib
 from benchmarks.profiler import profile
@@ -77,3 +78,32 @@ def test_a_result_is_written_with_its_conditions(
     result = json.loads(path.read_text())
     assert result == json.loads(capsys.readouterr().out)
     assert {"date", "host", "versions", "commit", "value"} == set(result)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        (prediction.main, "--runs", "0"),
+        (slots.main, "--seconds", "0"),
+        (training.main, "--rounds", "x"),
+        (calibration.main, "--load", "nan"),
+        (load.main, "--loads", "inf"),
+    ],
+    ids=lambda given: given[0].__module__,
+)
+def test_numbers_that_make_no_sense_are_refused_at_once(
+    given: tuple[Callable[[Sequence[str]], None], str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    program, option, value = given
+
+    with pytest.raises(SystemExit):
+        program([option, value])
+
+    assert f"argument {option}: {value} is not a " in capsys.readouterr().err
+
+
+def test_a_trace_is_read_before_anything_is_measured(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--trace says which file"):
+        load.main(["--arrivals", "trace"])
+    with pytest.raises(OSError, match=r"none\.txt"):
+        load.main(["--trace", str(tmp_path / "none.txt")])
