@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from server.latencies import Latencies
 from server.requests import Admitted, Batch, Refusal, Request
 from server.scheduler import Scheduler
+from server.selector import Policy, choose, reserve
 
 ACCURACY = (0.6, 0.7, 0.75, 0.78)
 
@@ -403,12 +404,12 @@ STEPS = st.lists(
 
 
 @settings(max_examples=150)
-@given(STEPS, st.integers(1, 3), st.integers(1, 12))
+@given(STEPS, st.integers(1, 3), st.integers(1, 12), st.sampled_from([choose, reserve]))
 def test_no_request_is_lost_or_answered_twice_or_wronged(
-    steps: list[tuple[str, int, float]], slots: int, max_queue: int
+    steps: list[tuple[str, int, float]], slots: int, max_queue: int, policy: Policy
 ) -> None:
     latencies = make_latencies()
-    scheduler = Scheduler(latencies, slots=slots, max_queue=max_queue)
+    scheduler = Scheduler(latencies, policy=policy, slots=slots, max_queue=max_queue)
     ledger, running, now = Ledger(), {}, 0.0
     for step, (act, pick, elapsed_s) in enumerate(steps):
         now += elapsed_s
