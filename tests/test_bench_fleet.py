@@ -50,7 +50,7 @@ def test_an_accuracy_that_is_asked_for_counts_and_one_out_of_reach_needs_none_tr
 
 def test_the_program_says_how_many_are_needed(tiny_artifact: Artifact, tmp_path: Path) -> None:
     stored, out = tmp_path / "profile.json", tmp_path / "fleet.json"
-    stored.write_text(profile_of(len(tiny_artifact.points)).to_json())
+    stored.write_text(profile_of(len(tiny_artifact.points), tiny_artifact.digest).to_json())
     given = ["--profile", str(stored), "--rps", "200", "--target-ms", "60", "--requests", "100"]
     few = ["--seeds", "1", "--replicas", "2", "--out", str(out)]
 
