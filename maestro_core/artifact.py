@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 FORMAT = 1
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 MANIFEST = "manifest.json"
 # Beside the graphs, because ONNX Runtime refuses external data above a graph's own directory.
 WEIGHTS = "points/weights.bin"
@@ -148,7 +149,7 @@ class Manifest:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     format: int
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=NAME)]
     version: str
     task: str
     input: Tensor

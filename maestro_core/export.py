@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from maestro_core import artifact, graph
-from maestro_core.accounting import Cost
-from maestro_core.artifact import Artifact, Manifest, Metric, OperatingPoint, Score
+from maestro_core.accounting import Cost, measure
+from maestro_core.artifact import Artifact, Image, Manifest, Metric, OperatingPoint, Score
 from maestro_core.artifact import Tensor as TensorSpec
 from maestro_core.data import Pictures
 from maestro_core.evaluation import evaluate
-from maestro_core.factorize import forward_at, low_rank_layers
+from maestro_core.factorize import forward_at, low_rank_layers, outline
 from maestro_core.layers import LowRankEmbedding
+from maestro_core.lod import truncate_
 from maestro_core.normalisation import evaluating
 from maestro_core.search import Point, by_name
 
@@ -157,6 +158,32 @@ def check_embeddings(model: nn.Module, keep: Sequence[str]) -> None:
             )
 
 
+def check_exportable(model: nn.Module, keep: Sequence[str], image: Image) -> None:
+    """Refuse a network that no training would make an artifact of; it is left as it is.
+
+    A copy of it is exported at rank 1, its factors at random, and run.
+
+    Raises:
+        ExportError: an embedding is not kept dense, or ONNX Runtime can't run the network.
+        ValueError: a factorised layer is never called, or a pattern in `keep` matches none.
+    """
+    check_embeddings(model, keep)
+    copied = outline(model, keep).eval()
+    for layer in low_rank_layers(copied).values():
+        truncate_(layer, min(1, layer.rank))
+    x = torch.zeros(2, len(image.mean), image.height, image.width)
+    with torch.random.fork_rng(devices=[]):
+        cost = measure(copied, x[:1])
+        template, weights = graph.pack(make_template(copied, x), cost.layers)
+    point = graph.build(template, cost.layers, [layer.max_rank for layer in cost.layers])
+    try:
+        with _loaded(point.SerializeToString(), weights) as session:
+            for size in (len(x), 1):
+                session.run([OUTPUT], {INPUT: x[:size].numpy()})
+    except Exception as error:  # onnxruntime's have no class of their own in common
+        raise ExportError(f"ONNX Runtime can't run the network: {error}") from error
+
+
 def make_template(model: nn.Module, x: Tensor) -> ModelProto:
     """Return `model` in ONNX with one node per factorised layer (graph.py); `x` is (b >= 2, …)."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # that torchvision is missing is fine
@@ -260,6 +287,16 @@ def _rounding(
     return float(np.abs(output.numpy() - expected).max())
 
 
+@contextmanager
+def _loaded(point: bytes, weights: bytes) -> Iterator[ort.InferenceSession]:
+    """Load the point as plain onnxruntime will, from files that are there within."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "point.onnx"
+        path.write_bytes(point)
+        path.with_name(graph.LOCATION).write_bytes(weights)
+        yield ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
 def _check_point(
     point: bytes,
     weights: bytes,
@@ -276,11 +313,7 @@ def _check_point(
     """
     with evaluating(reference), torch.inference_mode():
         expected = forward_at(reference, ranks, x, buffers=statistics).numpy()
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "point.onnx"
-        path.write_bytes(point)
-        path.with_name(graph.LOCATION).write_bytes(weights)
-        session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    with _loaded(point, weights) as session:
         for size in (len(x), 1):
             output = session.run([OUTPUT], {INPUT: x[:size].numpy()})[0]
             error = float(np.abs(output - expected[:size]).max())

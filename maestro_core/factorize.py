@@ -1,10 +1,12 @@
 """Factorise a network's layers in place, and run it at given ranks without changing it."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -56,6 +58,27 @@ def factorize_(model: nn.Module, keep: Sequence[str] = ()) -> Factorized:
             _replace_(model, module, _factors(module, tables))
     low_rank = (_parts(name, module) for name, module in found.items() if name not in dense)
     return Factorized(tuple(part for parts in low_rank for part in parts), dense)
+
+
+def outline(model: nn.Module, keep: Sequence[str] = ()) -> nn.Module:
+    """Return a copy of `model`, factorised if it is not, whose new parameters are at random.
+
+    For its shapes: to take the factors that it will have takes a ResNet-50 a minute. Torch's own
+    generator is left as it is.
+
+    Raises:
+        ValueError: as `factorize_` does.
+    """
+    hollow = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
+    copied = copy.deepcopy(model, dict(hollow))
+    if not low_rank_layers(copied):
+        factorize_(copied, keep)
+    filled = {id(hollow[id(p)]): copy.deepcopy(p) for p in model.parameters()}
+    generator = torch.Generator().manual_seed(0)
+    for p in copied.parameters():
+        if id(p) not in filled:
+            filled[id(p)] = nn.Parameter(torch.rand(p.shape, generator=generator, dtype=p.dtype))
+    return copy.deepcopy(copied, filled)
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLayer]:

@@ -46,6 +46,16 @@ class SearchParameters:
     most_macs: float = 1.0
     samples: int = 0
 
+    def __post_init__(self) -> None:
+        for name, least in (("points", 2), ("probes", 2), ("samples", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"search: {name} is {getattr(self, name)}, at least {least}")
+        if not 0 <= self.least_macs < self.most_macs <= 1:
+            raise ValueError(
+                f"search: 0 <= least_macs < most_macs <= 1, not {self.least_macs} and "
+                f"{self.most_macs}"
+            )
+
 
 def find_chain(
     model: nn.Module,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maestro_core.factorize import factorize_, forward_at, low_rank_layers
+from maestro_core.factorize import factorize_, forward_at, low_rank_layers, outline
 from maestro_core.layers import LowRankConv2d, LowRankEmbedding, LowRankLinear
 from maestro_core.lod import truncate_
 
@@ -209,6 +209,23 @@ def test_attention_of_a_decoder_layer_of_torch_is_factorised() -> None:
     assert not done.dense
     assert len(low_rank_layers(model)) == 10
     torch.testing.assert_close(model(x, memory), before, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("network", "keep"), [(Net, ["fc1"]), (Shared, []), (Language, [])])
+def test_an_outline_has_the_shapes_of_the_factorised_network(
+    network: type[nn.Module], keep: list[str]
+) -> None:
+    model = network()
+    generator = torch.get_rng_state()
+
+    found = outline(model, keep)
+
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert not low_rank_layers(model)
+    factorize_(model, keep)
+    expected = {name: value.shape for name, value in model.named_parameters()}
+    assert {name: value.shape for name, value in found.named_parameters()} == expected
+    assert list(low_rank_layers(found)) == list(low_rank_layers(model))
 
 
 def test_forward_at_equals_the_layers_called_with_ranks() -> None:

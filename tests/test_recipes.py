@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from rich.progress import Progress
-from torch import nn
+from torch import Tensor, nn
 
 from maestro_core import artifact, checkpoint, folders, held_out
 from maestro_core.data import DataError, Pictures, load
+from maestro_core.export import ExportError
 from maestro_core.factorize import factorize_, low_rank_layers
 from maestro_core.folders import Folders
 from maestro_core.models.resnet import ResNet50
@@ -251,6 +252,43 @@ def test_a_recipe_for_folders_makes_an_artifact_with_their_names(tmp_path: Path)
     assert manifest.input.image == recipe.image
     assert manifest.metric.samples == 30
     assert manifest.provenance["folders"]["classes"] == 3
+
+
+class Unused(nn.Module):
+    """A network with a layer that it never calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+        self.aux = nn.Linear(784, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.body(x)
+        return logits
+
+
+class Single(Unused):
+    """A network that takes one picture alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.body(x.view(1, -1)) + self.aux(x.view(1, -1))
+        return logits
+
+
+def test_a_network_that_has_no_points_is_refused_before_training(
+    data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="layer 'aux' is factorised but never called"):
+        running.run_recipe(replace(SMALL, network=Unused), data, tmp_path, Progress(disable=True))
+    with pytest.raises(ExportError, match=r"ONNX Runtime can't run the network: .*Dimension"):
+        running.run_recipe(replace(SMALL, network=Single), data, tmp_path, Progress(disable=True))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["my net", "", ".net", "net/1", "net\n"])
+def test_a_name_that_no_artifact_can_have_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"a name is \^\[A-Za-z0-9\]"):
+        replace(RECIPE, name=name)
 
 
 def test_a_recipe_is_not_given_the_other_kind_of_data(data: Path, tmp_path: Path) -> None:

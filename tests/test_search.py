@@ -1,6 +1,8 @@
 """The chain of a small network: nested, verified, and chosen by validation alone."""
 
+from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -121,6 +123,22 @@ def test_the_search_changes_nothing_in_the_network(
     chain_of(model, cost, pictures)
 
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"points": 1}, "points is 1, at least 2"),
+        ({"probes": 0}, "probes is 0, at least 2"),
+        ({"samples": -1}, "samples is -1, at least 0"),
+        ({"least_macs": -0.1}, r"least_macs < most_macs <= 1, not -0\.1 and 1\.0"),
+        ({"most_macs": 0.3}, r"least_macs < most_macs <= 1, not 0\.3 and 0\.3"),
+        ({"most_macs": 1.1}, r"least_macs < most_macs <= 1, not 0\.3 and 1\.1"),
+    ],
+)
+def test_parameters_that_find_no_chain_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(PARAMETERS, **wrong)
 
 
 def test_progress_counts_to_its_total(model: Net, cost: Cost, pictures: Pictures) -> None:

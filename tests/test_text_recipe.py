@@ -199,6 +199,22 @@ def test_the_recipe_starts_and_takes_steps(corpus: Corpus) -> None:
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
+class Unused(Transformer):
+    """A transformer with a layer that it never calls."""
+
+    def __init__(self) -> None:
+        super().__init__(VOCABULARY, width=24, layers=1, heads=2, hidden=32)
+        self.aux = nn.Linear(24, 24)
+
+
+def test_a_network_that_has_no_points_is_refused_before_training(
+    folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="layer 'aux' is factorised but never called"):
+        run_text(replace(SMALL, network=Unused), folder, tmp_path, Progress(disable=True))
+    assert not list(tmp_path.iterdir())
+
+
 def test_text_is_not_exported_and_the_message_says_what_there_is(
     out: Path, folder: Path, tmp_path: Path
 ) -> None:

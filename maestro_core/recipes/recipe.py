@@ -1,12 +1,13 @@
 """What a recipe says: everything that decides a trained artifact, but for the data file."""
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
-from maestro_core.artifact import Image
+from maestro_core.artifact import NAME, Image
 from maestro_core.data import NO_AUGMENTATION, Augmentation, Pictures
 from maestro_core.folders import Folders
 from maestro_core.schedule import HyperParameters
@@ -40,6 +41,8 @@ class Recipe:
     folders: Folders | None = None
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(NAME, self.name):
+            raise ValueError(f"recipe '{self.name}': a name is {NAME}, as artifacts have it")
         if bool(self.labels) == bool(self.folders):
             raise ValueError(f"recipe '{self.name}': give labels, or folders that name them")
 

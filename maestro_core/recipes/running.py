@@ -14,7 +14,7 @@ from torch import nn
 from maestro_core import checkpoint, data, distributed, folders, held_out
 from maestro_core.accounting import Cost, measure
 from maestro_core.data import Data
-from maestro_core.export import Description, ExportError, check_embeddings
+from maestro_core.export import Description, ExportError, check_exportable
 from maestro_core.export import export as export_artifact
 from maestro_core.factorize import factorize_
 from maestro_core.frontier import Chain
@@ -113,8 +113,9 @@ def run_recipe(
     """
     with progress:
         loaded = _load(recipe, data_path, progress).on(device)
-        model = _network(recipe).to(device)
-        check_embeddings(model, recipe.training.keep)
+        model = _network(recipe)
+        check_exportable(model, recipe.training.keep, recipe.image)
+        model.to(device)
         if recipe.prepare:
             recipe.prepare(model, loaded.train)
         chain = train_(

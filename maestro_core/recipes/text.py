@@ -13,6 +13,7 @@ from torch import nn
 from maestro_core import distributed, sentences
 from maestro_core.accounting import Cost, measure
 from maestro_core.data import CPU
+from maestro_core.factorize import outline
 from maestro_core.frontier import Chain
 from maestro_core.perplexity import TextPoint, score_points
 from maestro_core.recipes.recipe import TextRecipe
@@ -41,7 +42,9 @@ def run_text(
         loaded = sentences.load(data_path, recipe.languages, recipe.splits, recipe.vocabulary)
         corpus = loaded.on(device)
         torch.manual_seed(recipe.training.seed)
-        model = recipe.network().to(device)
+        model = recipe.network()
+        measure(outline(model, recipe.training.keep), example(loaded.test))
+        model.to(device)
         chain = train_(
             model,
             corpus,
