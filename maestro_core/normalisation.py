@@ -42,7 +42,9 @@ def evaluating(model: nn.Module, by_batch: bool = False) -> Iterator[None]:
 def recalibrate(model: nn.Module, ranks: Mapping[str, int], pictures: Pictures) -> Statistics:
     """Return the statistics of the model cut to `ranks` over `pictures`; empty without such layers.
 
-    They are the means over batches of 500, each weighing the same.
+    They are the means over batches of 500, each weighing the same. Pictures are changed as in
+    training, by the same draws every time: of clean ones the statistics are not those that the
+    network learned with, which cost ResNet-9 with cutout one point of accuracy and more.
     """
     statistics = {
         name: torch.ones_like(buffer) if name.endswith("running_var") else torch.zeros_like(buffer)
@@ -55,8 +57,13 @@ def recalibrate(model: nn.Module, ranks: Mapping[str, int], pictures: Pictures) 
     try:
         for layer in layers:
             layer.momentum = None  # torch's way to say: the mean of all batches
-        with evaluating(model, by_batch=True), torch.inference_mode():
-            for x, _ in pictures.batches(BATCH):
+        with (
+            evaluating(model, by_batch=True),
+            torch.inference_mode(),
+            torch.random.fork_rng(devices=[]),
+        ):
+            torch.manual_seed(0)
+            for x, _ in pictures.augmented(torch.split(torch.arange(len(pictures)), BATCH)):
                 forward_at(model, ranks, x, buffers=statistics)
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):

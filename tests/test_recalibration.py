@@ -1,5 +1,7 @@
 """Normalisation of a cut network: by its own activations, and the whole's left as it was."""
 
+import copy
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 
 from maestro_core.artifact import Image
 from maestro_core.consolidation import consolidation_loss
-from maestro_core.data import Pictures
+from maestro_core.data import Augmentation, Pictures
 from maestro_core.evaluation import evaluate
 from maestro_core.factorize import factorize_, forward_at
 from maestro_core.normalisation import evaluating, recalibrate, scratch
@@ -70,6 +72,33 @@ def test_the_second_layer_is_gathered_behind_the_first_as_it_will_be(
 
     assert seen["y"].mean(0).abs().max() < 0.01
     assert (seen["y"].std(0) - 1).abs().max() < 0.01
+
+
+def test_statistics_are_of_pictures_changed_as_in_training(
+    model: nn.Sequential, pictures: Pictures
+) -> None:
+    changed = replace(pictures, augmentation=Augmentation(flip=True, cutout=5))
+    before = torch.random.get_rng_state()
+
+    statistics = recalibrate(model, CUT, changed)
+
+    assert torch.equal(torch.random.get_rng_state(), before), "training's draws are left alone"
+    again, clean = (recalibrate(model, CUT, p) for p in (changed, pictures))
+    trained = copy.deepcopy(model)
+    for layer in trained.modules():
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            layer.reset_running_stats()
+            layer.momentum = None
+    torch.manual_seed(1)
+    with evaluating(trained, by_batch=True), torch.no_grad():
+        for x, _ in changed.augmented(torch.split(torch.arange(1_000), 500)):
+            forward_at(trained, CUT, x)
+    for name, value in scratch(trained).items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        assert torch.equal(statistics[name], again[name])
+        off = (statistics[name] - value).abs().max()
+        assert off < 0.3 * (clean[name] - value).abs().max(), name
 
 
 def test_recalibration_changes_nothing_in_the_network(
