@@ -26,8 +26,9 @@ class CheckpointError(ValueError):
 class State:
     """Where training stands: finished epochs, and the rank of every factorised layer.
 
-    `run` says what is being trained (recipe, hyper-parameters, data): plain JSON. `chain` holds the
-    points that consolidation trains, once it has begun. `lasso` is the weight of the group lasso.
+    `run` says what is being trained (recipe, hyper-parameters, data): plain JSON. Its `search`
+    binds once there is a `chain`, the points that consolidation trains. `lasso` is the weight of
+    the group lasso.
     """
 
     epoch: int
@@ -108,7 +109,7 @@ def restore_(
         CheckpointError: it is damaged, or of another run; the model may then be half-restored.
     """
     state = read_state(path)
-    _check_run(path, state.run, run)
+    _check_run(path, state, run)
     layers = low_rank_layers(model)
     if set(layers) != set(state.ranks):
         raise CheckpointError(f"{path / STATE}: ranks: not those of {', '.join(layers)}")
@@ -131,9 +132,10 @@ def restore_(
     return state
 
 
-def _check_run(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    wanted = json.loads(json.dumps(wanted))
-    for key in sorted(found.keys() | wanted.keys()):
+def _check_run(path: Path, state: State, wanted: dict[str, Any]) -> None:
+    found, wanted = state.run, json.loads(json.dumps(wanted))
+    unused = set() if state.chain else {"search"}
+    for key in sorted((found.keys() | wanted.keys()) - unused):
         if found.get(key) != wanted.get(key):
             raise CheckpointError(
                 f"{path / STATE}: run.{key} is {found.get(key)!r}, but this run has "

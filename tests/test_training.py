@@ -275,6 +275,17 @@ def test_a_checkpoint_of_another_run_is_refused(
         train(network(), data, tmp_path, run=run)
 
 
+def test_another_search_is_refused_only_when_the_chain_is_found(data: Data, tmp_path: Path) -> None:
+    first, other = ({**RUN, "search": {"points": points}} for points in (4, 5))
+    train(network(), data, tmp_path, replace(HYPER, phases=phases(1)), run=first)
+
+    path = train(network(), data, tmp_path, replace(HYPER, phases=phases(1, 1)), run=other)
+
+    assert checkpoint.read_state(path).run == other
+    with pytest.raises(CheckpointError, match=r"run\.search is .*5.* but this run has .*4"):
+        train(network(), data, tmp_path, replace(HYPER, phases=phases(1, 1)), run=first)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_a_damaged_checkpoint_is_named(data: Data, tmp_path: Path, name: str, damage: str) -> None:

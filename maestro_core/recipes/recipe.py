@@ -47,7 +47,10 @@ class Recipe:
             raise ValueError(f"recipe '{self.name}': give labels, or folders that name them")
 
     def identity(self, data_sha256: str) -> dict[str, Any]:
-        """Return, as plain JSON, what a checkpoint must agree on to be resumed."""
+        """Return, as plain JSON, what a checkpoint must agree on to be resumed.
+
+        On `search` once it has found the chain.
+        """
         return {
             "recipe": self.name,
             "data_sha256": data_sha256,
@@ -79,7 +82,7 @@ class TextRecipe:
     search: SearchParameters
 
     def identity(self, data_sha256: str) -> dict[str, Any]:
-        """Return, as plain JSON, what a checkpoint must agree on to be resumed."""
+        """Return, as plain JSON, what a checkpoint must agree on to resume, as `Recipe` does."""
         return {
             "recipe": self.name,
             "data_sha256": data_sha256,
