@@ -75,13 +75,15 @@ def export(
 
     Raises:
         ExportError: a point's ONNX output differs from torch's by more than 1e-4 of the largest,
-            and by more than rounding explains; or an embedding is in two factors.
+            and by more than rounding explains; there is not one output for each label; or an
+            embedding is in two factors.
         ArtifactError: the disk does not take it; what was at `path` is untouched.
     """
     check_embeddings(model, keep=("*",))
     model.eval()
     x = test.batch(slice(0, CHECKED))[0].cpu()
     reference = copy.deepcopy(model).cpu()  # a GPU rounds in its own way, to 10 bits by default
+    _check_outputs(reference, x, len(description.labels))
     template, shared = graph.pack(make_template(reference, x), cost.layers)
     weights = bytearray(shared)
     private = [graph.place_(weights, _normalisation(template, point)) for point in trained]
@@ -158,13 +160,14 @@ def check_embeddings(model: nn.Module, keep: Sequence[str]) -> None:
             )
 
 
-def check_exportable(model: nn.Module, keep: Sequence[str], image: Image) -> None:
+def check_exportable(model: nn.Module, keep: Sequence[str], image: Image, labels: int) -> None:
     """Refuse a network that no training would make an artifact of; it is left as it is.
 
     A copy of it is exported at rank 1, its factors at random, and run.
 
     Raises:
-        ExportError: an embedding is not kept dense, or ONNX Runtime can't run the network.
+        ExportError: an embedding is not kept dense, there is not one output for each label, or ONNX
+            Runtime can't run the network.
         ValueError: a factorised layer is never called, or a pattern in `keep` matches none.
     """
     check_embeddings(model, keep)
@@ -173,6 +176,7 @@ def check_exportable(model: nn.Module, keep: Sequence[str], image: Image) -> Non
         truncate_(layer, min(1, layer.rank))
     x = torch.zeros(2, len(image.mean), image.height, image.width)
     with torch.random.fork_rng(devices=[]):
+        _check_outputs(copied, x, labels)
         cost = measure(copied, x[:1])
         template, weights = graph.pack(make_template(copied, x), cost.layers)
     point = graph.build(template, cost.layers, [layer.max_rank for layer in cost.layers])
@@ -182,6 +186,17 @@ def check_exportable(model: nn.Module, keep: Sequence[str], image: Image) -> Non
                 session.run([OUTPUT], {INPUT: x[:size].numpy()})
     except Exception as error:  # onnxruntime's have no class of their own in common
         raise ExportError(f"ONNX Runtime can't run the network: {error}") from error
+
+
+def _check_outputs(model: nn.Module, x: Tensor, labels: int) -> None:
+    """Refuse a network, in inference mode, that has not one output for each label."""
+    with torch.inference_mode():
+        shape = tuple(model(x).shape)
+    if shape != (len(x), labels):
+        raise ExportError(
+            f"the network's output for {len(x)} pictures is {shape}; for {labels} labels it must "
+            f"be ({len(x)}, {labels})"
+        )
 
 
 def make_template(model: nn.Module, x: Tensor) -> ModelProto:

@@ -1,5 +1,6 @@
 """The artifact of a network, run by plain ONNX Runtime, against torch at the same ranks."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,14 @@ from maestro_core.accounting import measure
 from maestro_core.artifact import Artifact, Image
 from maestro_core.data import Pictures
 from maestro_core.evaluation import evaluate
-from maestro_core.export import Description, ExportError, check_embeddings, export, wilson
+from maestro_core.export import (
+    Description,
+    ExportError,
+    check_embeddings,
+    check_exportable,
+    export,
+    wilson,
+)
 from maestro_core.factorize import factorize_, forward_at, low_rank_layers
 from maestro_core.lod import truncate_
 from maestro_core.normalisation import recalibrate
@@ -196,6 +204,19 @@ def test_an_embedding_in_two_factors_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="'place'"):
         check_embeddings(Attentive(), keep=["head"])
     check_embeddings(Attentive(), keep=["pla*"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_network_needs_one_output_for_each_label(tmp_path: Path) -> None:
+    fewer = replace(DESCRIPTION, labels=tuple("abcdefg"))
+    model = network()
+    cost, path = measure(model, torch.zeros(1, 3, 8, 8)), tmp_path / "net.maestro"
+
+    with pytest.raises(ExportError, match=r"is \(64, 8\); for 7 labels it must be \(64, 7\)"):
+        export(model, cost, points(model), pictures(), fewer, path, lambda: None)
+    with pytest.raises(ExportError, match=r"for 2 pictures is \(2, 8\); for 9 labels"):
+        check_exportable(Net(), [], pictures().image, 9)
+    check_exportable(Net(), [], pictures().image, 8)
     assert not list(tmp_path.iterdir())
 
 

@@ -114,7 +114,8 @@ def run_recipe(
     with progress:
         loaded = _load(recipe, data_path, progress).on(device)
         model = _network(recipe)
-        check_exportable(model, recipe.training.keep, recipe.image)
+        labels = recipe.labels or loaded.classes
+        check_exportable(model, recipe.training.keep, recipe.image, len(labels))
         model.to(device)
         if recipe.prepare:
             recipe.prepare(model, loaded.train)
