@@ -176,7 +176,7 @@ def check_exportable(model: nn.Module, keep: Sequence[str], image: Image, labels
         truncate_(layer, min(1, layer.rank))
     x = torch.zeros(2, len(image.mean), image.height, image.width)
     with torch.random.fork_rng(devices=[]):
-        _check_outputs(copied, x, labels)
+        _check_outputs(copied, x[:1], labels)
         cost = measure(copied, x[:1])
         template, weights = graph.pack(make_template(copied, x), cost.layers)
     point = graph.build(template, cost.layers, [layer.max_rank for layer in cost.layers])
@@ -194,7 +194,7 @@ def _check_outputs(model: nn.Module, x: Tensor, labels: int) -> None:
         shape = tuple(model(x).shape)
     if shape != (len(x), labels):
         raise ExportError(
-            f"the network's output for {len(x)} pictures is {shape}; for {labels} labels it must "
+            f"the network's output for a batch of {len(x)} is {shape}; for {labels} labels it must "
             f"be ({len(x)}, {labels})"
         )
 

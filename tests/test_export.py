@@ -214,7 +214,7 @@ def test_a_network_needs_one_output_for_each_label(tmp_path: Path) -> None:
 
     with pytest.raises(ExportError, match=r"is \(64, 8\); for 7 labels it must be \(64, 7\)"):
         export(model, cost, points(model), pictures(), fewer, path, lambda: None)
-    with pytest.raises(ExportError, match=r"for 2 pictures is \(2, 8\); for 9 labels"):
+    with pytest.raises(ExportError, match=r"batch of 1 is \(1, 8\); for 9 labels"):
         check_exportable(Net(), [], pictures().image, 9)
     check_exportable(Net(), [], pictures().image, 8)
     assert not list(tmp_path.iterdir())
