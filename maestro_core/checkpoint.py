@@ -55,10 +55,7 @@ def save(root: Path, model: nn.Module, optimizer: Optimizer, state: State) -> Pa
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         for name, data in files.items():
-            with (aside / name).open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            _write(aside / name, data)
         shutil.rmtree(path, ignore_errors=True)
         aside.rename(path)
     except OSError as error:
@@ -69,6 +66,37 @@ def save(root: Path, model: nn.Module, optimizer: Optimizer, state: State) -> Pa
         if older.name < path.name:
             shutil.rmtree(older, ignore_errors=True)
     return path
+
+
+def save_weights(root: Path, epoch: int, model: nn.Module) -> None:
+    """Keep what `model` is after `epoch` in `root`, beside the checkpoints, as a whole.
+
+    Raises:
+        CheckpointError: the disk does not take it.
+    """
+    path = _weights(root, epoch)
+    aside = path.with_name(f".{path.name}")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _write(aside, safetensors.torch.save(_owned(model.state_dict())))
+        aside.rename(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def load_weights_(root: Path, epoch: int, model: nn.Module) -> None:
+    """Give `model` what `save_weights` kept of `epoch`.
+
+    Raises:
+        CheckpointError: it is missing, damaged or of another network.
+    """
+    path = _weights(root, epoch)
+    try:
+        model.load_state_dict(_read_tensors(path))
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: does not fit the network: {error}") from error
 
 
 def latest(root: Path) -> Path | None:
@@ -130,6 +158,17 @@ def restore_(
             held = value.to(parameter.device) if value.dim() else value
             optimizer.state[parameter][field] = held
     return state
+
+
+def _weights(root: Path, epoch: int) -> Path:
+    return root / f"weights-{epoch:04}.safetensors"
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _check_run(path: Path, state: State, wanted: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from maestro_core.data import Inputs
 from maestro_core.factorize import forward_at, low_rank_layers
 from maestro_core.loss import cross_entropy, labelled
 from maestro_core.normalisation import scratch
+from maestro_core.teachers import taught_answers
 
 
 def consolidation_loss(
@@ -25,22 +26,29 @@ def consolidation_loss(
     labels: Tensor,
     rng: Random,
     label_smoothing: float = 0.0,
+    teachers: Sequence[nn.Module] = (),
 ) -> Tensor:
     """Return the sum of the whole network's loss on `labels` and two points' on its answers.
 
-    The points are the cheapest and one drawn from between; a chain of one or two has fewer.
-    They are normalised by the batch and leave the model's statistics to the whole network.
+    With `teachers` (teachers.py) all three learn their answers instead. The points are the cheapest
+    and one drawn from between; a chain of one or two has fewer. They are normalised by the batch
+    and leave the model's statistics to the whole network.
     """
     names = list(low_rank_layers(model))
     whole: Tensor = model(x)
-    answers = labelled(whole.detach(), labels).float().softmax(1)
+    if teachers:
+        answers = labelled(taught_answers(teachers, x), labels)
+        first = F.cross_entropy(labelled(whole, labels), answers)
+    else:
+        answers = labelled(whole.detach(), labels).float().softmax(1)
+        first = cross_entropy(whole, labels, label_smoothing)
     between = [rng.choice(chain[1:-1])] if len(chain) > 2 else []
     points = [
         forward_at(model, dict(zip(names, ranks, strict=True)), x, buffers=scratch(model))
         for ranks in (*chain[:-1][:1], *between)
     ]
     losses = [
-        cross_entropy(whole, labels, label_smoothing),
+        first,
         *(F.cross_entropy(labelled(y, labels), answers) for y in points),
     ]
     return torch.stack(losses).sum()

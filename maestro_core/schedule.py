@@ -52,6 +52,8 @@ class HyperParameters:
     one that is trained by then (whitening.py).
     With a `target` the ordered phase ends at that size, whatever `lasso` (target.py).
     Scales and shifts of batch normalisation learn `normalisation_rate` times as fast as the rest.
+    With `taught` the nested phase learns no labels but what the dense networks answer that the
+    dense phases ended with (teachers.py).
     """
 
     phases: tuple[Phase, ...]
@@ -72,6 +74,7 @@ class HyperParameters:
     whitened: bool = False
     normalisation_rate: float = 1.0
     adam: Moments | None = None
+    taught: bool = False
 
     def __post_init__(self) -> None:
         kinds = [phase.kind for phase in self.phases]
@@ -79,6 +82,8 @@ class HyperParameters:
             raise ValueError(f"phases come as dense, ordered, nested, not as {', '.join(kinds)}")
         if self.target and kinds.count("ordered") != 1:
             raise ValueError("a target needs one ordered phase, in which the network shrinks")
+        if self.taught and "dense" not in kinds:
+            raise ValueError("taught needs a dense phase: its network is the teacher")
         if not self.normalisation_rate > 0:
             raise ValueError(f"normalisation_rate is {self.normalisation_rate}, not above 0")
         if self.adam and (self.momentum or self.nesterov):

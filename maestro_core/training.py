@@ -1,5 +1,6 @@
 """The training loop: dense, then with one layer cut at random, then on the chain found by it."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from maestro_core.sampling import Sampling, draw
 from maestro_core.schedule import HyperParameters, learning_rate
 from maestro_core.sentences import Corpus, Samples, Sentences, example
 from maestro_core.target import FALLING, Pursuit, Target, first_weight
+from maestro_core.teachers import ends_with_teacher, load_teachers
 from maestro_core.whitening import sample_inputs, whiten_
 
 # A loss is looked at after so many steps: to look makes the host wait for the device.
@@ -60,6 +62,7 @@ def train_(
     """
     last = checkpoint.latest(root)
     state = checkpoint.read_state(last) if last else checkpoint.State(0, {}, run, [])
+    dense, teachers = copy.deepcopy(model) if hyper.taught else model, list[nn.Module]()
     if state.ranks:
         _factorize_(model, hyper)
     optimizer = _optimizer(model, hyper)
@@ -75,6 +78,8 @@ def train_(
         if phase.kind == "nested" and not chain:
             chain = distributed.agreed(find())
             cut_(model, chain[-1])
+        if phase.kind == "nested" and not teachers:
+            teachers = load_teachers(root, dense, hyper)
         if before == 0:
             optimizer = _optimizer(model, hyper)
         pursuit = None
@@ -90,6 +95,7 @@ def train_(
                 chain,
                 lambda: progress.advance(task),
                 pursuit,
+                teachers,
             )
             distributed.share_buffers_(model)
             result = evaluate(model, data.validation)
@@ -105,6 +111,8 @@ def train_(
         lasso = pursuit.weight if pursuit else hyper.lasso
         state = checkpoint.State(epoch + 1, ranks, run, chain, lasso)
         if distributed.rank() == 0:
+            if ends_with_teacher(hyper, epoch):
+                checkpoint.save_weights(root, epoch + 1, model)
             last = checkpoint.save(root, model, optimizer, state)
         done = (
             f"epoch {epoch + 1}/{hyper.epochs}, validation {_said(data, result)}, "
@@ -129,12 +137,13 @@ def train_epoch_(
     chain: Chain,
     on_step: Callable[[], None],
     pursuit: Pursuit | None = None,
+    teachers: Sequence[nn.Module] = (),
 ) -> None:
     """Go once through `samples` in random order, in the phase that `epoch` is of.
 
     Each of several processes takes its part of a batch, and all make the same step; a rest of
     samples too few for all is left out. A `pursuit` says how the lasso is weighed, in place of
-    `hyper`.
+    `hyper`; `teachers` what the chain learns, in place of labels.
 
     Raises:
         Diverged: the loss is not finite.
@@ -158,7 +167,9 @@ def train_epoch_(
             group["lr"] = rate * group.get("times", 1.0)
         with torch.autocast(labels.device.type, torch.bfloat16, in_bfloat16):
             if phase.kind == "nested":
-                loss = consolidation_loss(model, chain, x, labels, rng, hyper.label_smoothing)
+                loss = consolidation_loss(
+                    model, chain, x, labels, rng, hyper.label_smoothing, teachers
+                )
             elif phase.kind == "ordered":
                 lasso = 0.0 if hyper.proximal or pursuit else hyper.lasso
                 loss = ordered_loss(

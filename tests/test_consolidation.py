@@ -52,3 +52,23 @@ def test_the_whole_network_is_not_pulled_to_its_points() -> None:
     # Only the whole network has the rows beyond the first, so the point's loss adds nothing there.
     torch.testing.assert_close(ours[1:], expected[1:])
     assert not torch.allclose(ours[0], expected[0])
+
+
+def test_with_teachers_all_learn_their_mean_answer_and_no_label() -> None:
+    model, x = network(), torch.randn(5, 4)
+    teachers = [nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5)).eval() for _ in range(2)]
+
+    loss, other = (
+        consolidation_loss(model, CHAIN, x, labels, Random(0), teachers=teachers)
+        for labels in (torch.zeros(5, dtype=torch.int64), torch.ones(5, dtype=torch.int64))
+    )
+
+    answers = (teachers[0](x).softmax(1) + teachers[1](x).softmax(1)) / 2
+    expected = torch.zeros(())
+    for first, second in CHAIN:
+        learnt = forward_at(model, {"0": first, "2": second}, x).log_softmax(1)
+        expected = expected - (answers * learnt).sum(1).mean()
+    torch.testing.assert_close(loss, expected)
+    assert torch.equal(loss, other)
+    torch.autograd.backward(loss)
+    assert all(p.grad is None for teacher in teachers for p in teacher.parameters())

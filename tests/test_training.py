@@ -80,6 +80,7 @@ def phases(ordered: int, nested: int = 0, rate: float = RATE) -> tuple[Phase, ..
 
 
 CHAIN: Chain = [(1, 2), (2, 6), (4, 12)]
+OFF = Progress(disable=True)
 
 
 def train(
@@ -96,8 +97,7 @@ def train(
         ranks = [layer.rank for layer in low_rank_layers(model).values()]
         return [tuple(map(min, point, ranks)) for point in CHAIN]
 
-    off = Progress(disable=True)
-    assert train_(model, data, hyper, find, root, run, progress or off) == find()
+    assert train_(model, data, hyper, find, root, run, progress or OFF) == find()
     last = checkpoint.latest(root)
     assert last is not None
     return last
@@ -198,6 +198,83 @@ def test_a_run_stopped_in_either_phase_ends_with_the_same_bits(
     train(resumed, data, tmp_path / "cut", CONSOLIDATING)
 
     assert same(whole, resumed)
+
+
+TAUGHT = replace(
+    HYPER,
+    phases=(Phase("dense", 2, RATE), Phase("dense", 1, RATE), *phases(1, 2)),
+    keep=("head",),
+    taught=True,
+)
+
+
+def untrained() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def test_the_network_at_the_end_of_each_dense_phase_teaches_the_points(
+    data: Data, tmp_path: Path
+) -> None:
+    taught, alone, dense = untrained(), untrained(), untrained()
+    train(taught, data, tmp_path / "a", TAUGHT)
+    train(alone, data, tmp_path / "b", replace(TAUGHT, taught=False))
+    last = train(untrained(), data, tmp_path / "c", replace(TAUGHT, phases=TAUGHT.phases[:1]))
+    checkpoint.restore_(last, dense, None, RUN)
+
+    kept = {f.name: f for f in (tmp_path / "a").glob("weights-*")}
+    assert sorted(kept) == ["weights-0002.safetensors", "weights-0003.safetensors"]
+    assert not list((tmp_path / "b").glob("weights-*"))
+    teacher = untrained()
+    checkpoint.load_weights_(tmp_path / "a", 2, teacher)
+    assert same(teacher, dense)
+    assert not same(taught, alone)
+    assert evaluate(taught, data.validation, {"conv": 1, "fc": 2}).accuracy > 0.9
+
+
+@pytest.mark.parametrize("stop", [15, 25, 35, 45])
+def test_a_taught_run_that_was_stopped_ends_with_the_same_bits(
+    data: Data, tmp_path: Path, stop: int
+) -> None:
+    class Stops(Progress):
+        def advance(self, *_: Any, **__: Any) -> None:
+            steps.append(0)
+            if len(steps) == stop:
+                raise KeyboardInterrupt
+
+    steps: list[int] = []
+    whole, resumed = untrained(), untrained()
+    train(whole, data, tmp_path / "whole", TAUGHT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(untrained(), data, tmp_path / "cut", TAUGHT, Stops(disable=True))
+    train(resumed, data, tmp_path / "cut", TAUGHT)
+
+    assert same(whole, resumed)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "No such file"), (b"junk", "damaged"), (b"other", "does not fit the network")],
+)
+def test_a_teacher_that_is_gone_or_damaged_is_named(
+    data: Data, tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    train(untrained(), data, tmp_path, replace(TAUGHT, phases=(*TAUGHT.phases[:2], *phases(1))))
+    teacher = tmp_path / "weights-0003.safetensors"
+    teacher.unlink()
+    if content == b"other":
+        checkpoint.save_weights(tmp_path, 3, nn.Linear(2, 2))
+    elif content:
+        teacher.write_bytes(content)
+
+    with pytest.raises(CheckpointError, match=rf"weights-0003\.safetensors: {message}"):
+        train(untrained(), data, tmp_path, TAUGHT)
+
+
+def test_taught_needs_a_dense_phase() -> None:
+    with pytest.raises(ValueError, match="taught needs a dense phase: its network is the teacher"):
+        replace(HYPER, taught=True)
 
 
 def test_a_finished_run_is_not_trained_again(data: Data, tmp_path: Path) -> None:
