@@ -8,8 +8,9 @@ accuracy on the artifact's own samples, latency on the host.
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from math import log
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from benchmarks.layer_latencies import (
     runner,
     session_of,
 )
-from benchmarks.normalisation import recalibrated, statistics
+from benchmarks.normalisation import Drift, drift_of, recalibrated, statistics
 from maestro_core import graph, held_out
 from maestro_core.artifact import Artifact, Layer, Score
 from maestro_core.frontier import RankTable, nested_chain, pareto, spread
@@ -90,7 +91,8 @@ class Network:
     points would look a per cent or two better than they are. `dense` are the dense weights that the
     weights file lacks; `dense_when_whole` names the layers that run dense at their full rank: by
     MACs, until the host has measured them. `statistics` are what the artifact's own points are
-    normalised by, from far more inputs than are here.
+    normalised by, from far more inputs than are here, changed as in training; `drifts` are how they
+    differ from what the inputs here give, of the points that were asked so far.
     """
 
     artifact: Artifact
@@ -101,6 +103,7 @@ class Network:
     dense: Mapping[str, TensorProto]
     dense_when_whole: frozenset[str]
     statistics: Mapping[Ranks, Mapping[str, TensorProto]]
+    drifts: dict[Ranks, Drift] = field(default_factory=dict)
 
     @classmethod
     def of(cls, source: Artifact) -> "Network":
@@ -157,12 +160,28 @@ class Network:
         return graph.build(self.template, self.layers, plan.ranks, self.dense, plan.dense)
 
     def build(self, plan: Plan, measuring: Measuring) -> ModelProto:
-        """Return the graph of a point, normalised as exported or else by its own activations."""
-        known = self.statistics.get(plan.ranks)
-        if known is None:
-            return recalibrated(self.graph(plan), self.folder, self.inputs, measuring)
-        private = {**self.dense, **known}
+        """Return the graph of a point, normalised as exported or else by its own activations.
+
+        These are corrected by what inputs here do to the exported point of the most like MACs.
+        """
+        if plan.ranks in self.statistics:
+            return self._exported(plan)
+        macs = self._macs(plan.ranks)
+        like = min(self.statistics, key=lambda ranks: abs(log(self._macs(ranks) / macs)))
+        if like not in self.drifts:
+            trained = self._exported(self.plan(like))
+            self.drifts[like] = drift_of(trained, self.folder, self.inputs, measuring)
+        drift = self.drifts[like]
+        return recalibrated(self.graph(plan), self.folder, self.inputs, measuring, drift)
+
+    def _exported(self, plan: Plan) -> ModelProto:
+        private = {**self.dense, **self.statistics[plan.ranks]}
         return graph.build(self.template, self.layers, plan.ranks, private, plan.dense)
+
+    def _macs(self, ranks: Ranks) -> int:
+        """Return the MACs of the factorised layers, at least 1."""
+        pairs = zip(self.layers, ranks, strict=True)
+        return max(1, sum(layer.macs(rank) for layer, rank in pairs))
 
     def correct(self, model: ModelProto, measuring: Measuring) -> int:
         """Return how many samples a point gets right."""

@@ -3,9 +3,11 @@
 A cut layer changes the mean and variance of what follows it, and those in the artifact are of the
 whole network (METHOD: cumulative averages of batch statistics, as in "Slimmable Neural Networks",
 Yu et al., 2019, and "Once-for-All", Cai et al., 2020). Inputs suffice; labels are not looked at.
+Inputs here are not changed as training's are, which a trained point shows and is corrected for.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,32 +23,84 @@ Floats = NDArray[np.float32]
 _BATCH = 64
 
 
-def recalibrated(model: ModelProto, folder: Path, x: Floats, measuring: Measuring) -> ModelProto:
+@dataclass(frozen=True, slots=True, eq=False)
+class Drift:
+    """How statistics of training's inputs differ from those of the inputs here.
+
+    By the statistic's name in a gathered graph: what to add to a mean, and multiply a variance by.
+    """
+
+    means: Mapping[str, Floats]
+    variances: Mapping[str, Floats]
+
+
+NO_DRIFT = Drift({}, {})
+
+
+def recalibrated(
+    model: ModelProto, folder: Path, x: Floats, measuring: Measuring, drift: Drift = NO_DRIFT
+) -> ModelProto:
     """Return a point whose normalisations have the statistics of its own activations on x, (n, …).
 
     Each layer is normalised by the statistics of its batch while they are gathered, as in training;
-    batches count alike. A graph without batch normalisation comes back as it is.
+    batches count alike. They are then corrected by the `drift` of a point like this one. A graph
+    without batch normalisation comes back as it is.
     """
-    nodes = [node for node in model.graph.node if node.op_type == "BatchNormalization"]
-    if not nodes:
+    if not _normalisations(model):
         return model
+    found = _gathered(model, folder, x, measuring)
+    for name, offset in drift.means.items():
+        found[name] = found[name] + offset
+    for name, factor in drift.variances.items():
+        found[name] = found[name] * factor
+    return _with_statistics(model, found)
+
+
+def drift_of(model: ModelProto, folder: Path, x: Floats, measuring: Measuring) -> Drift:
+    """Return how a trained point's own statistics differ from those of its activations on x.
+
+    Training shifts pictures and cuts holes, which moves the means and variances of all layers.
+    """
+    nodes = _normalisations(model)
+    if not nodes:
+        return NO_DRIFT
+    own = statistics(model)
+    trained = {name: numpy_helper.to_array(tensor, str(folder)) for name, tensor in own.items()}
+    found = _gathered(model, folder, x, measuring)
+    means, variances = {}, {}
+    for node in nodes:
+        mean, var = _statistics(node)
+        means[mean] = trained[node.input[3]] - found[mean]
+        ones = np.ones_like(found[var])
+        variances[var] = np.divide(
+            trained[node.input[4]], found[var], out=ones, where=found[var] > 0
+        )
+    return Drift(means, variances)
+
+
+def _gathered(
+    model: ModelProto, folder: Path, x: Floats, measuring: Measuring
+) -> dict[str, Floats]:
+    """Return the mean and variance per channel of what each normalisation of the point reads."""
     session = session_of(_gathering(model), folder, measuring.intra_op_threads)
-    names = [name for node in nodes for name in _statistics(node)]
+    names = [name for node in _normalisations(model) for name in _statistics(node)]
     batches = max(1, len(x) // _BATCH)
     input_name = model.graph.input[0].name
-    sums = [np.zeros(1)] * len(names)
+    sums = [np.zeros(1, np.float32)] * len(names)
     parts = np.array_split(x, batches)
     runs = (partial(session.run, names, {input_name: part}) for part in parts)
     for found in measuring.in_turns(runs):
         sums = [total + value for total, value in zip(sums, found, strict=True)]
-    means = {name: (total / batches) for name, total in zip(names, sums, strict=True)}
-    return _with_statistics(model, means)
+    return {name: total / np.float32(batches) for name, total in zip(names, sums, strict=True)}
+
+
+def _normalisations(model: ModelProto) -> list[NodeProto]:
+    return [node for node in model.graph.node if node.op_type == "BatchNormalization"]
 
 
 def statistics(model: ModelProto) -> dict[str, TensorProto]:
     """Return the means and variances that a point is normalised by, by name."""
-    nodes = (node for node in model.graph.node if node.op_type == "BatchNormalization")
-    names = {name for node in nodes for name in node.input[3:5]}
+    names = {name for node in _normalisations(model) for name in node.input[3:5]}
     return {t.name: t for t in model.graph.initializer if t.name in names}
 
 
@@ -101,12 +155,11 @@ def _by_batch(node: NodeProto, dims: int) -> list[NodeProto]:
     ]
 
 
-def _with_statistics(model: ModelProto, means: Mapping[str, NDArray[np.float64]]) -> ModelProto:
+def _with_statistics(model: ModelProto, means: Mapping[str, Floats]) -> ModelProto:
     copy = ModelProto()
     copy.CopyFrom(model)
-    for node in copy.graph.node:
-        if node.op_type == "BatchNormalization":
-            node.input[3:5] = _statistics(node)
+    for node in _normalisations(copy):
+        node.input[3:5] = _statistics(node)
     for name, value in means.items():
         tensor = numpy_helper.from_array(value.astype(np.float32), name)
         copy.graph.initializer.append(tensor)

@@ -14,6 +14,7 @@ from benchmarks.correction import Correction
 from benchmarks.effort import CancelledError
 from benchmarks.host_points import Candidate, Found, Network, Plan
 from benchmarks.layer_latencies import LayerLatency, Measuring
+from benchmarks.normalisation import recalibrated
 from maestro_core import artifact, graph, held_out
 from maestro_core.artifact import Artifact
 from maestro_core.frontier import RankTable
@@ -115,6 +116,26 @@ def test_a_point_of_the_artifact_is_normalised_as_it_was_exported() -> None:
     (output,) = session.run(None, {shipped.manifest.input.name: x})
     assert output == pytest.approx(Engine(shipped).run(x, 0), abs=1e-4)
     assert network.statistics[plan.ranks]
+
+
+def test_another_point_is_normalised_much_as_if_it_had_been_exported() -> None:
+    whole = Network.of(artifact.load(shipped_artifact()))
+    *_, left_out, _ = whole.statistics
+    others = {ranks: s for ranks, s in whole.statistics.items() if ranks != left_out}
+    network = replace(whole, statistics=others)
+    plan = whole.plan(left_out)
+    uncorrected = recalibrated(network.graph(plan), network.folder, network.inputs, MEASURING)
+
+    corrected = network.build(plan, MEASURING)
+
+    assert len(network.drifts) == 1
+    expected, ours, worse = (
+        layer_latencies.session_of(model, network.folder, 1).run(
+            None, {whole.artifact.manifest.input.name: network.samples.x[:100]}
+        )[0]
+        for model in (whole.build(plan, MEASURING), corrected, uncorrected)
+    )
+    assert np.abs(ours - expected).mean() < 0.5 * np.abs(worse - expected).mean()
 
 
 def test_what_noise_puts_out_of_order_is_left_out_and_the_best_stays() -> None:
