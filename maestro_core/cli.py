@@ -22,6 +22,7 @@ from maestro_core.allocator import keep_freed_memory
 from maestro_core.artifact import Artifact
 
 if TYPE_CHECKING:
+    from maestro_core.profile import Profile
     from server.settings import Settings
 
 app = typer.Typer(
@@ -181,7 +182,7 @@ def profile(
         model = HostModel(artifact.load(path), read_settings())
         served, measured, note = local.profile(model, effort, progress)
     _print_points(served, frontier_rows(served, measured), as_json)
-    errors.print(f"measured until {'precise' if measured.stopped_on == 'precision' else 'time up'}")
+    errors.print(_how_sure(measured))
     if note:
         raise CommandError(note)
 
@@ -380,6 +381,16 @@ def _print_points(loaded: Artifact, rows: list[dict[str, Any]], as_json: bool) -
     console.print(table)
     if rows[0]["p50_ms"] is None:
         errors.print(f"not profiled on this host yet: maestro profile {loaded.path}")
+
+
+def _how_sure(measured: "Profile") -> str:
+    """Return what ended a calibration, how well medians are known, and how busy others were."""
+    ended = "all medians are precise" if measured.stopped_on == "precision" else "the time was up"
+    widest = max((x.p50_high_ms - x.p50_low_ms) / 2 / x.p50_ms for x in measured.latencies)
+    return (
+        f"measured until {ended}: within {widest:.1%} or less (95 %); "
+        f"others used {measured.cores_used_by_others:.0%} of the host"
+    )
 
 
 def _short(number: int) -> str:

@@ -133,14 +133,25 @@ class Profile:
         Raises:
             ProfileError: the point was not profiled, or the batch lies outside the profiled sizes.
         """
+        return self._at(point, batch, f"p{quantile}_ms")
+
+    def median_interval_ms(self, point: int, batch: int) -> tuple[float, float]:
+        """Return the 95 % interval of a median; of its ends, linear in batch, between sizes.
+
+        Raises:
+            ProfileError: as `quantile_ms`.
+        """
+        return self._at(point, batch, "p50_low_ms"), self._at(point, batch, "p50_high_ms")
+
+    def _at(self, point: int, batch: int, field: str) -> float:
         row, sizes = self.row(point), self.batch_sizes
         if not sizes[0] <= batch <= sizes[-1]:
             raise ProfileError(f"batch {batch} is not profiled; sizes are {sizes[0]}..{sizes[-1]}")
         right = bisect_left(sizes, batch)
-        above = float(getattr(row[right], f"p{quantile}_ms"))
+        above = float(getattr(row[right], field))
         if sizes[right] == batch:
             return above
-        below = float(getattr(row[right - 1], f"p{quantile}_ms"))
+        below = float(getattr(row[right - 1], field))
         share = (batch - sizes[right - 1]) / (sizes[right] - sizes[right - 1])
         return below + share * (above - below)
 

@@ -74,10 +74,11 @@ def frontier_rows(
     names = [layer.name for layer in artifact.manifest.layers]
     rows: list[dict[str, Any]] = []
     for i, point in enumerate(artifact.points):
-        quantiles = {
-            f"p{q}_ms": None if profile is None else round(profile.quantile_ms(i, batch, q), 4)
-            for q in (50, 95, 99)
-        }
+        latencies = dict.fromkeys(("p50_ms", "p50_low_ms", "p50_high_ms", "p95_ms", "p99_ms"))
+        if profile is not None:
+            p50_ms, p95_ms, p99_ms = (profile.quantile_ms(i, batch, q) for q in (50, 95, 99))
+            found = (p50_ms, *profile.median_interval_ms(i, batch), p95_ms, p99_ms)
+            latencies = {name: round(ms, 4) for name, ms in zip(latencies, found, strict=True)}
         rows.append(
             {
                 "point": i,
@@ -87,7 +88,7 @@ def frontier_rows(
                 "accuracy_high": point.score.high,
                 "macs": point.macs,
                 "params": point.params,
-                **quantiles,
+                **latencies,
                 "on_frontier": None,
             }
         )

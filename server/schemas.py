@@ -192,6 +192,8 @@ class FrontierPoint(BaseModel):
     macs: int
     params: int
     p50_ms: float | None
+    p50_low_ms: float | None = Field(description="Lower end of the median's 95 % interval")
+    p50_high_ms: float | None = Field(description="Upper end of it")
     p95_ms: float | None
     p99_ms: float | None
     on_frontier: bool | None = Field(description="No other point is as accurate and faster here")

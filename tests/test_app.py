@@ -252,6 +252,7 @@ def test_the_frontier_lists_every_point_with_latency(client: Client) -> None:
 
     assert [row["point"] for row in frontier["points"]] == list(range(len(TINY_RANKS)))
     assert all(0 < row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] for row in frontier["points"])
+    assert all(0 < r["p50_low_ms"] <= r["p50_ms"] <= r["p50_high_ms"] for r in frontier["points"])
     assert frontier["points"][-1]["on_frontier"]
     check_problem(client.get("/frontier?batch=9"), 422, "batch 9 is not profiled; sizes are 1..4")
     check_problem(client.get("/frontier?batch=0"), 422, "batch: ")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,10 @@ def test_profile_then_show_then_infer(
 
     profiled = maestro(environment, "profile", path, "--quick", "--json")
     assert profiled.returncode == 0, profiled.stderr
+    said = " ".join(profiled.stderr.split())
+    assert re.search(
+        r"measured until .*: within \d+\.\d% or less \(95 %\); others used \d+% ", said
+    )
     shown = json.loads(maestro(environment, "show", path, "--json").stdout)
     assert shown == json.loads(profiled.stdout)
     assert all(row["p50_ms"] > 0 for row in shown["points"])

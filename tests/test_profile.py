@@ -98,6 +98,7 @@ def test_others_use_a_share_of_the_host() -> None:
 def test_quantile_between_profiled_batches_is_linear() -> None:
     assert PROFILE.quantile_ms(0, 4, 50) == 2.0
     assert PROFILE.quantile_ms(0, 6, 50) == 2.5
+    assert PROFILE.median_interval_ms(0, 6) == pytest.approx((2.5 * 0.99, 2.5 * 1.01))
     assert PROFILE.quantile_ms(2, 1, 95) == pytest.approx(3.75 * 1.2)
 
 
