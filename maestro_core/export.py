@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import torch
-from onnx import ModelProto
+from onnx import ModelProto, numpy_helper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -200,9 +200,9 @@ def _check_outputs(model: nn.Module, x: Tensor, labels: int) -> None:
 
 
 def make_template(model: nn.Module, x: Tensor) -> ModelProto:
-    """Return `model` in ONNX with one node per factorised layer (graph.py); `x` is (b >= 2, …)."""
+    """Return `model` in ONNX, factorised layers as nodes (graph.py) for x (b >= 2, …)."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # that torchvision is missing is fine
-    with warnings.catch_warnings(), _own_normalisation(model):
+    with warnings.catch_warnings(), _own_normalisation(model), _own_factors(model) as factors:
         # torch's exporter calls functions that torch itself deprecates.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -221,6 +221,10 @@ def make_template(model: nn.Module, x: Tensor) -> ModelProto:
     for node in template.graph.node:
         if node.op_type == NORMALISATION:
             node.domain = ""
+    for tensor in template.graph.initializer:
+        if tensor.name in factors:
+            value = factors[tensor.name].detach().cpu().numpy()
+            tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
     _strip_(template)
     return template
 
@@ -242,6 +246,29 @@ def _own_normalisation(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
+
+
+@contextmanager
+def _own_factors(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+    """Put other factors in the place of the model's within, no two alike; yield its own by name.
+
+    The exporter would make one initializer of two that are equal, as the empty ones of rank 0 are.
+    """
+    own = {
+        f"{name}.{factor}": (layer, factor)
+        for name, layer in low_rank_layers(model).items()
+        for factor in ("down", "up")
+    }
+    factors = {name: layer.get_parameter(factor) for name, (layer, factor) in own.items()}
+    for i, (layer, factor) in enumerate(own.values()):
+        rows, *rest = layer.get_parameter(factor).shape
+        value = layer.get_parameter(factor).new_full((max(1, rows), *rest), i)
+        setattr(layer, factor, nn.Parameter(value))
+    try:
+        yield factors
+    finally:
+        for name, (layer, factor) in own.items():
+            setattr(layer, factor, factors[name])
 
 
 def _normalise(layer: _BatchNorm, x: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """From the template and ranks to the ONNX graph of one point. Knows no torch and no latency.
 
-The template is the trained network with one node per factorised layer, `maestro::LowRankLinear` or
-`maestro::LowRankConv2d`, and the index of the weights file: an initializer for each tensor in it.
-A point is plain ONNX: those nodes replaced by two factors of the point's rank, or by the dense
-layer where that is cheaper: by MACs, or as the caller says. Factors are rank-major, so a smaller
-rank is the same offset into the weights file and a shorter length.
+The template is the trained network with one node per call of a factorised layer,
+`maestro::LowRankLinear` or `maestro::LowRankConv2d`, and the index of the weights file: an
+initializer for each tensor in it. A point is plain ONNX: those nodes replaced by two factors of the
+point's rank, or by the dense layer where that is cheaper: by MACs, or as the caller says. Factors
+are rank-major, so a smaller rank is the same offset into the weights file and a shorter length.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -88,18 +89,21 @@ def build(
         f"{layer.name}.down": (layer, rank) for layer, rank in zip(layers, ranks, strict=True)
     }
     nodes: list[NodeProto] = []
+    calls = Counter[str]()
     for node in template.graph.node:
         if node.domain != DOMAIN:
             nodes.append(node)
             continue
         layer, rank = by_down[node.input[1]]
+        calls[layer.name] += 1
+        name = layer.name if calls[layer.name] == 1 else f"{layer.name}.{calls[layer.name]}"
         if layer.name in dense:
             if f"{layer.name}.dense" not in tensors:
                 raise ValueError(f"layer '{layer.name}' has no dense weights here")
-            nodes.extend(_dense(node, layer, dims[node.output[0]]))
+            nodes.extend(_dense(node, layer, name, dims[node.output[0]]))
             continue
         _truncate(tensors, layer, rank)
-        nodes.extend(_factors(node, layer, dims[node.output[0]]))
+        nodes.extend(_factors(node, layer, name, dims[node.output[0]]))
     return _assemble(template, nodes, tensors)
 
 
@@ -181,38 +185,38 @@ def _renamed(tensor: TensorProto, name: str) -> TensorProto:
     return copy
 
 
-def _dense(node: NodeProto, layer: Layer, dims: int) -> list[NodeProto]:
-    """Return the nodes of a dense layer whose output has so many dimensions."""
+def _dense(node: NodeProto, layer: Layer, name: str, dims: int) -> list[NodeProto]:
+    """Return the nodes of a call of a dense layer; its output has so many dimensions."""
     x, _, _, *bias = node.input
     y, dense = node.output[0], f"{layer.name}.dense"
     if layer.kind == "conv2d":
-        return [helper.make_node("Conv", [x, dense, *bias], [y], layer.name, **_window(node))]
+        return [helper.make_node("Conv", [x, dense, *bias], [y], name, **_window(node))]
     if dims == 2:
-        return [helper.make_node("Gemm", [x, dense, *bias], [y], layer.name, transB=1)]
-    turned = f"{dense}.T"
-    product, add = _biased(node, layer)
+        return [helper.make_node("Gemm", [x, dense, *bias], [y], name, transB=1)]
+    turned = f"{name}.dense.T"
+    product, add = _biased(node, name)
     return [
         helper.make_node("Transpose", [dense], [turned], perm=[1, 0]),
-        helper.make_node("MatMul", [x, turned], [product], layer.name),
+        helper.make_node("MatMul", [x, turned], [product], name),
         *add,
     ]
 
 
-def _factors(node: NodeProto, layer: Layer, dims: int) -> list[NodeProto]:
-    """Return the nodes of a layer in two factors whose output has so many dimensions."""
+def _factors(node: NodeProto, layer: Layer, name: str, dims: int) -> list[NodeProto]:
+    """Return the nodes of a call of a layer in two factors; its output has so many dimensions."""
     x, down, up, *bias = node.input
-    y, h = node.output[0], f"{layer.name}.h"
-    names = f"{layer.name}/down", f"{layer.name}/up"
+    y, h = node.output[0], f"{name}.h"
+    names = f"{name}/down", f"{name}/up"
     if layer.kind == "conv2d":
-        return _conv_factors(node, layer)
+        return _conv_factors(node, name)
     if dims == 2:
         return [
             helper.make_node("Gemm", [x, down], [h], names[0], transB=1),
             helper.make_node("Gemm", [h, up, *bias], [y], names[1]),
         ]
     # More than two dimensions: Gemm takes two only. The transposes are of constants, done at load.
-    turned = f"{down}.T"
-    product, add = _biased(node, layer)
+    turned = f"{name}.down.T"
+    product, add = _biased(node, name)
     return [
         helper.make_node("Transpose", [down], [turned], perm=[1, 0]),
         helper.make_node("MatMul", [x, turned], [h], names[0]),
@@ -221,17 +225,17 @@ def _factors(node: NodeProto, layer: Layer, dims: int) -> list[NodeProto]:
     ]
 
 
-def _conv_factors(node: NodeProto, layer: Layer) -> list[NodeProto]:
+def _conv_factors(node: NodeProto, name: str) -> list[NodeProto]:
     x, down, up, *bias = node.input
-    h, turned, kernel = f"{layer.name}.h", f"{up}.T", f"{up}.kernel"
+    h, turned, kernel = f"{name}.h", f"{name}.up.T", f"{name}.up.kernel"
     axes = helper.make_tensor("axes", TensorProto.INT64, [2], [2, 3])
     # The 1×1 kernel is (out, rank, 1, 1); from rank-major it needs a transpose, done at load.
     return [
-        helper.make_node("Conv", [x, down], [h], f"{layer.name}/down", **_window(node)),
+        helper.make_node("Conv", [x, down], [h], f"{name}/down", **_window(node)),
         helper.make_node("Transpose", [up], [turned], perm=[1, 0]),
         helper.make_node("Constant", [], [f"{kernel}.axes"], value=axes),
         helper.make_node("Unsqueeze", [turned, f"{kernel}.axes"], [kernel]),
-        helper.make_node("Conv", [h, kernel, *bias], [node.output[0]], f"{layer.name}/up"),
+        helper.make_node("Conv", [h, kernel, *bias], [node.output[0]], f"{name}/up"),
     ]
 
 
@@ -239,13 +243,13 @@ def _window(node: NodeProto) -> dict[str, Any]:
     return {a.name: helper.get_attribute_value(a) for a in node.attribute}
 
 
-def _biased(node: NodeProto, layer: Layer) -> tuple[str, list[NodeProto]]:
+def _biased(node: NodeProto, name: str) -> tuple[str, list[NodeProto]]:
     """Return what a product is to be called, and what adds the bias to it."""
     bias, y = node.input[3:], node.output[0]
     if not bias:
         return y, []
-    product = f"{layer.name}.product"
-    return product, [helper.make_node("Add", [product, *bias], [y], f"{layer.name}/bias")]
+    product = f"{name}.product"
+    return product, [helper.make_node("Add", [product, *bias], [y], f"{name}/bias")]
 
 
 def _assemble(

@@ -194,6 +194,45 @@ def test_attention_is_exported_and_its_maps_are_cut(tmp_path: Path) -> None:
     assert made.points[0].macs < made.points[1].macs
 
 
+class Alike(nn.Module):
+    """Two layers of the same shape, and one that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(24, 24, bias=False)
+        self.second = nn.Linear(24, 24, bias=False)
+        self.twice = nn.Linear(24, 24)
+        self.head = nn.Linear(24, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.mean(3).flatten(1)
+        h = h + self.first(h) + self.second(h).relu()
+        logits: Tensor = self.head(self.twice(self.twice(h).relu()))
+        return logits
+
+
+def test_alike_layers_of_rank_0_and_one_called_twice_are_exported(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Alike()
+    factorize_(model, keep=["head"])
+    for name in ("first", "second"):
+        truncate_(low_rank_layers(model)[name], 0)
+    cost = measure(model, torch.zeros(1, 3, 8, 8))
+    chain = [Point(ranks, {}) for ranks in ((0, 0, 3), (0, 0, 24))]
+
+    made = export(model, cost, chain, pictures(), DESCRIPTION, tmp_path / "a.maestro", lambda: None)
+
+    head = 24 * 8
+    assert [point.macs for point in made.points] == [2 * 3 * 48 + head, 2 * 24 * 24 + head]
+    for i, point in enumerate(chain):
+        session = ort.InferenceSession(made.graph_path(i), providers=["CPUExecutionProvider"])
+        x = torch.randn(3, 3, 8, 8)
+        with torch.no_grad():
+            expected = forward_at(model, by_name(cost, point.ranks), x).numpy()
+        output = session.run(None, {"image": x.numpy()})[0]
+        np.testing.assert_allclose(output, expected, rtol=0, atol=1e-4)
+
+
 def test_an_embedding_in_two_factors_is_refused(tmp_path: Path) -> None:
     model = Attentive()
     factorize_(model)

@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -170,3 +171,51 @@ def test_a_linear_layer_on_sequences_matches_numpy(tmp_path: Path, rank: int) ->
 
     matrix = weights["fc.down"][:rank].T @ weights["fc.up"][:rank]
     np.testing.assert_allclose(output, x @ matrix + weights["fc.bias"], rtol=1e-4, atol=1e-4)
+
+
+REPEATED = [  # (kind, kernel, shape of x)
+    pytest.param("linear", (), (5,), id="linear"),
+    pytest.param("linear", (), (4, 5), id="linear on sequences"),
+    pytest.param("conv2d", (1, 1), (5, 3, 2), id="convolution"),
+]
+
+
+@pytest.mark.parametrize(("kind", "kernel", "shape"), REPEATED)
+@pytest.mark.parametrize("rank", [0, 2, 5])
+def test_a_layer_that_is_called_again_reads_the_same_weights(
+    tmp_path: Path,
+    kind: Literal["linear", "conv2d"],
+    kernel: tuple[int, ...],
+    shape: tuple[int, ...],
+    rank: int,
+) -> None:
+    rng = np.random.default_rng(2)
+    once, none = ((1, 1), (0, 0)) if kernel else ((), ())
+    layer = Layer("a", kind, 5, 5, kernel, once, none, once, positions=8, max_rank=5)
+    shapes = {"a.down": (5, 5, *kernel), "a.up": (5, 5), "a.bias": (5,)}
+    weights = {k: rng.standard_normal(s).astype(np.float32) for k, s in shapes.items()}
+    op = {"linear": "LowRankLinear", "conv2d": "LowRankConv2d"}[kind]
+    nodes = [helper.make_node(op, [x, *weights], [y], domain=graph.DOMAIN) for x, y in ("xh", "hy")]
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape]) for name in "xyh"
+    ]
+    tensors = [numpy_helper.from_array(value, name) for name, value in weights.items()]
+    body = helper.make_graph(
+        nodes, "again", values[:1], values[1:2], tensors, value_info=values[2:]
+    )
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(graph.DOMAIN, 1)]
+    packed, blob = graph.pack(helper.make_model(body, opset_imports=opsets, ir_version=10), [layer])
+    (tmp_path / "weights.bin").write_bytes(blob)
+    path = tmp_path / "point.onnx"
+    path.write_bytes(graph.build(packed, [layer], [rank]).SerializeToString())
+    x = rng.standard_normal((2, *shape), dtype=np.float32)
+
+    output = run(path, x)
+
+    onnx.checker.check_model(str(path), full_check=True)
+    matrix = weights["a.down"].reshape(5, 5)[:rank].T @ weights["a.up"][:rank]
+    expected = np.moveaxis(x, 1, -1) if kernel else x
+    for _ in range(2):
+        expected = expected @ matrix + weights["a.bias"]
+    expected = np.moveaxis(expected, -1, 1) if kernel else expected
+    np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-4)
