@@ -68,13 +68,13 @@ def save(root: Path, model: nn.Module, optimizer: Optimizer, state: State) -> Pa
     return path
 
 
-def save_weights(root: Path, epoch: int, model: nn.Module) -> None:
-    """Keep what `model` is after `epoch` in `root`, beside the checkpoints, as a whole.
+def save_weights(root: Path, name: str, model: nn.Module) -> None:
+    """Keep what `model` is now as `name` in `root`, beside the checkpoints, as a whole.
 
     Raises:
         CheckpointError: the disk does not take it.
     """
-    path = _weights(root, epoch)
+    path = _weights(root, name)
     aside = path.with_name(f".{path.name}")
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -86,13 +86,13 @@ def save_weights(root: Path, epoch: int, model: nn.Module) -> None:
         aside.unlink(missing_ok=True)
 
 
-def load_weights_(root: Path, epoch: int, model: nn.Module) -> None:
-    """Give `model` what `save_weights` kept of `epoch`.
+def load_weights_(root: Path, name: str, model: nn.Module) -> None:
+    """Give `model` what `save_weights` kept as `name`.
 
     Raises:
         CheckpointError: it is missing, damaged or of another network.
     """
-    path = _weights(root, epoch)
+    path = _weights(root, name)
     try:
         model.load_state_dict(_read_tensors(path))
     except RuntimeError as error:
@@ -160,8 +160,8 @@ def restore_(
     return state
 
 
-def _weights(root: Path, epoch: int) -> Path:
-    return root / f"weights-{epoch:04}.safetensors"
+def _weights(root: Path, name: str) -> Path:
+    return root / f"{name}.safetensors"
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -18,6 +18,7 @@ from maestro_core.factorize import forward_at
 Statistics = dict[str, Tensor]
 
 BATCH = 500
+CALIBRATING = 4_000  # training pictures that a point's normalisation is of
 
 
 def scratch(model: nn.Module) -> Statistics:

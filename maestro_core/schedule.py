@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 from maestro_core.sampling import Sampling
@@ -18,7 +19,9 @@ class Phase:
     (Maestro, ICML 2024). `nested`: the points of the chain together (consolidation.py).
     With `milestones`, rising shares of the epochs, the rate is divided by 10 at each instead.
     `distortion` is how far pictures are turned, zoomed and recoloured (data.py), beyond what the
-    recipe changes of them in all phases; 1 is a usual strength.
+    recipe changes of them in all phases; 1 is a usual strength. A nested phase that is `taught`
+    learns no labels but what the dense networks answer that the dense phases ended with
+    (teachers.py).
     """
 
     kind: Kind
@@ -26,6 +29,7 @@ class Phase:
     learning_rate: float
     milestones: tuple[float, ...] = ()
     distortion: float = 0.0
+    taught: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +56,8 @@ class HyperParameters:
     one that is trained by then (whitening.py).
     With a `target` the ordered phase ends at that size, whatever `lasso` (target.py).
     Scales and shifts of batch normalisation learn `normalisation_rate` times as fast as the rest.
-    With `taught` the nested phase learns no labels but what the dense networks answer that the
-    dense phases ended with (teachers.py).
+    With `averaged` all nested phases begin from one network, and their mean is the run's
+    (averaging.py).
     """
 
     phases: tuple[Phase, ...]
@@ -74,7 +78,7 @@ class HyperParameters:
     whitened: bool = False
     normalisation_rate: float = 1.0
     adam: Moments | None = None
-    taught: bool = False
+    averaged: bool = False
 
     def __post_init__(self) -> None:
         kinds = [phase.kind for phase in self.phases]
@@ -82,8 +86,12 @@ class HyperParameters:
             raise ValueError(f"phases come as dense, ordered, nested, not as {', '.join(kinds)}")
         if self.target and kinds.count("ordered") != 1:
             raise ValueError("a target needs one ordered phase, in which the network shrinks")
+        if any(phase.taught and phase.kind != "nested" for phase in self.phases):
+            raise ValueError("taught is for nested phases: they train points")
         if self.taught and "dense" not in kinds:
             raise ValueError("taught needs a dense phase: its network is the teacher")
+        if self.averaged and kinds.count("nested") < 2:
+            raise ValueError("averaged needs two nested phases or more")
         if not self.normalisation_rate > 0:
             raise ValueError(f"normalisation_rate is {self.normalisation_rate}, not above 0")
         if self.adam and (self.momentum or self.nesterov):
@@ -101,6 +109,16 @@ class HyperParameters:
                 return phase, epoch - before
             before += phase.epochs
         raise ValueError(f"there are {before} epochs, no epoch {epoch + 1}")
+
+    def ends(self, kind: Kind) -> list[int]:
+        """Return how many epochs are over at the end of each phase of a kind."""
+        ends = accumulate(phase.epochs for phase in self.phases)
+        return [end for phase, end in zip(self.phases, ends, strict=True) if phase.kind == kind]
+
+    @property
+    def taught(self) -> bool:
+        """Return whether a phase needs the dense networks as teachers."""
+        return any(phase.taught for phase in self.phases)
 
     @property
     def epochs(self) -> int:

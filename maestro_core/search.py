@@ -17,10 +17,8 @@ from maestro_core.frontier import (
     refine,
     spread,
 )
-from maestro_core.normalisation import Statistics, recalibrate
+from maestro_core.normalisation import CALIBRATING, Statistics, recalibrate
 from maestro_core.sentences import Samples
-
-CALIBRATING = 4_000  # training pictures that a point's normalisation is of
 
 
 @dataclass(frozen=True, slots=True, eq=False)

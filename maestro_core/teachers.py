@@ -8,7 +8,6 @@ teacher is patient and consistent", CVPR 2022).
 
 import copy
 from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -16,12 +15,17 @@ from torch import Tensor, nn
 
 from maestro_core import checkpoint
 from maestro_core.data import Inputs
-from maestro_core.schedule import HyperParameters, Phase
+from maestro_core.schedule import HyperParameters
 
 
-def ends_with_teacher(hyper: HyperParameters, epoch: int) -> bool:
-    """Return whether the network after `epoch`, from 0, is to be kept as a teacher."""
-    return hyper.taught and epoch + 1 in _last_epochs(hyper.phases)
+def keep_teacher(root: Path, model: nn.Module, hyper: HyperParameters, epochs: int) -> None:
+    """Keep `model` in `root` if after so many epochs it is to be a teacher.
+
+    Raises:
+        CheckpointError: the disk does not take it.
+    """
+    if hyper.taught and epochs in hyper.ends("dense"):
+        checkpoint.save_weights(root, _name(epochs), model)
 
 
 def load_teachers(root: Path, dense: nn.Module, hyper: HyperParameters) -> list[nn.Module]:
@@ -30,12 +34,10 @@ def load_teachers(root: Path, dense: nn.Module, hyper: HyperParameters) -> list[
     Raises:
         CheckpointError: one is missing, damaged or of another network.
     """
-    if not hyper.taught:
-        return []
     teachers = []
-    for epoch in _last_epochs(hyper.phases):
+    for epochs in hyper.ends("dense"):
         teacher = copy.deepcopy(dense).eval().requires_grad_(False)
-        checkpoint.load_weights_(root, epoch, teacher)
+        checkpoint.load_weights_(root, _name(epochs), teacher)
         teachers.append(teacher)
     return teachers
 
@@ -46,7 +48,5 @@ def taught_answers(teachers: Sequence[nn.Module], x: Inputs) -> Tensor:
         return torch.stack([teacher(x).float().softmax(-1) for teacher in teachers]).mean(0)
 
 
-def _last_epochs(phases: Sequence[Phase]) -> list[int]:
-    """Return how many epochs are over at the end of each dense phase."""
-    ends = accumulate(phase.epochs for phase in phases)
-    return [end for phase, end in zip(phases, ends, strict=True) if phase.kind == "dense"]
+def _name(epochs: int) -> str:
+    return f"dense-{epochs:04}"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Adam, Optimizer
 
-from maestro_core import checkpoint, distributed
+from maestro_core import averaging, checkpoint, distributed
 from maestro_core.accounting import measure
 from maestro_core.consolidation import consolidation_loss
 from maestro_core.data import Data, Inputs
@@ -28,7 +28,7 @@ from maestro_core.sampling import Sampling, draw
 from maestro_core.schedule import HyperParameters, learning_rate
 from maestro_core.sentences import Corpus, Samples, Sentences, example
 from maestro_core.target import FALLING, Pursuit, Target, first_weight
-from maestro_core.teachers import ends_with_teacher, load_teachers
+from maestro_core.teachers import keep_teacher, load_teachers
 from maestro_core.whitening import sample_inputs, whiten_
 
 # A loss is looked at after so many steps: to look makes the host wait for the device.
@@ -78,9 +78,11 @@ def train_(
         if phase.kind == "nested" and not chain:
             chain = distributed.agreed(find())
             cut_(model, chain[-1])
-        if phase.kind == "nested" and not teachers:
+        if phase.taught and not teachers:
             teachers = load_teachers(root, dense, hyper)
         if before == 0:
+            if hyper.averaged:
+                averaging.begin_(model, root, hyper, epoch)
             optimizer = _optimizer(model, hyper)
         pursuit = None
         if phase.kind == "ordered" and hyper.target:
@@ -95,9 +97,11 @@ def train_(
                 chain,
                 lambda: progress.advance(task),
                 pursuit,
-                teachers,
+                teachers if phase.taught else (),
             )
             distributed.share_buffers_(model)
+            if hyper.averaged:
+                averaging.end_(model, data, root, hyper, epoch + 1)
             result = evaluate(model, data.validation)
             if not math.isfinite(result.loss):  # the last step's harm shows in no training loss
                 raise Diverged(f"the validation loss is {result.loss} after epoch {epoch + 1}")
@@ -111,8 +115,7 @@ def train_(
         lasso = pursuit.weight if pursuit else hyper.lasso
         state = checkpoint.State(epoch + 1, ranks, run, chain, lasso)
         if distributed.rank() == 0:
-            if ends_with_teacher(hyper, epoch):
-                checkpoint.save_weights(root, epoch + 1, model)
+            keep_teacher(root, model, hyper, epoch + 1)
             last = checkpoint.save(root, model, optimizer, state)
         done = (
             f"epoch {epoch + 1}/{hyper.epochs}, validation {_said(data, result)}, "

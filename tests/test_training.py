@@ -1,5 +1,6 @@
 """The loop on a few hundred made-up pictures: it learns, repeats, resumes and stops cleanly."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -11,13 +12,14 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from maestro_core import checkpoint
+from maestro_core import averaging, checkpoint
 from maestro_core.artifact import Image
 from maestro_core.checkpoint import CheckpointError
 from maestro_core.data import Data, Pictures
 from maestro_core.evaluation import evaluate
 from maestro_core.factorize import factorize_, low_rank_layers
 from maestro_core.frontier import Chain
+from maestro_core.normalisation import recalibrate
 from maestro_core.sampling import Sampling
 from maestro_core.schedule import HyperParameters, Kind, Phase, learning_rate
 from maestro_core.training import Diverged, train_
@@ -202,10 +204,15 @@ def test_a_run_stopped_in_either_phase_ends_with_the_same_bits(
 
 TAUGHT = replace(
     HYPER,
-    phases=(Phase("dense", 2, RATE), Phase("dense", 1, RATE), *phases(1, 2)),
+    phases=(
+        Phase("dense", 2, RATE),
+        Phase("dense", 1, RATE),
+        Phase("ordered", 1, RATE),
+        Phase("nested", 2, RATE, taught=True),
+    ),
     keep=("head",),
-    taught=True,
 )
+UNTAUGHT = replace(TAUGHT, phases=(*TAUGHT.phases[:3], Phase("nested", 2, RATE)))
 
 
 def untrained() -> Net:
@@ -218,22 +225,33 @@ def test_the_network_at_the_end_of_each_dense_phase_teaches_the_points(
 ) -> None:
     taught, alone, dense = untrained(), untrained(), untrained()
     train(taught, data, tmp_path / "a", TAUGHT)
-    train(alone, data, tmp_path / "b", replace(TAUGHT, taught=False))
+    train(alone, data, tmp_path / "b", UNTAUGHT)
     last = train(untrained(), data, tmp_path / "c", replace(TAUGHT, phases=TAUGHT.phases[:1]))
     checkpoint.restore_(last, dense, None, RUN)
 
-    kept = {f.name: f for f in (tmp_path / "a").glob("weights-*")}
-    assert sorted(kept) == ["weights-0002.safetensors", "weights-0003.safetensors"]
-    assert not list((tmp_path / "b").glob("weights-*"))
+    kept = {f.name: f for f in (tmp_path / "a").glob("*.safetensors")}
+    assert sorted(kept) == ["dense-0002.safetensors", "dense-0003.safetensors"]
+    assert not list((tmp_path / "b").glob("*.safetensors"))
     teacher = untrained()
-    checkpoint.load_weights_(tmp_path / "a", 2, teacher)
+    checkpoint.load_weights_(tmp_path / "a", "dense-0002", teacher)
     assert same(teacher, dense)
     assert not same(taught, alone)
     assert evaluate(taught, data.validation, {"conv": 1, "fc": 2}).accuracy > 0.9
 
 
-@pytest.mark.parametrize("stop", [15, 25, 35, 45])
-def test_a_taught_run_that_was_stopped_ends_with_the_same_bits(
+AVERAGED = replace(
+    TAUGHT,
+    phases=(
+        *TAUGHT.phases[1:],
+        Phase("nested", 1, RATE),
+        Phase("nested", 1, 0.0),  # it ends with what it began from
+    ),
+    averaged=True,
+)
+
+
+@pytest.mark.parametrize("stop", [15, 25, 35, 45, 55])
+def test_a_run_that_keeps_networks_and_was_stopped_ends_with_the_same_bits(
     data: Data, tmp_path: Path, stop: int
 ) -> None:
     class Stops(Progress):
@@ -244,11 +262,11 @@ def test_a_taught_run_that_was_stopped_ends_with_the_same_bits(
 
     steps: list[int] = []
     whole, resumed = untrained(), untrained()
-    train(whole, data, tmp_path / "whole", TAUGHT)
+    train(whole, data, tmp_path / "whole", AVERAGED)
 
     with pytest.raises(KeyboardInterrupt):
-        train(untrained(), data, tmp_path / "cut", TAUGHT, Stops(disable=True))
-    train(resumed, data, tmp_path / "cut", TAUGHT)
+        train(untrained(), data, tmp_path / "cut", AVERAGED, Stops(disable=True))
+    train(resumed, data, tmp_path / "cut", AVERAGED)
 
     assert same(whole, resumed)
 
@@ -260,21 +278,74 @@ def test_a_taught_run_that_was_stopped_ends_with_the_same_bits(
 def test_a_teacher_that_is_gone_or_damaged_is_named(
     data: Data, tmp_path: Path, content: bytes | None, message: str
 ) -> None:
-    train(untrained(), data, tmp_path, replace(TAUGHT, phases=(*TAUGHT.phases[:2], *phases(1))))
-    teacher = tmp_path / "weights-0003.safetensors"
+    none = Phase("nested", 0, RATE, taught=True)
+    train(untrained(), data, tmp_path, replace(TAUGHT, phases=(*TAUGHT.phases[:3], none)))
+    teacher = tmp_path / "dense-0003.safetensors"
     teacher.unlink()
     if content == b"other":
-        checkpoint.save_weights(tmp_path, 3, nn.Linear(2, 2))
+        checkpoint.save_weights(tmp_path, "dense-0003", nn.Linear(2, 2))
     elif content:
         teacher.write_bytes(content)
 
-    with pytest.raises(CheckpointError, match=rf"weights-0003\.safetensors: {message}"):
+    with pytest.raises(CheckpointError, match=rf"dense-0003\.safetensors: {message}"):
         train(untrained(), data, tmp_path, TAUGHT)
 
 
-def test_taught_needs_a_dense_phase() -> None:
-    with pytest.raises(ValueError, match="taught needs a dense phase: its network is the teacher"):
-        replace(HYPER, taught=True)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"phases": (Phase("nested", 1, RATE, taught=True),)},
+            "taught needs a dense phase: its network is the teacher",
+        ),
+        (
+            {"phases": (Phase("dense", 1, RATE, taught=True),)},
+            "taught is for nested phases: they train points",
+        ),
+        ({"averaged": True}, "averaged needs two nested phases or more"),
+    ],
+)
+def test_phases_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(HYPER, **changes)
+
+
+def test_nested_phases_begin_from_one_network_and_their_mean_is_the_result(
+    data: Data, tmp_path: Path
+) -> None:
+    model = untrained()
+
+    train(model, data, tmp_path, AVERAGED)
+
+    names = ["dense-0001", "nested-0002", "nested-0004", "nested-0005", "nested-0006"]
+    assert sorted(f.stem for f in tmp_path.glob("*.safetensors")) == names
+    kept = {}
+    for name in names[1:]:
+        kept[name] = copy.deepcopy(model)
+        checkpoint.load_weights_(tmp_path, name, kept[name])
+    start, *ends = (dict(kept[name].named_parameters()) for name in names[1:])
+    for name, parameter in model.named_parameters():
+        assert torch.equal(ends[2][name], start[name])
+        mean = (ends[0][name] + ends[1][name] + ends[2][name]) / 3
+        torch.testing.assert_close(parameter, mean)
+    assert not same(kept["nested-0004"], kept["nested-0005"])
+
+
+def test_the_mean_is_normalised_by_pictures_of_its_own(data: Data, tmp_path: Path) -> None:
+    hyper = replace(AVERAGED, phases=(Phase("nested", 1, RATE), Phase("nested", 1, RATE)))
+    torch.manual_seed(0)
+    first, last = (
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3))
+        for _ in range(2)
+    )
+
+    averaging.end_(first, data, tmp_path, hyper, 1)
+    assert torch.equal(first.state_dict()["1.running_mean"], torch.zeros(4))
+    averaging.end_(last, data, tmp_path, hyper, 2)
+
+    expected = recalibrate(last, {}, data.train)
+    assert torch.equal(last.state_dict()["1.running_mean"], expected["1.running_mean"])
+    assert not torch.equal(last.state_dict()["1.running_var"], torch.ones(4))
 
 
 def test_a_finished_run_is_not_trained_again(data: Data, tmp_path: Path) -> None:
