@@ -34,7 +34,8 @@ class Cost:
 
     `macs` and `params` are those of the rest: layers left dense, biases, normalisation; of these
     parameters `table_params` are in embeddings. MACs are those of linear, convolution and embedding
-    layers, for one sample; products of queries, keys and values are not among them.
+    layers and of the four maps of an attention, in factors or left dense, for one sample; products
+    of queries, keys and values are not among them.
     """
 
     layers: tuple[Layer, ...]
@@ -96,7 +97,8 @@ def measure(model: nn.Module, x: Inputs) -> Cost:
         for name, module in model.named_modules()
         if isinstance(module, LowRankLayer | nn.Linear | nn.Conv2d)
     }
-    positions = _positions(model, modules, x)
+    attentions = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
+    positions, attention_macs = _run(model, modules, attentions, x)
     factors = {id(p) for layer in layers.values() for p in (layer.down, layer.up)}
     return Cost(
         layers=tuple(
@@ -107,7 +109,8 @@ def measure(model: nn.Module, x: Inputs) -> Cost:
             module.weight.numel() * positions[name]
             for name, module in modules.items()
             if isinstance(module, nn.Linear | nn.Conv2d)
-        ),
+        )
+        + attention_macs,
         params=sum(p.numel() for p in model.parameters() if id(p) not in factors),
         table_params=sum(p.numel() for p in _tables(model)),
     )
@@ -141,9 +144,18 @@ def _tables(model: nn.Module) -> list[Tensor]:
     return list({id(weight): weight for weight in found}.values())
 
 
-def _positions(model: nn.Module, modules: Mapping[str, nn.Module], x: Inputs) -> dict[str, int]:
-    """Return at how many places each module is applied to one sample, over all its calls."""
+def _run(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    attentions: Sequence[nn.MultiheadAttention],
+    x: Inputs,
+) -> tuple[dict[str, int], int]:
+    """Return at how many places each module is applied to one sample, over all its calls.
+
+    And the MACs of the maps of `attentions`, which none of the modules is called for.
+    """
     seen = dict.fromkeys(modules, 0)
+    macs = 0
 
     def count(name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def hook(module: nn.Module, _inputs: object, y: Tensor) -> None:
@@ -152,7 +164,23 @@ def _positions(model: nn.Module, modules: Mapping[str, nn.Module], x: Inputs) ->
 
         return hook
 
-    handles = [module.register_forward_hook(count(name)) for name, module in modules.items()]
+    def attend(
+        attention: nn.MultiheadAttention,
+        inputs: tuple[Tensor, ...],
+        named: Mapping[str, Tensor],
+        _y: object,
+    ) -> None:
+        nonlocal macs
+        given = {**dict(zip(("query", "key", "value"), inputs, strict=False)), **named}
+        # Each number of an input is multiplied once for each of `embed_dim` outputs of its map;
+        # the output map reads as many numbers as the query's.
+        numbers = sum(given[name].numel() for name in ("query", "key", "value", "query"))
+        macs += attention.embed_dim * numbers
+
+    handles = [
+        *(module.register_forward_hook(count(name)) for name, module in modules.items()),
+        *(module.register_forward_hook(attend, with_kwargs=True) for module in attentions),
+    ]
     training = model.training
     try:
         with torch.no_grad():
@@ -161,7 +189,7 @@ def _positions(model: nn.Module, modules: Mapping[str, nn.Module], x: Inputs) ->
         model.train(training)
         for handle in handles:
             handle.remove()
-    return seen
+    return seen, macs
 
 
 def _describe(name: str, layer: LowRankLayer, users: Sequence[tuple[LowRankLayer, int]]) -> Layer:

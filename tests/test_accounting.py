@@ -173,6 +173,43 @@ def test_a_layer_that_is_never_called_is_refused() -> None:
         measure(model, torch.zeros(1, 4, 8, 8))
 
 
+class Attending(nn.Module):
+    """An attention of a sequence to one of other widths, and to itself by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cross = nn.MultiheadAttention(12, 3, kdim=7, vdim=5, batch_first=True)
+        self.own = nn.MultiheadAttention(12, 2, bias=False)
+
+    def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        x, memory = pair
+        x, _ = self.cross(x, memory, memory[..., :5])
+        y: Tensor = self.own(query=x, key=x, value=x, need_weights=False)[0]
+        return y
+
+
+def test_an_attention_left_dense_costs_what_its_maps_do() -> None:
+    pair = torch.zeros(1, 4, 12), torch.zeros(1, 9, 7)
+    kept, whole = Attending(), Attending()
+    factorize_(kept, keep=["own"])
+    factorize_(whole)
+
+    costs = [measure(model, pair) for model in (Attending(), kept, whole)]
+
+    cross = 12 * (12 * 4 + 7 * 9 + 5 * 9 + 12 * 4)
+    own = 4 * 12 * 12 * 4
+    assert [cost.macs for cost in costs] == [cross + own, own, 0]
+    assert [cost.dense_macs for cost in costs] == [cross + own] * 3
+
+
+def test_an_attention_whose_parent_may_read_its_weight_is_counted() -> None:
+    layer = nn.TransformerEncoderLayer(12, 3, dim_feedforward=20, batch_first=True)
+
+    cost = measure(nn.Sequential(layer), torch.zeros(1, 4, 12))
+
+    assert cost.macs == (4 * 12 * 12 + 2 * 12 * 20) * 4
+
+
 VOCABULARY = 9_521
 PAIR = (torch.ones(1, 28, dtype=torch.int64),) * 2
 # Pufferfish (Wang et al., MLSys 2021) leaves these dense.
@@ -268,5 +305,5 @@ def test_the_small_network_for_cifar_is_as_large_as_it_says() -> None:
 
     cost = measure(network, torch.zeros(1, 3, 32, 32))
 
-    assert (cost.dense_params, cost.dense_macs) == (2_638_314, 295_021_856)
-    assert "2.6 M parameters and 295 M MACs" in str(resnet9.__doc__)
+    assert (cost.dense_params, cost.dense_macs) == (5_490_986, 376_762_144)
+    assert "5.5 M parameters and 377 M MACs" in str(resnet9.__doc__)
