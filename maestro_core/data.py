@@ -130,8 +130,8 @@ class Pictures:
         return self._ready(self.pixels[indices], indices)
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield what `batch` returns for all pictures in order, `size` at a time."""
-        parts = [slice(start, start + size) for start in range(0, len(self), size)]
+        """Yield what `batch` returns for all pictures in order, divided `evenly`."""
+        parts = evenly(len(self), size)
         if isinstance(self.pixels, Tensor):
             yield from map(self.batch, parts)
         else:
@@ -163,6 +163,15 @@ class Pictures:
         # The channels stay innermost in memory: convolutions are faster so.
         x = ((_sent(pixels, self.device).float() / 255 - mean) / std).permute(0, 3, 1, 2)
         return x, _sent(self.labels[indices], self.device)
+
+
+def evenly(n: int, size: int) -> list[slice]:
+    """Return the fewest slices of 0..n of at most `size`, whose lengths differ by at most one.
+
+    A last one of few samples, or of one, would be normalised by batch as no other is.
+    """
+    count = math.ceil(n / size)
+    return [slice(n * i // count, n * (i + 1) // count) for i in range(count)]
 
 
 def _sent(values: Tensor, device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from maestro_core.data import Pictures
+from maestro_core.data import Pictures, evenly
 from maestro_core.factorize import forward_at
 
 Statistics = dict[str, Tensor]
@@ -43,9 +43,10 @@ def evaluating(model: nn.Module, by_batch: bool = False) -> Iterator[None]:
 def recalibrate(model: nn.Module, ranks: Mapping[str, int], pictures: Pictures) -> Statistics:
     """Return the statistics of the model cut to `ranks` over `pictures`; empty without such layers.
 
-    They are the means over batches of 500, each weighing the same. Pictures are changed as in
-    training, by the same draws every time: of clean ones the statistics are not those that the
-    network learned with, which cost ResNet-9 with cutout one point of accuracy and more.
+    They are the means over batches of at most 500, about as large as each other, each weighing the
+    same. Pictures are changed as in training, by the same draws every time: of clean ones the
+    statistics are not those that the network learned with, which cost ResNet-9 with cutout one
+    point of accuracy and more.
     """
     statistics = {
         name: torch.ones_like(buffer) if name.endswith("running_var") else torch.zeros_like(buffer)
@@ -64,7 +65,9 @@ def recalibrate(model: nn.Module, ranks: Mapping[str, int], pictures: Pictures) 
             torch.random.fork_rng(devices=[]),
         ):
             torch.manual_seed(0)
-            for x, _ in pictures.augmented(torch.split(torch.arange(len(pictures)), BATCH)):
+            order = torch.arange(len(pictures))
+            batches = [order[part] for part in evenly(len(pictures), BATCH)]
+            for x, _ in pictures.augmented(batches):
                 forward_at(model, ranks, x, buffers=statistics)
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):

@@ -18,7 +18,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from maestro_core.data import CPU, DataError, Inputs, Pictures
+from maestro_core.data import CPU, DataError, Inputs, Pictures, evenly
 from maestro_core.loss import IGNORED
 
 PAD, UNKNOWN, BEGIN, END = range(4)
@@ -56,9 +56,8 @@ class Sentences:
         return (source, target[:, :-1]), labels.masked_fill(labels == PAD, IGNORED)
 
     def batches(self, size: int) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
-        """Yield what `batch` returns for all pairs in order, `size` at a time."""
-        for start in range(0, len(self), size):
-            yield self.batch(slice(start, start + size))
+        """Yield what `batch` returns for all pairs in order, divided `evenly`."""
+        yield from map(self.batch, evenly(len(self), size))
 
     def augmented(
         self, batches: Sequence[Tensor], distortion: float = 0.0

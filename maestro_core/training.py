@@ -217,11 +217,18 @@ def ordered_loss(
 
 
 def _batches(samples: Samples, size: int) -> Sequence[Tensor]:
-    """Return the indices of each batch, in an order that torch's generator has drawn."""
+    """Return the indices of each batch, in an order that torch's generator has drawn.
+
+    Where each process would have one picture of the last batch, or none, the last two are divided
+    anew: one alone has no variance to be normalised by.
+    """
     order = torch.randperm(len(samples))
     if isinstance(samples, Sentences):
         return samples.grouped(order, size)
-    return torch.split(order, size)
+    batches = list(torch.split(order, size))
+    if len(batches) > 1 and len(batches[-1]) < 2 * distributed.size():
+        batches[-2:] = torch.cat(batches[-2:]).tensor_split(2)
+    return batches
 
 
 def _said(data: Data | Corpus, result: Result) -> str:

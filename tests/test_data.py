@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maestro_core import data
 from maestro_core.artifact import Image
-from maestro_core.data import Augmentation, Data, DataError, Pictures, distorted
+from maestro_core.data import Augmentation, Data, DataError, Pictures, distorted, evenly
 
 GREY = Image("L", 4, 5, (0.5,), (0.25,))
 COLOUR = Image("RGB", 4, 5, (0.1, 0.2, 0.3), (0.5, 0.25, 1.0))
@@ -145,6 +145,16 @@ def test_a_validation_split_must_leave_something_to_train(tmp_path: Path, valida
 
     with pytest.raises(DataError, match=rf"30 pictures; {validation} can't"):
         read(path, validation=validation)
+
+
+@pytest.mark.parametrize(("n", "size"), [(0, 5), (1, 5), (10, 5), (11, 5), (249_501, 500)])
+def test_batches_are_few_and_of_about_one_size(n: int, size: int) -> None:
+    batches = [range(n)[part] for part in evenly(n, size)]
+
+    lengths = [len(batch) for batch in batches]
+    assert [i for batch in batches for i in batch] == list(range(n))
+    assert len(batches) == -(-n // size)
+    assert all(0 <= max(lengths) - length <= 1 and length <= size for length in lengths)
 
 
 def test_a_hole_is_one_square_somewhere_inside_each_picture() -> None:

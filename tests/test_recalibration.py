@@ -134,6 +134,18 @@ def test_by_batch_only_the_normalisation_is_as_in_training(
     assert abs(by_batch.loss - evaluate(model, few, CUT).loss) > 0.05, "they must matter here"
 
 
+def test_one_picture_more_than_a_batch_is_not_normalised_by_itself(
+    model: nn.Sequential, pictures: Pictures
+) -> None:
+    more = pictures.first(501)
+    statistics = recalibrate(model, CUT, more)
+
+    by_batch = evaluate(model, more, CUT, by_batch=True)
+
+    assert by_batch.n == 501
+    assert by_batch.loss == pytest.approx(evaluate(model, more, CUT, statistics).loss, rel=2e-2)
+
+
 def test_consolidation_leaves_the_statistics_to_the_whole_network(
     model: nn.Sequential, pictures: Pictures
 ) -> None:

@@ -348,6 +348,16 @@ def test_the_mean_is_normalised_by_pictures_of_its_own(data: Data, tmp_path: Pat
     assert not torch.equal(last.state_dict()["1.running_var"], torch.ones(4))
 
 
+def test_one_picture_more_than_batches_hold_can_be_trained_on(tmp_path: Path) -> None:
+    data = Data(pictures(65, 0), pictures(33, 1), pictures(33, 2), "blobs", "0")
+    norm = nn.BatchNorm1d(36)
+    model = nn.Sequential(nn.Flatten(), norm, nn.Linear(36, 3))
+
+    train(model, data, tmp_path)
+
+    assert norm.num_batches_tracked == 3 * HYPER.epochs
+
+
 def test_a_finished_run_is_not_trained_again(data: Data, tmp_path: Path) -> None:
     first, again = network(), network()
     path = train(first, data, tmp_path)
