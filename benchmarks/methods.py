@@ -388,7 +388,8 @@ def _scored(bench: Bench, name: str, model: nn.Module, chain: Chain, *, recalibr
         kept = pareto([cost.macs_at(ranks) for ranks in chain], accuracies)
         points = [points[i] for i in kept]
     labels = recipe.labels if isinstance(recipe, Recipe) else ()
-    described = Description(name, "image-classification", labels, recipe.data_set, {})
+    scored_on = f"{recipe.data_set} {data.scoring}"
+    described = Description(name, "image-classification", labels, scored_on, {})
     path = bench.root / f"{name}.maestro"
     made = export(model, cost, points, data.test, described, path, lambda: None)
     return [

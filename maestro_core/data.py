@@ -183,7 +183,10 @@ def _sent(values: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Data:
-    """The three splits, what they came from, and the names of its classes where it has them."""
+    """The three splits, what they came from, and the names of its classes where it has them.
+
+    `scoring` is what the data itself calls the pictures that are `test` here.
+    """
 
     train: Pictures
     validation: Pictures
@@ -191,6 +194,7 @@ class Data:
     name: str
     sha256: str
     classes: tuple[str, ...] = ()
+    scoring: str = "test"
 
     def on(self, device: torch.device) -> Self:
         """Return the same data, whose batches are put on `device`."""

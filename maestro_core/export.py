@@ -50,12 +50,15 @@ class ExportError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What the manifest says of the artifact beyond its network and points."""
+    """What the manifest says of the artifact beyond its network and points.
+
+    `scored_on` is the data set and which part of it: "MNIST test".
+    """
 
     name: str
     task: str
     labels: tuple[str, ...]
-    data_set: str
+    scored_on: str
     provenance: dict[str, Any]
 
 
@@ -133,9 +136,7 @@ def _manifest(
         input=TensorSpec(INPUT, "float32", shape, test.image),
         output=TensorSpec(OUTPUT, "float32", (-1, len(description.labels))),
         labels=description.labels,
-        metric=Metric(
-            "top-1 accuracy", f"{description.data_set} test", len(test), higher_is_better=True
-        ),
+        metric=Metric("top-1 accuracy", description.scored_on, len(test), higher_is_better=True),
         dense_macs=cost.dense_macs,
         dense_params=cost.dense_params,
         layers=cost.layers,

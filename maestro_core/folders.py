@@ -75,6 +75,7 @@ def load(
         name=path.name,
         sha256=digest(found),
         classes=classes,
+        scoring="validation" if parts[-1] == "val" else "test",
     )
 
 

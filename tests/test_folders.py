@@ -84,15 +84,17 @@ def test_without_test_val_scores_and_validation_leaves_train(root: Path) -> None
     assert len({*train, *validation}) == 30
     assert all(name.startswith("train/") for name in (*train, *validation))
     assert all(name.startswith("val/") for name in test)
-    assert (data.name, data.classes) == ("insects", CLASSES)
+    assert (data.name, data.classes, data.scoring) == ("insects", CLASSES, "validation")
 
 
 def test_with_test_val_chooses_and_train_is_whole(tmp_path: Path) -> None:
     root = write_folders(tmp_path / "data", {"train": 3, "val": 2, "test": 1})
 
-    train, validation, test = names(read(root))
+    data = read(root)
 
+    train, validation, test = names(data)
     assert (len(train), len(validation), len(test)) == (9, 6, 3)
+    assert data.scoring == "test"
     assert all(name.startswith("val/") for name in validation)
     assert all(name.startswith("test/") for name in test)
 

@@ -77,6 +77,7 @@ def test_a_recipe_makes_an_artifact_whose_best_point_has_learnt(out: Path) -> No
     assert made.points[-1].score.value > 0.9
     assert len(made.points) >= 2
     assert made.manifest.dense_macs == 281_640
+    assert made.manifest.metric.data_set == "MNIST test"
     provenance = made.manifest.provenance
     assert (provenance["recipe"], provenance["seed"], provenance["epochs"]) == (
         "mnist-lenet",
@@ -250,7 +251,7 @@ def test_a_recipe_for_folders_makes_an_artifact_with_their_names(tmp_path: Path)
     manifest = artifact.load(path).manifest
     assert manifest.labels == CLASSES
     assert manifest.input.image == recipe.image
-    assert manifest.metric.samples == 30
+    assert (manifest.metric.data_set, manifest.metric.samples) == ("ImageNet-1k validation", 30)
     assert manifest.provenance["folders"]["classes"] == 3
 
 

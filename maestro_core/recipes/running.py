@@ -163,7 +163,7 @@ def _export(
         name=recipe.name,
         task="image-classification",
         labels=recipe.labels or loaded.classes,
-        data_set=recipe.data_set,
+        scored_on=f"{recipe.data_set} {loaded.scoring}",
         provenance={
             **recipe.identity(loaded.sha256),
             "epochs": recipe.training.epochs,
