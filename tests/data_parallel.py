@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from maestro_core import distributed
 from maestro_core.data import Data
@@ -26,8 +27,27 @@ SHRINKING: HyperParameters = replace(
 CHAIN: Chain = [(1, 1, 1), (4, 4, 2), (8, 8, 3)]
 
 
+def normalised() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(36), nn.Linear(36, 3))
+
+
+def statistics(data: Data, out: Path) -> dict[str, Tensor]:
+    """Return the buffers of a network after a batch, after they are shared, and after training."""
+    model, trained = normalised(), normalised()
+    model(data.train.batch(distributed.part(torch.arange(64)))[0])
+    found = {f"own.{name}": value.clone() for name, value in model.named_buffers()}
+    distributed.share_buffers_(model)
+    found |= {f"shared.{name}": value for name, value in model.named_buffers()}
+    hyper = replace(SHRINKING, phases=(Phase("ordered", 1, 0.05),), lasso=0.0)
+    train_(
+        trained, data, hyper, lambda: [(1,), (3,)], out / "normalised", {}, Progress(disable=True)
+    )
+    return found | {f"trained.{name}": value for name, value in trained.named_buffers()}
+
+
 def main(out: Path) -> None:
-    """Train, and write the parameters and the number of pictures seen under this process' rank."""
+    """Train, and write under this process' rank the network, the chain and all statistics."""
     torch.set_num_threads(1)
     data = Data(pictures(320, 0), pictures(100, 1), pictures(100, 2), "blobs", "0")
     model = network()
@@ -38,7 +58,9 @@ def main(out: Path) -> None:
         chain = train_(model, data, SHRINKING, lambda: found, out / "checkpoints", {}, bar)
         tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
         tensors["chain"] = torch.tensor(chain)
-        save_file(tensors, out / f"{distributed.rank()}-of-{distributed.size()}.safetensors")
+        name = f"{distributed.rank()}-of-{distributed.size()}.safetensors"
+        save_file(tensors, out / name)
+        save_file(statistics(data, out), out / f"statistics-{name}")
 
 
 if __name__ == "__main__":

@@ -14,29 +14,45 @@ from tests import data_parallel
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.slow
-def test_two_processes_train_the_network_that_one_does(tmp_path: Path) -> None:
-    together, alone = tmp_path / "together", tmp_path / "alone"
-    for path in (together, alone):
-        path.mkdir()
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("together")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    worker = ["--nproc-per-node", "2", "-m", "tests.data_parallel", str(together)]
+    worker = ["--nproc-per-node", "2", "-m", "tests.data_parallel", str(path)]
 
     done = subprocess.run([*torchrun, *worker], cwd=ROOT, capture_output=True, text=True)
-    data_parallel.main(alone)
-
     assert done.returncode == 0, done.stderr
+    return path
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_network_that_one_does(together: Path, tmp_path: Path) -> None:
+    data_parallel.main(tmp_path)
+
     first, second = (load_file(together / f"{rank}-of-2.safetensors") for rank in (0, 1))
-    one = load_file(alone / "0-of-1.safetensors")
+    one = load_file(tmp_path / "0-of-1.safetensors")
     assert first.keys() == second.keys() == one.keys()
     assert first["chain"].tolist() == [list(ranks) for ranks in data_parallel.CHAIN]
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
         torch.testing.assert_close(value, one[name], rtol=1e-3, atol=1e-3)
-    states = [checkpoint.latest(path / "checkpoints") for path in (together, alone)]
+    states = [checkpoint.latest(path / "checkpoints") for path in (together, tmp_path)]
     ranks = [checkpoint.read_state(path).ranks for path in states if path]
     assert ranks[0] == ranks[1]
     assert any(r < full for r, full in zip(ranks[0].values(), (36, 30, 3), strict=True))
+
+
+@pytest.mark.slow
+def test_all_processes_have_the_statistics_of_the_first(together: Path) -> None:
+    first, second = (load_file(together / f"statistics-{r}-of-2.safetensors") for r in (0, 1))
+
+    mean = "1.running_mean"
+    assert not torch.equal(first[f"own.{mean}"], second[f"own.{mean}"])
+    for name in (mean, "1.running_var", "1.num_batches_tracked"):
+        assert torch.equal(first[f"shared.{name}"], first[f"own.{name}"])
+        assert torch.equal(second[f"shared.{name}"], first[f"own.{name}"])
+        assert torch.equal(second[f"trained.{name}"], first[f"trained.{name}"])
+    assert first["trained.1.num_batches_tracked"] == 10
 
 
 def test_one_process_alone_has_it_all() -> None:
