@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from random import Random
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maestro_core.data import Inputs
 from maestro_core.factorize import forward_at, low_rank_layers
-from maestro_core.loss import cross_entropy, labelled
+from maestro_core.loss import cross_entropy, distillation_loss
 from maestro_core.normalisation import scratch
 from maestro_core.teachers import taught_answers
 
@@ -37,18 +36,15 @@ def consolidation_loss(
     names = list(low_rank_layers(model))
     whole: Tensor = model(x)
     if teachers:
-        answers = labelled(taught_answers(teachers, x), labels)
-        first = F.cross_entropy(labelled(whole, labels), answers)
+        answers = taught_answers(teachers, x)
+        first = distillation_loss(whole, answers, labels)
     else:
-        answers = labelled(whole.detach(), labels).float().softmax(1)
+        answers = whole.detach().float().softmax(-1)
         first = cross_entropy(whole, labels, label_smoothing)
     between = [rng.choice(chain[1:-1])] if len(chain) > 2 else []
     points = [
         forward_at(model, dict(zip(names, ranks, strict=True)), x, buffers=scratch(model))
         for ranks in (*chain[:-1][:1], *between)
     ]
-    losses = [
-        first,
-        *(F.cross_entropy(labelled(y, labels), answers) for y in points),
-    ]
+    losses = [first, *(distillation_loss(y, answers, labels) for y in points)]
     return torch.stack(losses).sum()

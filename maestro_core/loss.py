@@ -24,8 +24,14 @@ def cross_entropy(
     )
 
 
-def labelled(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the rows (n, classes) of logits (…, classes) whose label is not IGNORED."""
+def distillation_loss(logits: Tensor, answers: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean loss of logits (…, classes) on answers, probabilities of the same shape.
+
+    Places (…) whose label is IGNORED don't count. None is taken out: how many there are would have
+    to be known first, and for that a host waits for its GPU.
+    """
     if labels.dim() == 1:  # pictures: every one has a label
-        return logits
-    return logits[labels != IGNORED]
+        return F.cross_entropy(logits, answers)
+    losses = F.cross_entropy(logits.flatten(0, -2), answers.flatten(0, -2), reduction="none")
+    counts = labels.flatten() != IGNORED
+    return losses.where(counts, 0.0).sum() / counts.sum()

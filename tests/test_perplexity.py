@@ -8,7 +8,7 @@ import torch
 from maestro_core.accounting import measure
 from maestro_core.evaluation import evaluate
 from maestro_core.factorize import factorize_, forward_at, low_rank_layers
-from maestro_core.loss import IGNORED, cross_entropy, labelled
+from maestro_core.loss import IGNORED, cross_entropy, distillation_loss
 from maestro_core.models.transformer import Transformer
 from maestro_core.perplexity import perplexity, score_points, sentence_losses
 from maestro_core.search import by_name
@@ -104,4 +104,29 @@ def test_places_without_a_label_do_not_count_in_a_loss() -> None:
     for smoothing in (0.0, 0.1):
         expected = torch.nn.functional.cross_entropy(rows, said, label_smoothing=smoothing)
         torch.testing.assert_close(cross_entropy(logits, labels, smoothing), expected)
-    assert torch.equal(labelled(logits, labels), rows)
+
+
+def test_places_without_a_label_teach_nothing() -> None:
+    labels = torch.tensor([[1, 2, IGNORED], [5, IGNORED, IGNORED]])
+    logits, answers = torch.randn(2, 3, 7, requires_grad=True), torch.randn(2, 3, 7).softmax(-1)
+    rows = labels != IGNORED
+    expected = torch.nn.functional.cross_entropy(logits[rows], answers[rows])
+
+    loss = distillation_loss(logits, answers, labels)
+
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_loss_needs_no_value_before_it_is_on_its_way() -> None:
+    """A tensor without values stands for one that a GPU is still at."""
+    logits, labels = torch.empty(2, 3, 7, device="meta"), torch.zeros(2, 3, device="meta")
+
+    for loss in (
+        distillation_loss(logits, logits.softmax(-1), labels),
+        cross_entropy(logits, labels.long()),
+    ):
+        assert loss.shape == ()
