@@ -8,6 +8,7 @@ whose messages are laid out once, for parameters that keep their shapes.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,9 @@ def joined() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
+    # Optimisers import it, and its defaults keep the group that is there when it is imported. That
+    # group's threads would outlive the block, and can abort a process that ends.
+    import_module("torch.distributed.nn")
     dist.init_process_group("gloo")
     try:
         yield

@@ -1,10 +1,12 @@
 """What each process of tests/test_distributed.py does: `torchrun … -m tests.data_parallel OUT`."""
 
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from rich.progress import Progress
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -52,6 +54,7 @@ def main(out: Path) -> None:
     data = Data(pictures(320, 0), pictures(100, 1), pictures(100, 2), "blobs", "0")
     model = network()
     with distributed.joined():
+        group = weakref.ref(dist.group.WORLD) if distributed.size() > 1 else None
         # Each finds another chain; all must train the first one's.
         found = [tuple(min(r + distributed.rank(), 3) for r in CHAIN[0]), *CHAIN[1:]]
         bar = Progress(disable=True)
@@ -61,6 +64,8 @@ def main(out: Path) -> None:
         name = f"{distributed.rank()}-of-{distributed.size()}.safetensors"
         save_file(tensors, out / name)
         save_file(statistics(data, out), out / f"statistics-{name}")
+    if group and group():
+        raise RuntimeError("the group, and its threads, outlive the block")
 
 
 if __name__ == "__main__":
