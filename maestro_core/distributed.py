@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from maestro_core.frontier import Chain
+from maestro_core.loss import IGNORED
 
 
 @contextmanager
@@ -48,17 +49,21 @@ def part(indices: Tensor) -> Tensor:
     return indices[: len(indices) // size() * size()][rank() :: size()]
 
 
-def average_(model: nn.Module, loss: Tensor) -> Tensor:
+def average_(model: nn.Module, loss: Tensor, labels: Tensor) -> Tensor:
     """Set the gradients to their means over all processes; return the mean of the losses.
 
-    It is not finite in any process if it is not in one, so that all stop together.
+    `loss` is a mean over this process' `labels`. Parts of a batch have as many pictures but not as
+    many tokens, so each label that is not IGNORED weighs the same. The mean of the losses is not
+    finite in any process if a loss is not in one, so that all stop together.
     """
     if size() == 1:
         return loss.detach()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     message = torch.cat([value.flatten() for value in (*gradients, loss.detach().float())])
+    count = (labels != IGNORED).sum().to(message)
+    message = torch.cat([message * count, count.view(1)])
     dist.all_reduce(message)
-    message /= size()
+    message = message[:-1] / message[-1]
     *means, mean = torch.split(message, [*(g.numel() for g in gradients), 1])
     for gradient, value in zip(gradients, means, strict=True):
         gradient.copy_(value.view_as(gradient))

@@ -182,7 +182,7 @@ def train_epoch_(
                 loss = cross_entropy(model(x), labels, hyper.label_smoothing)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
-        losses[step] = distributed.average_(model, loss)
+        losses[step] = distributed.average_(model, loss, labels)
         if (step + 1) % CHECKED == 0:
             _check(losses, epoch, len(batches))
         optimizer.step()

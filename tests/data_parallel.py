@@ -10,12 +10,16 @@ import torch.distributed as dist
 from rich.progress import Progress
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim import SGD
 
 from maestro_core import distributed
 from maestro_core.data import Data
+from maestro_core.factorize import factorize_
 from maestro_core.frontier import Chain
+from maestro_core.models.transformer import Transformer
 from maestro_core.schedule import HyperParameters, Phase
-from maestro_core.training import train_
+from maestro_core.training import train_, train_epoch_
+from tests.test_perplexity import sentences
 from tests.test_target import HYPER, network
 from tests.test_training import pictures
 
@@ -48,8 +52,19 @@ def statistics(data: Data, out: Path) -> dict[str, Tensor]:
     return found | {f"trained.{name}": value for name, value in trained.named_buffers()}
 
 
+def train_on_text() -> dict[str, Tensor]:
+    """Return the parameters after an epoch on sentences of many lengths."""
+    torch.manual_seed(0)
+    model = Transformer(20, width=12, layers=1, heads=2, hidden=16, dropout=0.0)
+    factorize_(model)
+    hyper = replace(SHRINKING, phases=(Phase("ordered", 1, 0.05),), batch_size=8)
+    optimizer = SGD(model.parameters(), momentum=0.9)
+    train_epoch_(model, optimizer, sentences(64, 0), hyper, 0, [], lambda: None)
+    return {name: value.detach().contiguous() for name, value in model.named_parameters()}
+
+
 def main(out: Path) -> None:
-    """Train, and write under this process' rank the network, the chain and all statistics."""
+    """Train, and write what came of it under this process' rank."""
     torch.set_num_threads(1)
     data = Data(pictures(320, 0), pictures(100, 1), pictures(100, 2), "blobs", "0")
     model = network()
@@ -64,6 +79,7 @@ def main(out: Path) -> None:
         name = f"{distributed.rank()}-of-{distributed.size()}.safetensors"
         save_file(tensors, out / name)
         save_file(statistics(data, out), out / f"statistics-{name}")
+        save_file(train_on_text(), out / f"text-{name}")
     if group and group():
         raise RuntimeError("the group, and its threads, outlive the block")
 

@@ -15,6 +15,13 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("alone")
+    data_parallel.main(path)
+    return path
+
+
+@pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("together")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -26,17 +33,15 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_network_that_one_does(together: Path, tmp_path: Path) -> None:
-    data_parallel.main(tmp_path)
-
+def test_two_processes_train_the_network_that_one_does(together: Path, alone: Path) -> None:
     first, second = (load_file(together / f"{rank}-of-2.safetensors") for rank in (0, 1))
-    one = load_file(tmp_path / "0-of-1.safetensors")
+    one = load_file(alone / "0-of-1.safetensors")
     assert first.keys() == second.keys() == one.keys()
     assert first["chain"].tolist() == [list(ranks) for ranks in data_parallel.CHAIN]
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
         torch.testing.assert_close(value, one[name], rtol=1e-3, atol=1e-3)
-    states = [checkpoint.latest(path / "checkpoints") for path in (together, tmp_path)]
+    states = [checkpoint.latest(path / "checkpoints") for path in (together, alone)]
     ranks = [checkpoint.read_state(path).ranks for path in states if path]
     assert ranks[0] == ranks[1]
     assert any(r < full for r, full in zip(ranks[0].values(), (36, 30, 3), strict=True))
@@ -55,6 +60,14 @@ def test_all_processes_have_the_statistics_of_the_first(together: Path) -> None:
     assert first["trained.1.num_batches_tracked"] == 10
 
 
+@pytest.mark.slow
+def test_each_token_weighs_the_same_whichever_process_has_it(together: Path, alone: Path) -> None:
+    first, second = (load_file(together / f"text-{rank}-of-2.safetensors") for rank in (0, 1))
+    for name, value in load_file(alone / "text-0-of-1.safetensors").items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-5)
+
+
 def test_one_process_alone_has_it_all() -> None:
     model, indices = torch.nn.Linear(2, 1), torch.arange(7)
     loss = model(torch.ones(3, 2)).sum()
@@ -64,6 +77,6 @@ def test_one_process_alone_has_it_all() -> None:
     with distributed.joined():
         assert (distributed.rank(), distributed.size()) == (0, 1)
         assert torch.equal(distributed.part(indices), indices)
-        assert distributed.average_(model, loss) == loss
+        assert distributed.average_(model, loss, torch.zeros(3)) == loss
         assert distributed.agreed([(1, 2)]) == [(1, 2)]
     assert model.weight.grad is before
