@@ -19,10 +19,11 @@ class Recipe:
     """A network, the pictures it reads, and how it is trained and searched.
 
     `validation` pictures leave the training set to choose the points. `data_set` and `source` say
-    what the data is, and whose. `kept_samples` of the test pictures go into the artifact, for hosts
-    that look for points of their own. `prepare` sets what a network takes from its training
-    pictures before the first step. With `folders` the data is a folder of class folders, which name
-    the labels; else an .npz file, and `labels` are given.
+    what the data is, and whose. The first `kept_samples` of the test pictures go into the artifact,
+    for hosts that look for points of their own; of class folders they are a draw (folders.py).
+    `prepare` sets what a network takes from its training pictures before the first step. With
+    `folders` the data is a folder of class folders, which name the labels; else an .npz file, and
+    `labels` are given.
     """
 
     name: str
