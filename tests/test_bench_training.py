@@ -32,7 +32,7 @@ def test_a_step_trains_the_network_that_it_times() -> None:
         assert any(
             not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)
         ), kind
-        halved = {"dense": [], "ordered": [160, 160, 160], "ordered_half_rank": [80, 80, 80]}[kind]
+        halved = {"dense": [], "ordered": [128, 128, 128], "ordered_half_rank": [64, 64, 64]}[kind]
         assert [layer.rank for layer in low_rank_layers(model).values()][:3] == halved
 
 
