@@ -45,8 +45,7 @@ def recalibrate(model: nn.Module, ranks: Mapping[str, int], pictures: Pictures) 
 
     They are the means over batches of at most 500, about as large as each other, each weighing the
     same. Pictures are changed as in training, by the same draws every time: of clean ones the
-    statistics are not those that the network learned with, which cost ResNet-9 with cutout one
-    point of accuracy and more.
+    statistics are not those that the network learned with.
     """
     statistics = {
         name: torch.ones_like(buffer) if name.endswith("running_var") else torch.zeros_like(buffer)

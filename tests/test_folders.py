@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as Pillow
-from rich.progress import Progress
 from torch import Tensor
 
 from maestro_core import folders, framing
@@ -25,6 +23,7 @@ from maestro_core.data import Data, DataError
 from maestro_core.folders import Folders
 from maestro_core.picture_files import AHEAD, Crop, PictureError, PictureFiles
 from server import inputs
+from tests.stops import Stops
 from tests.test_training import HYPER, network, same, train
 
 COLOUR = Image("RGB", 8, 10, (0.1, 0.2, 0.3), (0.5, 0.25, 1.0), shorter=12)
@@ -233,20 +232,13 @@ def test_batches_are_read_ahead(root: Path) -> None:
 def test_a_run_that_is_resumed_with_other_workers_ends_with_the_same_bits(
     root: Path, tmp_path: Path
 ) -> None:
-    class StopsInEpoch2(Progress):
-        def advance(self, *_: Any, **__: Any) -> None:
-            steps.append(0)
-            if len(steps) == 5:
-                raise KeyboardInterrupt
-
-    steps: list[int] = []
     hyper = replace(HYPER, batch_size=8)
     whole, stopped, resumed = network(), network(), network()
     train(whole, read(root, image=GREY, workers=1), tmp_path / "whole", hyper)
 
     three = read(root, image=GREY, workers=3)
     with pytest.raises(KeyboardInterrupt):
-        train(stopped, three, tmp_path / "cut", hyper, StopsInEpoch2(disable=True))
+        train(stopped, three, tmp_path / "cut", hyper, Stops(5))
     train(resumed, read(root, image=GREY, workers=2), tmp_path / "cut", hyper)
 
     assert same(whole, resumed)

@@ -29,6 +29,7 @@ from maestro_core.target import (
     planned,
 )
 from maestro_core.training import train_
+from tests.stops import Stops
 from tests.test_training import IMAGE, pictures
 
 HYPER = HyperParameters(
@@ -97,16 +98,9 @@ def test_a_resumed_run_ends_with_the_same_bits_and_weight(data: Data, tmp_path: 
     hyper = replace(HYPER, target=Target("macs", 0.5))
     whole, stopped, resumed = network(), network(), network()
 
-    class Stops(Progress):
-        def advance(self, *_: Any, **__: Any) -> None:
-            steps.append(0)
-            if len(steps) == 45:
-                raise KeyboardInterrupt
-
-    steps: list[int] = []
     train(whole, data, tmp_path / "whole", hyper)
     with pytest.raises(KeyboardInterrupt):
-        train(stopped, data, tmp_path / "cut", hyper, bar=Stops(disable=True))
+        train(stopped, data, tmp_path / "cut", hyper, bar=Stops(45))
     train(resumed, data, tmp_path / "cut", hyper)
 
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):

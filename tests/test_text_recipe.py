@@ -24,6 +24,7 @@ from maestro_core.schedule import Moments, Phase
 from maestro_core.sentences import Corpus, example
 from maestro_core.target import Target
 from maestro_core.training import train_, train_epoch_
+from tests.stops import Stops
 from tests.text import write_text
 
 VOCABULARY = 90
@@ -125,22 +126,15 @@ def train(
 def test_a_run_stopped_in_any_phase_ends_with_the_same_bits(
     corpus: Corpus, tmp_path: Path, stop: int
 ) -> None:
-    class Stops(Progress):
-        def advance(self, *_: Any, **__: Any) -> None:
-            steps.append(0)
-            if len(steps) == stop:
-                raise KeyboardInterrupt
-
     def fresh() -> nn.Module:
         torch.manual_seed(0)
         return network()
 
-    steps: list[int] = []
     training = replace(SMALL.training, lasso=1e-2, threshold=0.05)
     whole, stopped, resumed = fresh(), fresh(), fresh()
     train(whole, corpus, tmp_path / "whole", training)
     with pytest.raises(KeyboardInterrupt):
-        train(stopped, corpus, tmp_path / "cut", training, Stops(disable=True))
+        train(stopped, corpus, tmp_path / "cut", training, Stops(stop))
     train(resumed, corpus, tmp_path / "cut", training)
 
     pairs = zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
@@ -185,10 +179,10 @@ def test_the_recipe_starts_and_takes_steps(corpus: Corpus) -> None:
     factorize_(model)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), eps=1e-9)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    steps: list[int] = []
     ordered = next(phase for phase in hyper.phases if phase.kind == "ordered")
     first = sum(p.epochs for p in hyper.phases[: hyper.phases.index(ordered)])
 
+    steps: list[int] = []
     # Halfway, where no rate is 0.
     epoch = first + ordered.epochs // 2
     train_epoch_(model, optimizer, corpus.train.first(8), hyper, epoch, [], lambda: steps.append(0))

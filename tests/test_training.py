@@ -24,6 +24,7 @@ from maestro_core.sampling import Sampling
 from maestro_core.schedule import HyperParameters, Kind, Phase, learning_rate
 from maestro_core.training import Diverged, train_
 from maestro_core.whitening import whiten_
+from tests.stops import Stops
 
 RATE = 0.05
 HYPER = HyperParameters(
@@ -145,15 +146,8 @@ def test_a_resumed_run_ends_with_the_bits_and_ranks_of_one_that_never_stopped(
     whole, stopped, resumed = network(), network(), network()
     train(whole, data, tmp_path / "whole", SHRINKING)
 
-    class StopsInEpoch5(Progress):
-        def advance(self, *_: Any, **__: Any) -> None:
-            steps[0] += 1
-            if steps[0] == 43:
-                raise KeyboardInterrupt
-
-    steps = [0]
     with pytest.raises(KeyboardInterrupt):
-        train(stopped, data, tmp_path / "cut", SHRINKING, StopsInEpoch5(disable=True))
+        train(stopped, data, tmp_path / "cut", SHRINKING, Stops(43))
     left = checkpoint.latest(tmp_path / "cut")
     assert left is not None
     ranks = checkpoint.read_state(left).ranks
@@ -185,18 +179,11 @@ def test_consolidation_raises_the_points_and_keeps_the_whole(data: Data, tmp_pat
 def test_a_run_stopped_in_either_phase_ends_with_the_same_bits(
     data: Data, tmp_path: Path, stop: int
 ) -> None:
-    class Stops(Progress):
-        def advance(self, *_: Any, **__: Any) -> None:
-            steps.append(0)
-            if len(steps) == stop:
-                raise KeyboardInterrupt
-
-    steps: list[int] = []
     whole, stopped, resumed = network(), network(), network()
     train(whole, data, tmp_path / "whole", CONSOLIDATING)
 
     with pytest.raises(KeyboardInterrupt):
-        train(stopped, data, tmp_path / "cut", CONSOLIDATING, Stops(disable=True))
+        train(stopped, data, tmp_path / "cut", CONSOLIDATING, Stops(stop))
     train(resumed, data, tmp_path / "cut", CONSOLIDATING)
 
     assert same(whole, resumed)
@@ -254,18 +241,11 @@ AVERAGED = replace(
 def test_a_run_that_keeps_networks_and_was_stopped_ends_with_the_same_bits(
     data: Data, tmp_path: Path, stop: int
 ) -> None:
-    class Stops(Progress):
-        def advance(self, *_: Any, **__: Any) -> None:
-            steps.append(0)
-            if len(steps) == stop:
-                raise KeyboardInterrupt
-
-    steps: list[int] = []
     whole, resumed = untrained(), untrained()
     train(whole, data, tmp_path / "whole", AVERAGED)
 
     with pytest.raises(KeyboardInterrupt):
-        train(untrained(), data, tmp_path / "cut", AVERAGED, Stops(disable=True))
+        train(untrained(), data, tmp_path / "cut", AVERAGED, Stops(stop))
     train(resumed, data, tmp_path / "cut", AVERAGED)
 
     assert same(whole, resumed)
@@ -535,21 +515,14 @@ def test_a_run_stopped_before_or_after_the_factorisation_ends_with_the_same_bits
     kinds: tuple[Kind, ...] = ("dense", "ordered", "nested", "nested")
     hyper = replace(HYPER, phases=tuple(Phase(k, 1, RATE) for k in kinds), keep=("head",))
 
-    class Stops(Progress):
-        def advance(self, *_: Any, **__: Any) -> None:
-            steps.append(0)
-            if len(steps) == stop:
-                raise KeyboardInterrupt
-
     def fresh() -> Net:
         torch.manual_seed(0)
         return Net()
 
-    steps: list[int] = []
     whole, stopped, resumed = fresh(), fresh(), fresh()
     train(whole, data, tmp_path / "whole", hyper)
     with pytest.raises(KeyboardInterrupt):
-        train(stopped, data, tmp_path / "cut", hyper, Stops(disable=True))
+        train(stopped, data, tmp_path / "cut", hyper, Stops(stop))
     train(resumed, data, tmp_path / "cut", hyper)
 
     assert same(whole, resumed)
