@@ -173,12 +173,13 @@ def _alone(
     """Return a template with this node only."""
     floats = TensorProto.FLOAT
     reads = {*node.input, f"{layer.name}.dense"}
-    reads |= {f"{layer.name}.{factor}.zeros" for factor in ("down", "up")}
+    known = (*template.graph.value_info, *template.graph.output)
+    answer = next(value for value in known if value.name == node.output[0])
     body = helper.make_graph(
         [node],
         layer.name,
         [helper.make_tensor_value_info(node.input[0], floats, shape)],
-        [helper.make_tensor_value_info(node.output[0], floats, [None] * len(shape))],
+        [answer],
         [tensor for tensor in template.graph.initializer if tensor.name in reads],
     )
     return helper.make_model(

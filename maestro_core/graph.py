@@ -3,8 +3,9 @@
 The template is the trained network with one node per call of a factorised layer,
 `maestro::LowRankLinear` or `maestro::LowRankConv2d`, and the index of the weights file: an
 initializer for each tensor in it. A point is plain ONNX: those nodes replaced by two factors of the
-point's rank, or by the dense layer where that is cheaper: by MACs, or as the caller says. Factors
-are rank-major, so a smaller rank is the same offset into the weights file and a shorter length.
+point's rank, or by the dense layer where that is cheaper: by MACs, or as the caller says. At rank 0
+nothing is computed: a layer's bias, or zero, is repeated. Factors are rank-major, so a smaller rank
+is the same offset into the weights file and a shorter length.
 """
 
 from collections import Counter
@@ -30,8 +31,7 @@ INLINE_BYTES = 64
 def pack(template: ModelProto, layers: Sequence[Layer]) -> tuple[ModelProto, bytes]:
     """Move the weights into one file; return the template that refers to it, and the file.
 
-    Adds `LAYER.dense`, (out, in, …), for each layer that is cheaper dense at its full rank, and
-    `LAYER.down.zeros` and `LAYER.up.zeros`, one row each, for rank 0.
+    Adds `LAYER.dense`, (out, in, …), for each layer that is cheaper dense at its full rank.
     """
     packed = ModelProto()
     packed.CopyFrom(template)
@@ -81,8 +81,8 @@ def build(
         dense = {n.name for n, rank in zip(layers, ranks, strict=False) if n.is_dense(rank)}
     _check(layers, ranks, dense)
     tensors = {**{t.name: t for t in template.graph.initializer}, **private}
-    dims = {
-        value.name: len(value.type.tensor_type.shape.dim)
+    shapes = {
+        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
         for value in (*template.graph.value_info, *template.graph.input, *template.graph.output)
     }
     by_down = {
@@ -97,25 +97,26 @@ def build(
         layer, rank = by_down[node.input[1]]
         calls[layer.name] += 1
         name = layer.name if calls[layer.name] == 1 else f"{layer.name}.{calls[layer.name]}"
+        shape = shapes[node.output[0]]
         if layer.name in dense:
             if f"{layer.name}.dense" not in tensors:
                 raise ValueError(f"layer '{layer.name}' has no dense weights here")
-            nodes.extend(_dense(node, layer, name, dims[node.output[0]]))
-            continue
-        _truncate(tensors, layer, rank)
-        nodes.extend(_factors(node, layer, name, dims[node.output[0]]))
+            nodes.extend(_dense(node, layer, name, len(shape)))
+        elif rank:
+            for factor in (f"{layer.name}.down", f"{layer.name}.up"):
+                tensors[factor] = _prefix(tensors[factor], rank)
+            nodes.extend(_factors(node, layer, name, len(shape)))
+        else:
+            nodes.extend(_repeated(node, layer, name, shape))
     return _assemble(template, nodes, tensors)
 
 
 def _derived(tensors: Mapping[str, np.ndarray], layers: Iterable[Layer]) -> dict[str, np.ndarray]:
-    derived = {}
-    for layer in layers:
-        down, up = tensors[f"{layer.name}.down"], tensors[f"{layer.name}.up"]
-        if layer.is_dense(layer.max_rank):
-            derived[f"{layer.name}.dense"] = _product(down, up)
-        for name, factor in (("down", down), ("up", up)):
-            derived[f"{layer.name}.{name}.zeros"] = np.zeros((1, *factor.shape[1:]), np.float32)
-    return derived
+    return {
+        f"{layer.name}.dense": _product(tensors[f"{layer.name}.down"], tensors[f"{layer.name}.up"])
+        for layer in layers
+        if layer.is_dense(layer.max_rank)
+    }
 
 
 def dense_weights(
@@ -158,15 +159,6 @@ def _check(layers: Sequence[Layer], ranks: Sequence[int], dense: Collection[str]
             )
 
 
-def _truncate(tensors: dict[str, TensorProto], layer: Layer, rank: int) -> None:
-    """Cut the factors of `layer` to a prefix of `rank` rows; rank 0 is one row of zeros."""
-    for factor in (f"{layer.name}.down", f"{layer.name}.up"):
-        if rank:
-            tensors[factor] = _prefix(tensors[factor], rank)
-        else:
-            tensors[factor] = _renamed(tensors[f"{factor}.zeros"], factor)
-
-
 def _prefix(tensor: TensorProto, rows: int) -> TensorProto:
     if tensor.data_location != TensorProto.EXTERNAL:
         return numpy_helper.from_array(numpy_helper.to_array(tensor)[:rows], tensor.name)
@@ -176,13 +168,6 @@ def _prefix(tensor: TensorProto, rows: int) -> TensorProto:
     shape = (rows, *tensor.dims[1:])
     length = entries["length"] // tensor.dims[0] * rows
     return _external(tensor.name, tensor.data_type, shape, entries["offset"], length)
-
-
-def _renamed(tensor: TensorProto, name: str) -> TensorProto:
-    copy = TensorProto()
-    copy.CopyFrom(tensor)
-    copy.name = name
-    return copy
 
 
 def _dense(node: NodeProto, layer: Layer, name: str, dims: int) -> list[NodeProto]:
@@ -228,15 +213,43 @@ def _factors(node: NodeProto, layer: Layer, name: str, dims: int) -> list[NodePr
 def _conv_factors(node: NodeProto, name: str) -> list[NodeProto]:
     x, down, up, *bias = node.input
     h, turned, kernel = f"{name}.h", f"{name}.up.T", f"{name}.up.kernel"
-    axes = helper.make_tensor("axes", TensorProto.INT64, [2], [2, 3])
     # The 1×1 kernel is (out, rank, 1, 1); from rank-major it needs a transpose, done at load.
     return [
         helper.make_node("Conv", [x, down], [h], f"{name}/down", **_window(node)),
         helper.make_node("Transpose", [up], [turned], perm=[1, 0]),
-        helper.make_node("Constant", [], [f"{kernel}.axes"], value=axes),
+        _constant(f"{kernel}.axes", [2, 3]),
         helper.make_node("Unsqueeze", [turned, f"{kernel}.axes"], [kernel]),
         helper.make_node("Conv", [h, kernel, *bias], [node.output[0]], f"{name}/up"),
     ]
+
+
+def _repeated(node: NodeProto, layer: Layer, name: str, shape: Sequence[int]) -> list[NodeProto]:
+    """Return the nodes of a call at rank 0; its output has this shape, 0 where that varies.
+
+    What varies are the leading dimensions: they are those of the input.
+    """
+    x, _, _, *bias = node.input
+    own = 3 if layer.kind == "conv2d" else 1  # the dimensions that are the layer's
+    if 0 in shape[-own:]:
+        raise ValueError(f"layer '{layer.name}' at rank 0 needs a height and width that are known")
+    leading, end, whole = f"{name}.leading", f"{name}.end", f"{name}.shape"
+    nodes = [
+        helper.make_node("Shape", [x], [leading], end=-own),
+        _constant(end, shape[-own:]),
+        helper.make_node("Concat", [leading, end], [whole], axis=0),
+    ]
+    if not bias:
+        return [*nodes, helper.make_node("ConstantOfShape", [whole], node.output, name)]
+    repeated = bias[0]
+    if own > 1:
+        repeated, axes = f"{name}.repeated", f"{name}.repeated.axes"
+        nodes += [_constant(axes, [1, 2]), helper.make_node("Unsqueeze", [*bias, axes], [repeated])]
+    return [*nodes, helper.make_node("Expand", [repeated, whole], node.output, name)]
+
+
+def _constant(name: str, values: Sequence[int]) -> NodeProto:
+    tensor = helper.make_tensor(name, TensorProto.INT64, [len(values)], values)
+    return helper.make_node("Constant", [], [name], value=tensor)
 
 
 def _window(node: NodeProto) -> dict[str, Any]:
