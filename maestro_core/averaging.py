@@ -1,7 +1,8 @@
-"""Nested phases that begin from one network; the mean of what they end with is the run's network.
+"""Nested phases of one group begin from one network; the mean of their ends is the group's.
 
 Of weights that were trained apart from the same start, the mean answers better than each, at the
-cost of one (Wortsman et al., "Model soups", ICML 2022).
+cost of one (Wortsman et al., "Model soups", ICML 2022). A group after another begins from a mean,
+which then counts as one of its ends.
 """
 
 import copy
@@ -18,22 +19,25 @@ from maestro_core.sentences import Corpus
 
 
 def begin_(model: nn.Module, root: Path, hyper: HyperParameters, epochs: int) -> None:
-    """Make `model` what every nested phase begins from, if one begins after so many epochs.
+    """Make `model` what the group's phases begin from, where one begins after so many epochs.
 
     Raises:
         CheckpointError: that is missing or damaged, or the disk does not take it.
     """
-    first = sum(phase.epochs for phase in hyper.phases if phase.kind != "nested")
+    group = hyper.at(epochs)[0].group
+    if not group:
+        return
+    first, _ = hyper.group(group)
     if epochs > first:
-        checkpoint.load_weights_(root, _name(first), model)
-    elif epochs == first and distributed.rank() == 0:
-        checkpoint.save_weights(root, _name(first), model)
+        checkpoint.load_weights_(root, _start(first), model)
+    elif distributed.rank() == 0:
+        checkpoint.save_weights(root, _start(first), model)
 
 
 def end_(
     model: nn.Module, data: Data | Corpus, root: Path, hyper: HyperParameters, epochs: int
 ) -> None:
-    """Keep what a nested phase ended with, if one did; after the last, make `model` the mean.
+    """Keep what a phase of a group ended with, if one did; after the last, make `model` the mean.
 
     Its normalisation is set by training pictures: a mean of statistics is not the mean's.
 
@@ -41,24 +45,32 @@ def end_(
         CheckpointError: what an earlier phase ended with is missing or damaged, or the disk does
             not take this one's.
     """
-    ends = hyper.ends("nested")
+    group = hyper.at(epochs - 1)[0].group
+    first, ends = hyper.group(group) if group else (0, [])
     if epochs not in ends:
         return
     if distributed.rank() == 0:
-        checkpoint.save_weights(root, _name(epochs), model)
+        checkpoint.save_weights(root, _end(epochs), model)
     if epochs < ends[-1]:
         return
     other = copy.deepcopy(model)
-    parameters = list(zip(model.parameters(), other.parameters(), strict=True))
+    pairs = list(zip(model.parameters(), other.parameters(), strict=True))
+    names = [_end(end) for end in ends[:-1]]
+    if first and hyper.at(first - 1)[0].group:
+        names.append(_start(first))
     with torch.no_grad():
-        for number, end in enumerate(ends[:-1], 2):
-            checkpoint.load_weights_(root, _name(end), other)
-            for parameter, others in parameters:
+        for number, name in enumerate(names, 2):
+            checkpoint.load_weights_(root, name, other)
+            for parameter, others in pairs:
                 parameter.lerp_(others, 1 / number)
     if isinstance(data, Data):
         statistics = recalibrate(model, {}, data.train.first(CALIBRATING))
         model.load_state_dict(statistics, strict=False)
 
 
-def _name(epochs: int) -> str:
+def _start(epochs: int) -> str:
+    return f"start-{epochs:04}"
+
+
+def _end(epochs: int) -> str:
     return f"nested-{epochs:04}"

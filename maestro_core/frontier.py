@@ -32,13 +32,17 @@ class RankTable:
             raise ValueError(f"ranks must rise, not be {self.ranks}")
 
 
-def allowed_ranks(layer: Layer, most: int) -> tuple[int, ...]:
+def allowed_ranks(
+    layer: Layer, most: int, multiple: int = 1, removable: bool = False
+) -> tuple[int, ...]:
     """Return at most `most` ranks, evenly spread, for which two factors beat the dense layer.
 
     The layer's whole rank is always one of them: when dense is cheaper there, it is run dense,
-    so no rank between would be worth its cost. `most` is at least 2.
+    so no rank between would be worth its cost. The others are multiples of `multiple`; 0 is one
+    if the layer is `removable`. `most` is at least 2.
     """
-    cheap = [r for r in range(1, layer.max_rank) if not layer.is_dense(r)]
+    least = 0 if removable else 1
+    cheap = [r for r in range(least, layer.max_rank) if not (r % multiple or layer.is_dense(r))]
     if len(cheap) > most - 1:
         chosen = np.linspace(0, len(cheap) - 1, most - 1).round().astype(int)
         cheap = [cheap[i] for i in chosen]

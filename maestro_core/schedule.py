@@ -21,7 +21,8 @@ class Phase:
     `distortion` is how far pictures are turned, zoomed and recoloured (data.py), beyond what the
     recipe changes of them in all phases; 1 is a usual strength. A nested phase that is `taught`
     learns no labels but what the dense networks answer that the dense phases ended with
-    (teachers.py).
+    (teachers.py). Nested phases of one `group` above 0 all begin from the network that the first of
+    them began with, and what the last ends with is a mean (averaging.py).
     """
 
     kind: Kind
@@ -30,6 +31,7 @@ class Phase:
     milestones: tuple[float, ...] = ()
     distortion: float = 0.0
     taught: bool = False
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +58,6 @@ class HyperParameters:
     one that is trained by then (whitening.py).
     With a `target` the ordered phase ends at that size, whatever `lasso` (target.py).
     Scales and shifts of batch normalisation learn `normalisation_rate` times as fast as the rest.
-    With `averaged` all nested phases begin from one network, and their mean is the run's
-    (averaging.py).
     """
 
     phases: tuple[Phase, ...]
@@ -78,7 +78,6 @@ class HyperParameters:
     whitened: bool = False
     normalisation_rate: float = 1.0
     adam: Moments | None = None
-    averaged: bool = False
 
     def __post_init__(self) -> None:
         kinds = [phase.kind for phase in self.phases]
@@ -90,8 +89,13 @@ class HyperParameters:
             raise ValueError("taught is for nested phases: they train points")
         if self.taught and "dense" not in kinds:
             raise ValueError("taught needs a dense phase: its network is the teacher")
-        if self.averaged and kinds.count("nested") < 2:
-            raise ValueError("averaged needs two nested phases or more")
+        groups = [phase.group for phase in self.phases]
+        for group in {group for group in groups if group}:
+            first, count = groups.index(group), groups.count(group)
+            if count < 2 or groups[first : first + count] != [group] * count:
+                raise ValueError(f"group {group} needs two phases or more, one after another")
+            if kinds[first] != "nested":
+                raise ValueError(f"group {group} is of {kinds[first]} phases, not of nested ones")
         if not self.normalisation_rate > 0:
             raise ValueError(f"normalisation_rate is {self.normalisation_rate}, not above 0")
         if self.adam and (self.momentum or self.nesterov):
@@ -114,6 +118,12 @@ class HyperParameters:
         """Return how many epochs are over at the end of each phase of a kind."""
         ends = accumulate(phase.epochs for phase in self.phases)
         return [end for phase, end in zip(self.phases, ends, strict=True) if phase.kind == kind]
+
+    def group(self, number: int) -> tuple[int, list[int]]:
+        """Return how many epochs are over when a group begins, and at the end of each phase."""
+        ends = list(accumulate((phase.epochs for phase in self.phases), initial=0))
+        phases = [i for i, phase in enumerate(self.phases) if phase.group == number]
+        return ends[phases[0]], [ends[i + 1] for i in phases]
 
     @property
     def taught(self) -> bool:

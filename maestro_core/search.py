@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -35,7 +36,9 @@ class SearchParameters:
 
     `probes` is the most ranks tried for each layer, on `samples` of validation (0: all). With
     `most_macs` under 1 the ranks above the last point's are dropped: training goes on without them,
-    and they are not exported.
+    and they are not exported. Ranks are multiples of `multiple`, but for whole ones: kernels
+    compute so many channels at once. `removable` holds patterns of the names of layers that a point
+    may leave out: beside a shortcut, where something comes through without them.
     """
 
     points: int
@@ -43,9 +46,11 @@ class SearchParameters:
     probes: int
     most_macs: float = 1.0
     samples: int = 0
+    multiple: int = 1
+    removable: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, least in (("points", 2), ("probes", 2), ("samples", 0)):
+        for name, least in (("points", 2), ("probes", 2), ("samples", 0), ("multiple", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"search: {name} is {getattr(self, name)}, at least {least}")
         if not 0 <= self.least_macs < self.most_macs <= 1:
@@ -93,8 +98,22 @@ def error_tables(
     """Return for each layer, by rank, its MACs and the loss with it cut alone.
 
     `on_evaluation` is told how many evaluations are done, and of how many.
+
+    Raises:
+        ValueError: a pattern in `removable` matches no layer.
     """
-    grids = [allowed_ranks(layer, parameters.probes) for layer in cost.layers]
+    for pattern in parameters.removable:
+        if not any(fnmatchcase(layer.name, pattern) for layer in cost.layers):
+            raise ValueError(f"removable: '{pattern}' matches no layer in factors")
+    grids = [
+        allowed_ranks(
+            layer,
+            parameters.probes,
+            parameters.multiple,
+            any(fnmatchcase(layer.name, pattern) for pattern in parameters.removable),
+        )
+        for layer in cost.layers
+    ]
     total = sum(len(grid) for grid in grids)
     if parameters.samples:
         validation = validation.first(parameters.samples)

@@ -81,8 +81,7 @@ def train_(
         if phase.taught and not teachers:
             teachers = load_teachers(root, dense, hyper)
         if before == 0:
-            if hyper.averaged:
-                averaging.begin_(model, root, hyper, epoch)
+            averaging.begin_(model, root, hyper, epoch)
             optimizer = _optimizer(model, hyper)
         pursuit = None
         if phase.kind == "ordered" and hyper.target:
@@ -100,8 +99,7 @@ def train_(
                 teachers if phase.taught else (),
             )
             distributed.share_buffers_(model)
-            if hyper.averaged:
-                averaging.end_(model, data, root, hyper, epoch + 1)
+            averaging.end_(model, data, root, hyper, epoch + 1)
             result = evaluate(model, data.validation)
             if not math.isfinite(result.loss):  # the last step's harm shows in no training loss
                 raise Diverged(f"the validation loss is {result.loss} after epoch {epoch + 1}")

@@ -1,5 +1,6 @@
 """Rank choice: against exhaustive search on small tables, and by laws."""
 
+from dataclasses import replace
 from itertools import pairwise, product
 
 import pytest
@@ -116,6 +117,16 @@ def test_allowed_ranks_leave_none_out_when_there_is_room() -> None:
 
     # 16 · 150 / (16 + 150) = 14.46: dense is cheaper from rank 15 on.
     assert allowed_ranks(layer, 32) == (*range(1, 15), 16)
+
+
+def test_allowed_ranks_are_multiples_and_none_at_all_for_a_layer_that_may_go() -> None:
+    layer = Layer("fc", "linear", 100, 100, (), (), (), (), 1, max_rank=61)
+
+    assert allowed_ranks(layer, 32, multiple=16) == (16, 32, 48, 61)
+    assert allowed_ranks(layer, 32, multiple=16, removable=True) == (0, 16, 32, 48, 61)
+    assert allowed_ranks(layer, 3, removable=True) == (0, 50, 61)
+    small = replace(layer, max_rank=9)
+    assert allowed_ranks(small, 32, multiple=16) == (9,)
 
 
 def test_allowed_ranks_of_a_layer_that_shrank_are_those_it_has() -> None:

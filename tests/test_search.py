@@ -15,7 +15,7 @@ from maestro_core.evaluation import evaluate
 from maestro_core.factorize import factorize_, forward_at, low_rank_layers
 from maestro_core.frontier import Chain
 from maestro_core.normalisation import recalibrate
-from maestro_core.search import SearchParameters, by_name, find_chain, make_points
+from maestro_core.search import SearchParameters, by_name, error_tables, find_chain, make_points
 
 PARAMETERS = SearchParameters(points=5, least_macs=0.3, probes=8)
 
@@ -148,3 +148,22 @@ def test_progress_counts_to_its_total(model: Net, cost: Cost, pictures: Pictures
 
     assert [done for done, _ in told] == list(range(1, len(told) + 1))
     assert {total for _, total in told} == {len(told)}
+
+
+def test_a_layer_that_may_go_is_tried_at_rank_zero(
+    model: Net, cost: Cost, pictures: Pictures
+) -> None:
+    parameters = replace(PARAMETERS, multiple=4, removable=("f?",))
+
+    tables = error_tables(model, cost, pictures, parameters, lambda *_: None)
+
+    assert [table.ranks for table in tables] == [(4,), (0, 4, 8, 12), (3,)]
+    assert tables[1].costs[0] == 0
+    assert tables[1].errors[0] > tables[1].errors[1]
+
+
+def test_a_pattern_that_no_layer_has_is_refused(model: Net, cost: Cost, pictures: Pictures) -> None:
+    parameters = replace(PARAMETERS, removable=("fc", "body.*"))
+
+    with pytest.raises(ValueError, match=r"removable: 'body\.\*' matches no layer"):
+        find_chain(model, cost, pictures, parameters, lambda *_: None)

@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -229,15 +230,17 @@ def test_the_network_at_the_end_of_each_dense_phase_teaches_the_points(
 AVERAGED = replace(
     TAUGHT,
     phases=(
-        *TAUGHT.phases[1:],
-        Phase("nested", 1, RATE),
-        Phase("nested", 1, 0.0),  # it ends with what it began from
+        *TAUGHT.phases[1:3],
+        replace(TAUGHT.phases[3], group=1),
+        Phase("nested", 1, RATE, group=1),
+        Phase("nested", 1, 0.0, group=1),  # it ends with what it began from
+        Phase("nested", 1, RATE, group=2),
+        Phase("nested", 1, RATE, group=2),
     ),
-    averaged=True,
 )
 
 
-@pytest.mark.parametrize("stop", [15, 25, 35, 45, 55])
+@pytest.mark.parametrize("stop", [15, 25, 35, 45, 55, 65, 75])
 def test_a_run_that_keeps_networks_and_was_stopped_ends_with_the_same_bits(
     data: Data, tmp_path: Path, stop: int
 ) -> None:
@@ -282,7 +285,18 @@ def test_a_teacher_that_is_gone_or_damaged_is_named(
             {"phases": (Phase("dense", 1, RATE, taught=True),)},
             "taught is for nested phases: they train points",
         ),
-        ({"averaged": True}, "averaged needs two nested phases or more"),
+        (
+            {"phases": (Phase("nested", 1, RATE, group=1), Phase("nested", 1, RATE))},
+            "group 1 needs two phases or more, one after another",
+        ),
+        (
+            {"phases": tuple(Phase("nested", 1, RATE, group=g) for g in (1, 2, 2, 1))},
+            "group 1 needs two phases or more, one after another",
+        ),
+        (
+            {"phases": (Phase("dense", 1, RATE, group=3),) * 2},
+            "group 3 is of dense phases, not of nested ones",
+        ),
     ],
 )
 def test_phases_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -290,29 +304,32 @@ def test_phases_that_cannot_be_are_refused(changes: dict[str, Any], message: str
         replace(HYPER, **changes)
 
 
-def test_nested_phases_begin_from_one_network_and_their_mean_is_the_result(
+def test_phases_of_a_group_begin_from_one_network_and_end_in_their_mean(
     data: Data, tmp_path: Path
 ) -> None:
     model = untrained()
 
     train(model, data, tmp_path, AVERAGED)
 
-    names = ["dense-0001", "nested-0002", "nested-0004", "nested-0005", "nested-0006"]
-    assert sorted(f.stem for f in tmp_path.glob("*.safetensors")) == names
+    names = ["nested-0004", "nested-0005", "nested-0006", "nested-0007", "nested-0008"]
+    starts = ["start-0002", "start-0006"]
+    assert sorted(f.stem for f in tmp_path.glob("*.safetensors")) == ["dense-0001", *names, *starts]
     kept = {}
-    for name in names[1:]:
-        kept[name] = copy.deepcopy(model)
-        checkpoint.load_weights_(tmp_path, name, kept[name])
-    start, *ends = (dict(kept[name].named_parameters()) for name in names[1:])
+    for name in (*names, *starts):
+        network = copy.deepcopy(model)
+        checkpoint.load_weights_(tmp_path, name, network)
+        kept[name] = dict(network.named_parameters())
     for name, parameter in model.named_parameters():
-        assert torch.equal(ends[2][name], start[name])
-        mean = (ends[0][name] + ends[1][name] + ends[2][name]) / 3
-        torch.testing.assert_close(parameter, mean)
-    assert not same(kept["nested-0004"], kept["nested-0005"])
+        ends = [kept[end][name] for end in names]
+        assert torch.equal(ends[2], kept["start-0002"][name])
+        torch.testing.assert_close(kept["start-0006"][name], sum(ends[:3]) / 3)
+        torch.testing.assert_close(parameter, sum(ends[3:], kept["start-0006"][name]) / 3)
+    for one, other in pairwise(names):
+        assert any(not torch.equal(a, kept[other][name]) for name, a in kept[one].items())
 
 
 def test_the_mean_is_normalised_by_pictures_of_its_own(data: Data, tmp_path: Path) -> None:
-    hyper = replace(AVERAGED, phases=(Phase("nested", 1, RATE), Phase("nested", 1, RATE)))
+    hyper = replace(AVERAGED, phases=(Phase("nested", 1, RATE, group=1),) * 2)
     torch.manual_seed(0)
     first, last = (
         nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3))
