@@ -3,9 +3,9 @@
 A server of each policy runs in a process of its own, kept from the core that sends. All answer the
 same requests, one server at a time, in random order in each round. Latency counts from when a
 request should have been sent. The simulator draws from the profile that the servers use, and counts
-for each request what a server's event loop took for one in a run of its own beforehand; beside it
-stands what it says without. Rows whose requests went out too late to be that load say so, and are
-not compared.
+for each request what that server's event loop took for one, in a run of other requests at the same
+load beforehand; beside it stands what it says without. Rows whose requests went out too late to be
+that load say so, and are not compared.
 """
 
 import argparse
@@ -54,9 +54,8 @@ from server.tables import Tables
 POLICIES = (*OWN, "largest", "smallest", "slackfit", "infaas")
 START_S = 180.0
 WARM_UP = 100  # requests, one after another, that also tell what the way there and back takes
-# What receiving and answering take of a core is measured under this load, in as many requests.
-QUIET = Scenario("poisson", 0.3)
-QUIET_REQUESTS = 1000
+# Of the requests by which is measured what receiving and answering them takes of a core.
+BEFOREHAND = 10**6
 AGREE = 0.02  # of targets met, live and simulated
 # A row is compared where all but a hundredth were sent within so much of their target.
 KEPT_UP = 0.1
@@ -111,7 +110,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "requests": chosen.requests,
         "rounds": chosen.rounds,
         "way_ms": bench.way_ms,
-        "loop_ms": bench.loop_ms,
         "overhead_ms": profile.overhead_ms,
         "agree_within": AGREE,
         "kept_up_within": KEPT_UP,
@@ -141,7 +139,6 @@ class Bench:
     """Live servers by policy, and the simulator of the host that they run on.
 
     way_ms: what a request takes beyond what the server counts; clients ask for that much less.
-    loop_ms: what a request takes of the core of a server's event loop.
     """
 
     def __init__(
@@ -161,22 +158,25 @@ class Bench:
         self._trace = trace
         self._body = npy_sample(model)
         self.way_ms = median(self._warm_up(server.address) for server in servers.values())
-        quiet = QUIET.workload(self._latencies, QUIET_REQUESTS, seed=10**6)
-        self.loop_ms = median(self._sent(one, quiet)[1] for one in servers.values())
 
     def compared(self, cases: Sequence[Scenario], rounds: int) -> list[Row]:
         """Return a row per case and policy: live and simulated figures over the rounds."""
         live: dict[tuple[Scenario, str], list[Figures]] = {}
         simulated: dict[tuple[Scenario, str], list[Figures]] = {}
         without: dict[tuple[Scenario, str], list[Figures]] = {}
+        loop_ms = {
+            (case, policy): self._loop_ms(case, policy)
+            for case in cases
+            for policy in self._servers
+        }
         todo = [(seed, case) for seed in range(rounds) for case in cases]
         for seed, case in track(todo, "load", console=Console(stderr=True), transient=True):
             order = list(self._servers)
             random.Random(f"{seed}/{case.name}").shuffle(order)
             for policy in order:
                 live.setdefault((case, policy), []).append(self._live(case, policy, seed))
-                for runs, loop_ms in ((simulated, self.loop_ms), (without, 0.0)):
-                    found = self._simulated(case, policy, seed, loop_ms)
+                for runs, taken_ms in ((simulated, loop_ms[case, policy]), (without, 0.0)):
+                    found = self._simulated(case, policy, seed, taken_ms)
                     runs.setdefault((case, policy), []).append(found)
         return [
             {
@@ -184,6 +184,7 @@ class Bench:
                 "load": case.load,
                 "policy": policy,
                 "live": over_seeds(live[case, policy]),
+                "loop_ms": loop_ms[case, policy],
                 "simulated": over_seeds(simulated[case, policy]),
                 "difference": _difference(live[case, policy], simulated[case, policy], "met"),
                 "difference_without_loop": _difference(
@@ -217,6 +218,11 @@ class Bench:
         before_s = server.loop_s()
         sent = self._send(server.address, arrivals_s, targets_ms)
         return sent, 1e3 * (server.loop_s() - before_s) / len(sent)
+
+    def _loop_ms(self, case: Scenario, policy: str) -> float:
+        """Return what a request takes of the core of a server's event loop at such a load."""
+        workload = case.workload(self._latencies, self._requests, BEFOREHAND, self._trace)
+        return self._sent(self._servers[policy], workload)[1]
 
     def _live(self, case: Scenario, policy: str, seed: int) -> Figures:
         workload = case.workload(self._latencies, self._requests, seed, self._trace)
