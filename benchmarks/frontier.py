@@ -57,6 +57,15 @@ SMALL_TRANSFORMER = replace(
         MULTI30K_TRANSFORMER.search, points=POINTS, least_macs=0.2, probes=5, samples=64
     ),
 )
+# One phase of each kind, and every rank: of few channels, steps of 16 leave hardly any.
+SMALL_RESNET9 = replace(
+    CIFAR10_SMALL,
+    training=replace(
+        CIFAR10_SMALL.training,
+        phases=(Phase("dense", 3, 0.25), Phase("ordered", 1, 0.02), Phase("nested", 2, 0.06)),
+    ),
+    search=replace(CIFAR10_SMALL.search, points=POINTS, multiple=1, removable=()),
+)
 TASKS = {
     "mnist": Task(
         recipe=replace(MNIST_LENET, search=replace(MNIST_LENET.search, points=POINTS)),
@@ -68,10 +77,10 @@ TASKS = {
         samples=0,
     ),
     "cifar10": Task(
-        recipe=replace(CIFAR10_SMALL, search=replace(CIFAR10_SMALL.search, points=POINTS)),
+        recipe=SMALL_RESNET9,
         network=lambda width: Mirrored(ResNet9(width=width)),
-        width=0.25,
-        narrower=(0.175, 0.125),
+        width=0.16,
+        narrower=(0.11, 0.08),
         kept=("network.whitening", "network.body.1.first.0", "network.head"),
         epochs=6,
         samples=20_000,

@@ -188,6 +188,15 @@ def test_uniform_points_are_nested_and_their_ranks_allowed() -> None:
 
 
 @pytest.mark.parametrize("name", frontier.TASKS)
+def test_a_task_has_an_epoch_for_each_phase(name: str) -> None:
+    task = frontier.TASKS[name]
+
+    phases = scaled(task.recipe.training.phases, task.epochs)
+
+    assert sum(phase.epochs for phase in phases) == task.epochs
+
+
+@pytest.mark.parametrize("name", frontier.TASKS)
 def test_the_layers_that_a_task_keeps_dense_are_its_network_s(name: str) -> None:
     task = frontier.TASKS[name]
 
