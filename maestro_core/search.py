@@ -1,8 +1,8 @@
 """From a trained network to its chain of points, chosen on validation data alone."""
 
-from collections.abc import Callable, Sequence
+import fnmatch
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -102,15 +102,13 @@ def error_tables(
     Raises:
         ValueError: a pattern in `removable` matches no layer.
     """
-    for pattern in parameters.removable:
-        if not any(fnmatchcase(layer.name, pattern) for layer in cost.layers):
-            raise ValueError(f"removable: '{pattern}' matches no layer in factors")
+    check_removable(parameters, [layer.name for layer in cost.layers])
     grids = [
         allowed_ranks(
             layer,
             parameters.probes,
             parameters.multiple,
-            any(fnmatchcase(layer.name, pattern) for pattern in parameters.removable),
+            any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in parameters.removable),
         )
         for layer in cost.layers
     ]
@@ -128,6 +126,17 @@ def error_tables(
             on_evaluation(done, total)
         tables.append(RankTable(grid, tuple(float(layer.macs(r)) for r in grid), tuple(losses)))
     return tables
+
+
+def check_removable(parameters: SearchParameters, names: Collection[str]) -> None:
+    """Refuse a pattern in `removable` that matches none of the factorised layers, by their names.
+
+    Raises:
+        ValueError: the pattern.
+    """
+    for pattern in parameters.removable:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"removable: '{pattern}' matches no layer in factors")
 
 
 def make_points(

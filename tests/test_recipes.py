@@ -283,6 +283,9 @@ def test_a_network_that_has_no_points_is_refused_before_training(
         running.run_recipe(replace(SMALL, network=Unused), data, tmp_path, Progress(disable=True))
     with pytest.raises(ExportError, match=r"ONNX Runtime can't run the network: .*Dimension"):
         running.run_recipe(replace(SMALL, network=Single), data, tmp_path, Progress(disable=True))
+    removing = replace(SMALL, search=replace(SMALL.search, removable=("side.*",)))
+    with pytest.raises(ValueError, match=r"removable: 'side\.\*' matches no layer"):
+        running.run_recipe(removing, data, tmp_path, Progress(disable=True))
     assert not list(tmp_path.iterdir())
 
 

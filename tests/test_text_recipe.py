@@ -206,6 +206,9 @@ def test_a_network_that_has_no_points_is_refused_before_training(
 ) -> None:
     with pytest.raises(ValueError, match="layer 'aux' is factorised but never called"):
         run_text(replace(SMALL, network=Unused), folder, tmp_path, Progress(disable=True))
+    removing = replace(SMALL, search=replace(SMALL.search, removable=("side.*",)))
+    with pytest.raises(ValueError, match=r"removable: 'side\.\*' matches no layer"):
+        run_text(removing, folder, tmp_path, Progress(disable=True))
     assert not list(tmp_path.iterdir())
 
 

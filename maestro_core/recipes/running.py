@@ -16,7 +16,7 @@ from maestro_core.accounting import Cost, measure
 from maestro_core.data import Data
 from maestro_core.export import Description, ExportError, check_exportable
 from maestro_core.export import export as export_artifact
-from maestro_core.factorize import factorize_
+from maestro_core.factorize import factorize_, low_rank_layers, outline
 from maestro_core.frontier import Chain
 from maestro_core.host import usable_cores
 from maestro_core.recipes.cifar10_resnet18 import RECIPE as CIFAR10_RESNET18
@@ -28,7 +28,7 @@ from maestro_core.recipes.mnist_lenet import RECIPE as MNIST_LENET
 from maestro_core.recipes.multi30k_transformer import RECIPE as MULTI30K_TRANSFORMER
 from maestro_core.recipes.recipe import Recipe, TextRecipe
 from maestro_core.recipes.text import run_text
-from maestro_core.search import error_tables, find_chain, make_points
+from maestro_core.search import check_removable, error_tables, find_chain, make_points
 from maestro_core.target import Target
 from maestro_core.training import cut_, train_
 
@@ -116,6 +116,7 @@ def run_recipe(
         model = _network(recipe)
         labels = recipe.labels or loaded.classes
         check_exportable(model, recipe.training.keep, recipe.image, len(labels))
+        check_removable(recipe.search, low_rank_layers(outline(model, recipe.training.keep)))
         model.to(device)
         if recipe.prepare:
             recipe.prepare(model, loaded.train)

@@ -13,11 +13,11 @@ from torch import nn
 from maestro_core import distributed, sentences
 from maestro_core.accounting import Cost, measure
 from maestro_core.data import CPU
-from maestro_core.factorize import outline
+from maestro_core.factorize import low_rank_layers, outline
 from maestro_core.frontier import Chain
 from maestro_core.perplexity import TextPoint, score_points
 from maestro_core.recipes.recipe import TextRecipe
-from maestro_core.search import find_chain
+from maestro_core.search import check_removable, find_chain
 from maestro_core.sentences import TOKENS, Corpus, example
 from maestro_core.training import train_
 
@@ -43,7 +43,9 @@ def run_text(
         corpus = loaded.on(device)
         torch.manual_seed(recipe.training.seed)
         model = recipe.network()
-        measure(outline(model, recipe.training.keep), example(loaded.test))
+        hollow = outline(model, recipe.training.keep)
+        check_removable(recipe.search, low_rank_layers(hollow))
+        measure(hollow, example(loaded.test))
         model.to(device)
         chain = train_(
             model,
