@@ -54,7 +54,7 @@ from server.tables import Tables
 POLICIES = (*OWN, "largest", "smallest", "slackfit", "infaas")
 START_S = 180.0
 WARM_UP = 100  # requests, one after another, that also tell what the way there and back takes
-# Of the requests by which is measured what receiving and answering them takes of a core.
+# Seed of the requests by which is measured what receiving and answering them takes of a core.
 BEFOREHAND = 10**6
 AGREE = 0.02  # of targets met, live and simulated
 # A row is compared where all but a hundredth were sent within so much of their target.

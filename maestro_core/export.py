@@ -161,10 +161,11 @@ def check_embeddings(model: nn.Module, keep: Sequence[str]) -> None:
             )
 
 
-def check_exportable(model: nn.Module, keep: Sequence[str], image: Image, labels: int) -> None:
+def check_exportable(model: nn.Module, keep: Sequence[str], image: Image, labels: int) -> list[str]:
     """Refuse a network that no training would make an artifact of; it is left as it is.
 
-    A copy of it is exported at rank 1, its factors at random, and run.
+    Return the names of its factorised layers. A copy of it is exported at rank 1, its factors at
+    random, and run.
 
     Raises:
         ExportError: an embedding is not kept dense, there is not one output for each label, or ONNX
@@ -187,6 +188,7 @@ def check_exportable(model: nn.Module, keep: Sequence[str], image: Image, labels
                 session.run([OUTPUT], {INPUT: x[:size].numpy()})
     except Exception as error:  # onnxruntime's have no class of their own in common
         raise ExportError(f"ONNX Runtime can't run the network: {error}") from error
+    return [layer.name for layer in cost.layers]
 
 
 def _check_outputs(model: nn.Module, x: Tensor, labels: int) -> None:

@@ -16,7 +16,7 @@ from maestro_core.accounting import Cost, measure
 from maestro_core.data import Data
 from maestro_core.export import Description, ExportError, check_exportable
 from maestro_core.export import export as export_artifact
-from maestro_core.factorize import factorize_, low_rank_layers, outline
+from maestro_core.factorize import factorize_
 from maestro_core.frontier import Chain
 from maestro_core.host import usable_cores
 from maestro_core.recipes.cifar10_resnet18 import RECIPE as CIFAR10_RESNET18
@@ -115,8 +115,8 @@ def run_recipe(
         loaded = _load(recipe, data_path, progress).on(device)
         model = _network(recipe)
         labels = recipe.labels or loaded.classes
-        check_exportable(model, recipe.training.keep, recipe.image, len(labels))
-        check_removable(recipe.search, low_rank_layers(outline(model, recipe.training.keep)))
+        names = check_exportable(model, recipe.training.keep, recipe.image, len(labels))
+        check_removable(recipe.search, names)
         model.to(device)
         if recipe.prepare:
             recipe.prepare(model, loaded.train)
