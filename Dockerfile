@@ -16,9 +16,12 @@ RUN /opt/build/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation --whe
  && /opt/maestro/bin/pip uninstall --yes pip setuptools \
  && cd /opt/maestro/lib/python3.*/site-packages \
  && rm -r onnxruntime/tools onnxruntime/quantization onnxruntime/transformers \
-      onnx/backend/test onnx/reference numpy/f2py PIL/_avif.* pillow.libs/libavif-* \
+      onnx/backend/test onnx/reference numpy/f2py \
+      PIL/_avif.* PIL/_imagingft.* PIL/_webp.* \
+      pillow.libs/libavif-* pillow.libs/libfreetype-* pillow.libs/libharfbuzz-* pillow.libs/libwebp* \
+ && find pygments/lexers -name '[a-z]*.py' -delete \
  && find . -type d -name tests -prune -exec rm -r {} + \
- && find . -type f -regex '.*\.\(h\|c\|cc\|pyx\|pxd\|proto\|a\)' -delete
+ && find . -type f -regex '.*\.\(h\|c\|cc\|cpp\|pyx\|pxd\|proto\|a\)' -delete
 
 FROM ${BASE}
 RUN useradd --uid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin maestro \

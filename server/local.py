@@ -77,7 +77,7 @@ def read_input(path: Path, tensor: Tensor) -> Floats:
     if kind == ".npy":
         return inputs.from_npy(body, tensor)
     if kind == ".json":
-        return inputs.from_lists(inputs.from_json(body)["inputs"], tensor)
+        return inputs.from_json(body, tensor)[0]
     raise UnsupportedMediaError(f"{path}: give a .png, .jpg, .npy or .json file")
 
 

@@ -1,6 +1,7 @@
 """Every body a client may send: good ones become the tensor, bad ones get one clear error."""
 
 import io
+import json
 import tracemalloc
 from dataclasses import replace
 
@@ -30,6 +31,10 @@ def picture(mode: str = "L", size: tuple[int, int] = (8, 8), kind: str = "PNG") 
     return file.getvalue()
 
 
+def as_json(values: object, **parameters: object) -> bytes:
+    return json.dumps({"inputs": values, **parameters}).encode()
+
+
 def npy(array: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.save(file, array)
@@ -38,8 +43,9 @@ def npy(array: np.ndarray) -> bytes:
 
 @pytest.mark.parametrize("values", [SAMPLE.tolist(), [SAMPLE.tolist()], [SAMPLE.tolist()] * 3])
 def test_lists_become_the_tensor(values: list[object]) -> None:
-    x = inputs.from_lists(values, TENSOR)
+    x, given = inputs.from_json(as_json(values, max_latency_ms=5, on_miss="reject"), TENSOR)
 
+    assert given == {"max_latency_ms": 5, "on_miss": "reject"}
     assert x.shape[1:] == (1, 8, 8)
     np.testing.assert_array_equal(x[-1], SAMPLE)
 
@@ -47,7 +53,7 @@ def test_lists_become_the_tensor(values: list[object]) -> None:
 def test_whole_numbers_among_others_are_numbers() -> None:
     values = [[[[2**40, 0, -1, 0.5, 1e-50, 3, 4, 5]] * 8]]
 
-    x = inputs.from_lists(values, TENSOR)
+    x, _ = inputs.from_json(as_json(values), TENSOR)
 
     assert x.dtype == np.float32
     np.testing.assert_array_equal(x, np.array(values, np.float32))
@@ -63,9 +69,10 @@ def test_whole_numbers_among_others_are_numbers() -> None:
         ([[1.0, 2.0], [1.0]], "inputs: the lists are ragged"),
         ([["a"]], "inputs: must hold numbers only"),
         ([[1.0], 1.0], "inputs: the lists are ragged, or hold more than numbers"),
-        ([[2**70]], "inputs: must hold numbers of 64 bits at most"),
+        ([[2**70]], r"x: shape \[1, 1\], but"),
+        ([[[[10**39] * 8] * 8]], "x: holds NaN or infinite values"),
         ([[None]], "inputs: must hold numbers only"),
-        ([[True]], "inputs: must hold numbers only"),
+        ([[True]], "inputs and parameters take numbers and text, not true or false"),
         ({}, "inputs: must hold numbers only"),
         ([], r"x: shape \[0\], but the model takes \[n, 1, 8, 8\], n at least 1"),
         (np.zeros((0, 1, 8, 8)).tolist(), "x: shape"),
@@ -76,7 +83,7 @@ def test_whole_numbers_among_others_are_numbers() -> None:
 )
 def test_wrong_lists_are_named(values: object, message: str) -> None:
     with pytest.raises(ServiceError, match=message) as caught:
-        inputs.from_lists(values, TENSOR)
+        inputs.from_json(as_json(values), TENSOR)
 
     assert caught.value.status == 422
 
@@ -95,7 +102,7 @@ def test_wrong_lists_are_named(values: object, message: str) -> None:
 )
 def test_wrong_json_is_named(body: bytes, status: int, message: str) -> None:
     with pytest.raises(ServiceError, match=message) as caught:
-        inputs.from_json(body)
+        inputs.from_json(body, TENSOR)
 
     assert caught.value.status == status
 
@@ -208,11 +215,11 @@ def test_wrong_pictures_are_named(body: bytes, status: int, message: str) -> Non
 
 
 def test_texts_in_the_place_of_numbers_take_no_more_room_than_they_have() -> None:
-    values = ["a" * 30_000, *[""] * 8_000]  # as an array of texts 960 MB
+    body = as_json(["a" * 30_000, *[""] * 8_000])  # as an array of texts 960 MB
     tracemalloc.start()
 
     with pytest.raises(ServiceError, match="must hold numbers only"):
-        inputs.from_lists(values, TENSOR)
+        inputs.from_json(body, TENSOR)
 
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()

@@ -1,0 +1,59 @@
+"""JSON bodies whose `inputs` become an array without a Python object for each number.
+
+For what is as usual only: whatever is not goes the long way (server.inputs), which has the words
+for what is wrong with it.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from math import prod
+from operator import mul
+from typing import Any
+
+import numpy as np
+import simdjson
+from numpy.typing import NDArray
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # simdjson passes it over; JSON has none
+# Each name is looked for from the first on.
+_MOST_NAMES = 16
+
+
+def read(body: bytes, sample: Sequence[int]) -> tuple[NDArray[np.float64], dict[str, Any]] | None:
+    """Return `inputs` as (n, *sample) or one (*sample), and the numbers and texts beside it.
+
+    None for everything else, broken or not.
+    """
+    if body.startswith(_BYTE_ORDER_MARK):
+        return None
+    try:
+        found = simdjson.Parser().parse(body)
+        if not isinstance(found, simdjson.Object) or len(found) > _MOST_NAMES:
+            return None
+        given: dict[str, Any] = {name: found[name] for name in found}
+        values = given.pop("inputs")
+        numbers = np.frombuffer(values.as_buffer(of_type="d"), np.float64)
+        # A name came twice, or one has more than a number or a text.
+        if len(found) != 1 + len(given) or not {*map(type, given.values())} <= {int, float, str}:
+            return None
+        for shape in ((len(numbers) // prod(sample), *sample), tuple(sample)):
+            if _is_shaped(values, shape) and body.count(b"[") == _arrays(shape):
+                return numbers.reshape(shape), given
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
+        pass  # not JSON, or not of numbers alone
+    return None
+
+
+def _is_shaped(values: Any, shape: Sequence[int]) -> bool:  # noqa: ANN401  simdjson's array
+    """Return whether nested arrays have these sizes. Deeper ones may be in the last of them."""
+    level = [values]
+    for size in shape[:-1]:
+        if {*map(len, level)} != {size}:
+            return False
+        level = [inner for outer in level for inner in outer]
+    return {*map(len, level)} == {shape[-1]}
+
+
+def _arrays(shape: Sequence[int]) -> int:
+    """Return how many arrays nest to this shape."""
+    return sum(accumulate(shape[:-1], mul, initial=1))
