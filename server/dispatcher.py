@@ -68,7 +68,11 @@ class _Flight:
 
 
 class Dispatcher:
-    """Takes requests from the event loop that it is made on, and answers each once."""
+    """Takes requests from the event loop that it is made on, and answers each once.
+
+    shares_core: computing takes the event loop's core too. Then answers go out before the next
+    batch begins: else they wait for as long as the kernel lets it compute.
+    """
 
     def __init__(
         self,
@@ -77,6 +81,7 @@ class Dispatcher:
         turns: Turns,
         *,
         slots: int = 1,
+        shares_core: bool = True,
         on_batch: Callable[[Batch, float], None] = lambda _batch, _seconds: None,
         on_decision: Callable[[float], None] = lambda _seconds: None,
     ) -> None:
@@ -86,6 +91,7 @@ class Dispatcher:
         self._on_batch = on_batch
         self._on_decision = on_decision
         self._slots = slots
+        self._shares_core = shares_core
         self._loop = asyncio.get_running_loop()
         self._free = [Worker(f"compute-{i}") for i in range(slots)]
         self._callers: dict[str, _Caller] = {}
@@ -258,7 +264,10 @@ class Dispatcher:
             flight.watch.cancel()
             self._free.append(flight.worker)
         self._finished(batch_id, output, error, began_s, compute_s)
-        self._pump()
+        if self._shares_core:
+            self._pump_soon()
+        else:
+            self._pump()
 
     def _finished(
         self,

@@ -55,6 +55,11 @@ class HostModel:
             return usable_cores(self.workers)
         return best_threads(self.source, self.settings.state_dir, workers=self.workers)
 
+    def takes_all_cores(self, engine: Engine) -> bool:
+        """Return whether computing leaves no core to the event loop alone."""
+        threads = SLOTS * engine.intra_op_threads
+        return engine.provider == "cpu" and threads >= usable_cores(self.workers)
+
     def points(self) -> Kept:
         """Return the points found for this host where there are any, else the artifact's own."""
         return host_artifact.of_host(self.source, self.settings.state_dir, self.threads)

@@ -15,6 +15,7 @@ from server.app import create_app
 from server.connections import Limits, limited
 from server.processes.accepting import Acceptor
 from server.processes.counters import ACCEPTS_NONE
+from server.promptness import forget_the_start, wake_promptly
 from server.service import Service
 from server.statistics import Row
 
@@ -105,6 +106,8 @@ def run(service: Service, shared: Shared | None = None) -> bool:
         backlog=_backlog(settings.max_connections),
     )
     server = _Sharing(config, shared) if shared else _Server(config)
+    wake_promptly()
+    forget_the_start()
     with (
         contextlib.suppress(SystemExit),  # uvicorn's answer to a port that is taken; it says so
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,

@@ -361,6 +361,7 @@ class Service:
             self._engine,
             self._turns,
             slots=SLOTS,
+            shares_core=self._host.takes_all_cores(engine),
             on_batch=self.counting.ran,
             on_decision=self.counting.decided,
         )

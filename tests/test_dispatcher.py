@@ -106,6 +106,24 @@ def test_each_of_a_batch_gets_its_own_rows() -> None:
     drive(scenario)
 
 
+def test_answers_go_out_before_the_next_batch_takes_the_core() -> None:
+    async def scenario(driver: Dispatcher, engine: FakeEngine) -> None:
+        order: list[str] = []
+        engine.gate.clear()
+        first = driver.begin(request("first"), rows(0))
+        await asyncio.sleep(0)  # it runs
+        second = driver.begin(request("second"), rows(0))
+        first.add_done_callback(lambda _: order.append(f"answered after {len(engine.ran)}"))
+        engine.gate.set()
+
+        await asyncio.gather(first, second)
+
+        assert order == ["answered after 1"]
+        assert len(engine.ran) == 2
+
+    drive(scenario)
+
+
 def test_those_that_come_in_one_turn_of_the_loop_share_a_batch() -> None:
     async def scenario(driver: Dispatcher, engine: FakeEngine) -> None:
         await asyncio.gather(*(driver.infer(request(f"r{i}"), rows(i)) for i in range(4)))
