@@ -23,11 +23,14 @@ class Envelope:
     """Bursts of the requests whose targets are at most those of one class.
 
     target_ms: the tightest of the class; bursts (WINDOWS,): the most rows that came within each
-    window (an arrival curve, as in network calculus, but measured and slowly forgotten).
+    window twice (an arrival curve, as in network calculus, but measured and slowly forgotten). What
+    came once is not waited for: as where this process was held up, and then read all at once.
     """
 
     target_ms: float
     bursts: list[float] = field(default_factory=lambda: [0.0] * WINDOWS)
+    _peaks: list[float] = field(default_factory=lambda: [0.0] * WINDOWS)  # what came once
+    _peaked_s: list[float] = field(default_factory=lambda: [-math.inf] * WINDOWS)
     _total: int = 0
     _times_s: list[float] = field(default_factory=list)
     _before: list[int] = field(default_factory=list)  # rows that came before each of them
@@ -43,16 +46,21 @@ class Envelope:
         times_s.append(now)
         before.append(self._total)
         self._total += rows
-        if len(times_s) == 1:
-            self.bursts = [max(FADING * burst, rows) for burst in self.bursts]
-            return
         for j, window_s in enumerate(windows_s):
             since, first = now - window_s, firsts[j]
             while times_s[first] <= since:
                 first += 1
             firsts[j] = first
-            count, faded = self._total - before[first], FADING * self.bursts[j]
-            self.bursts[j] = count if count > faded else faded
+            count = self._total - before[first]
+            burst, peak = FADING * self.bursts[j], FADING * self._peaks[j]
+            is_new = self._peaked_s[j] <= since - window_s  # not of the burst that peaked last
+            if count > peak:
+                if is_new:
+                    burst = peak
+                peak, self._peaked_s[j] = count, now
+            elif is_new and count > burst:
+                burst = count
+            self.bursts[j], self._peaks[j] = burst, peak
         if firsts[-1] > PASSED:
             self._let_go()
 

@@ -1,4 +1,6 @@
-"""The arrival curve against a plain statement of what it is."""
+"""The arrival curve against plain statements of what it is."""
+
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -8,25 +10,62 @@ from server.forecast import FADING, PASSED, WINDOWS, Envelope
 WINDOWS_S = [0.001 * 2**j for j in range(WINDOWS)]
 GAPS_S = (0.0, 0.0003, 0.0011, 0.009, 0.07)
 
-
-def curve(arrivals: list[tuple[float, int]]) -> list[float]:
-    """Return for each window the most rows that came within it, faded with each one since."""
-    bursts = [0.0] * WINDOWS
-    for i, (now, _) in enumerate(arrivals):
-        for j, window_s in enumerate(WINDOWS_S):
-            within = sum(rows for at, rows in arrivals[: i + 1] if at > now - window_s)
-            bursts[j] = max(within, FADING * bursts[j])
-    return bursts
+Arrivals = list[tuple[float, int]]
 
 
-@pytest.mark.parametrize("likely_gaps", [5, 4, 3, 2])
-def test_bursts_are_the_most_rows_that_came_within_each_window(likely_gaps: int) -> None:
+def envelope_of(arrivals: Arrivals) -> Envelope:
+    envelope = Envelope(10.0)
+    for now, rows in arrivals:
+        envelope.observe(now, rows, WINDOWS_S)
+    return envelope
+
+
+def twice(arrivals: Arrivals, window_s: float) -> int:
+    """Return the most rows that came within the window before two arrivals that are apart."""
+    counts = [
+        (now, sum(rows for at, rows in arrivals[: i + 1] if at > now - window_s))
+        for i, (now, _) in enumerate(arrivals)
+    ]
+    pairs = combinations(counts, 2)
+    apart = [min(a, b) for (x, a), (y, b) in pairs if y - x >= 2 * window_s]
+    return max(apart, default=0)
+
+
+@pytest.mark.parametrize("likely_gaps", [5, 4, 3])
+def test_no_more_is_expected_than_came_within_each_window_twice(likely_gaps: int) -> None:
     rng = np.random.default_rng(likely_gaps)
     times_s = np.cumsum(rng.choice(GAPS_S[:likely_gaps], 4 * PASSED)).tolist()
     arrivals = list(zip(times_s, rng.integers(1, 4, 4 * PASSED).tolist(), strict=True))
-    envelope = Envelope(10.0)
 
-    for now, rows in arrivals:
-        envelope.observe(now, rows, WINDOWS_S)
+    bursts = envelope_of(arrivals).bursts
 
-    assert envelope.bursts == curve(arrivals)
+    for burst, window_s in zip(bursts, WINDOWS_S, strict=True):
+        assert 0 <= burst <= twice(arrivals, window_s)
+
+
+def test_the_second_largest_of_bursts_apart_is_expected() -> None:
+    sizes = [3, 1, 9, 20, 2, 7]
+    arrivals = [(float(i), 1) for i, size in enumerate(sizes) for _ in range(size)]
+
+    bursts = envelope_of(arrivals).bursts
+
+    np.testing.assert_allclose(bursts, 9, rtol=1e-3)
+    assert max(bursts) <= 9
+
+
+def test_a_burst_that_came_once_is_not_expected_until_it_comes_again() -> None:
+    alone = [(0.5 * i, 1) for i in range(10)]
+    burst = [(6.0, 1)] * 12
+    again = [(9.0, 1)] * 12
+
+    assert max(envelope_of(alone + burst).bursts) == pytest.approx(1, rel=1e-3)
+    assert max(envelope_of(alone + burst + again).bursts) == pytest.approx(12, rel=1e-3)
+
+
+def test_a_burst_fades_as_others_come() -> None:
+    burst = [(float(i), 1) for i in range(2) for _ in range(10)]
+    others = [(10.0 + i, 1) for i in range(5_000)]
+
+    bursts = envelope_of(burst + others).bursts
+
+    np.testing.assert_allclose(bursts, 10 * FADING**5_000, rtol=1e-2)
