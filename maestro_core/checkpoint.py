@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -154,9 +155,10 @@ def restore_(
             if name not in parameters:
                 raise CheckpointError(f"{path / OPTIMIZER}: '{key}' is of no parameter")
             parameter = parameters[name]
+            if value.dim() and value.shape != parameter.shape:
+                raise CheckpointError(f"{path / OPTIMIZER}: '{key}' does not fit the network")
             # A number of steps, a scalar, is counted on the host whatever the device.
-            held = value.to(parameter.device) if value.dim() else value
-            optimizer.state[parameter][field] = held
+            optimizer.state[parameter][field] = _like(parameter, value) if value.dim() else value
     return state
 
 
@@ -189,6 +191,11 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged: {error}") from error
+
+
+def _like(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """Return `value` where and as `parameter` lies in memory; in a file, channels are outermost."""
+    return torch.empty_like(parameter, requires_grad=False).copy_(value)
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:

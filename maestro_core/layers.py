@@ -79,7 +79,8 @@ class LowRankConv2d(nn.Module):
     """A convolution in two: `down` (rank, in, kh, kw), then the 1×1 `up` (rank, out) and the bias.
 
     The window (stride, padding, dilation) is the first one's. The matrix that is factorised is
-    out × (in·kh·kw) (Maestro, ICML 2024, §3). Zero padding and one group only.
+    out × (in·kh·kw) (Maestro, ICML 2024, §3). Zero padding and one group only. `down` has its
+    channels innermost in memory, as pictures have (data.py): kernels read it as it lies.
     """
 
     down: nn.Parameter
@@ -104,7 +105,7 @@ class LowRankConv2d(nn.Module):
         self.stride = stride
         self.padding = padding
         self.dilation = dilation
-        self.down = nn.Parameter(torch.empty(rank, in_channels, *kernel_size))
+        self.down = nn.Parameter(_as_read(torch.empty(rank, in_channels, *kernel_size)))
         self.up = nn.Parameter(torch.empty(rank, out_channels))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         _init_(self.down, self.up)
@@ -161,10 +162,11 @@ class LowRankConv2d(nn.Module):
             y = torch.einsum("...rhw,ro->...ohw", x.new_empty(*x.shape[:-3], 0, *size), up)
             return y if self.bias is None else y + self.bias[:, None, None]
         if _is_cheaper_whole(down, up, x.shape[:-3].numel() * size[0] * size[1]):
-            whole = (up.t() @ down.flatten(1)).view(-1, *down.shape[1:])  # (out, in, kh, kw)
+            windows = down.permute(0, 2, 3, 1)  # (r, kh, kw, in)
+            whole = (up.t() @ windows.flatten(1)).view(-1, *windows.shape[1:]).permute(0, 3, 1, 2)
             return F.conv2d(x, whole, self.bias, self.stride, self.padding, self.dilation)
         h = F.conv2d(x, down, None, self.stride, self.padding, self.dilation)  # (b, r, h', w')
-        return F.conv2d(h, up.t()[:, :, None, None], self.bias)  # (b, out, h', w')
+        return F.conv2d(h, up.t().contiguous()[:, :, None, None], self.bias)  # (b, out, h', w')
 
     def _window(self) -> dict[str, Sequence[int]]:
         """Return the attributes of ONNX's Conv; its pads are all the begins, then all the ends."""
@@ -320,10 +322,16 @@ def _factors(weight: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
     root = s.sqrt()
     down = (root[:, None] * qt).reshape(-1, *weight.shape[1:])
     first, second = (
-        nn.Parameter(factor.to(weight.dtype).contiguous(), weight.requires_grad)
+        nn.Parameter(_as_read(factor.to(weight.dtype)), weight.requires_grad)
         for factor in (down, (p * root).t())
     )
     return first, second
+
+
+def _as_read(factor: Tensor) -> Tensor:
+    """Return a factor row-major in rank, and with channels innermost if it has positions."""
+    innermost = torch.channels_last if factor.dim() == 4 else torch.contiguous_format
+    return factor.contiguous(memory_format=innermost)
 
 
 def _padding(dense: nn.Conv2d) -> tuple[int, int]:

@@ -53,10 +53,15 @@ def suffix_norms(factor: Tensor) -> Tensor:
 
     Rows are squared and summed once, then accumulated from the end: O(rank) beyond the first pass.
     """
-    squares = factor.flatten(1).square().sum(1).flip(0).cumsum(0).flip(0)
+    squares = row_squares(factor).flip(0).cumsum(0).flip(0)
     # sqrt has an infinite slope at 0, and 0 · ∞ is NaN; hide the zeros from it.
     positive = squares > 0
     return torch.where(positive, squares, 1).sqrt() * positive
+
+
+def row_squares(factor: Tensor) -> Tensor:
+    """Return ‖factor[b]‖² for every b, (rank,)."""
+    return factor.square().sum(tuple(range(1, factor.dim())))  # flattened, it would be copied
 
 
 def importance(layer: LowRankLayer) -> Tensor:

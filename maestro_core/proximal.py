@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from maestro_core.layers import LowRankLayer
+from maestro_core.lod import row_squares
 
 
 def proximal_step_(layers: Sequence[LowRankLayer], weight: float) -> None:
@@ -30,7 +31,7 @@ def scales(layers: Sequence[LowRankLayer], weight: float) -> list[tuple[Tensor, 
     """
     with torch.no_grad():
         factors = [factor for layer in layers for factor in (layer.down, layer.up)]
-        rows = [factor.flatten(1).square().sum(1) for factor in factors]
+        rows = [row_squares(factor) for factor in factors]
         found = _scales(pad_sequence(rows, batch_first=True), weight) if rows else torch.zeros(0)
     both = zip(found[::2], found[1::2], strict=True)
     return [(d[: layer.rank], u[: layer.rank]) for layer, (d, u) in zip(layers, both, strict=True)]

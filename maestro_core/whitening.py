@@ -88,7 +88,6 @@ def _rows(layer: Whitenable, x: Tensor) -> Tensor:
 
 def _rotate_(layer: Whitenable, moment: Tensor) -> None:
     """Set the factors to P √s and √s Rᵀ S⁻¹, where W S = P s Rᵀ and S Sᵀ is the moment."""
-    shape, dtype = layer.down.shape, layer.down.dtype
     weight = layer.up.detach().double().t() @ layer.down.detach().double().flatten(1)
     variance = moment.diagonal().mean()
     if not variance > 0:  # the layer has seen zeros only: any order is as good
@@ -97,6 +96,6 @@ def _rotate_(layer: Whitenable, moment: Tensor) -> None:
     roots = values.clamp(min=0).add(SHRINKAGE).sqrt()
     p, s, rt = torch.linalg.svd(weight @ (axes * roots), full_matrices=False)
     scale = s[: layer.rank].sqrt()
-    layer.up.data = (p[:, : layer.rank] * scale).t().to(dtype).contiguous()
+    layer.up.data.copy_((p[:, : layer.rank] * scale).t())
     down = scale[:, None] * rt[: layer.rank] @ (axes / roots).t()
-    layer.down.data = down.to(dtype).reshape(shape).contiguous()
+    layer.down.data.copy_(down.reshape(layer.down.shape))
