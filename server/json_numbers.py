@@ -14,7 +14,12 @@ import numpy as np
 import simdjson
 from numpy.typing import NDArray
 
+# A parser keeps some fifteen times the room of the largest body that it has read. One is kept for
+# small ones: to take the room anew for each costs as much as to read it.
+_KEPT = simdjson.Parser()
+_SMALL_BYTES = 2**16
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # simdjson passes it over; JSON has none
+_BRACKET = ord("[")
 # Each name is looked for from the first on.
 _MOST_NAMES = 16
 
@@ -27,7 +32,8 @@ def read(body: bytes, sample: Sequence[int]) -> tuple[NDArray[np.float64], dict[
     if body.startswith(_BYTE_ORDER_MARK):
         return None
     try:
-        found = simdjson.Parser().parse(body)
+        parser = _KEPT if len(body) <= _SMALL_BYTES else simdjson.Parser()
+        found = parser.parse(body)
         if not isinstance(found, simdjson.Object) or len(found) > _MOST_NAMES:
             return None
         given: dict[str, Any] = {name: found[name] for name in found}
@@ -36,11 +42,12 @@ def read(body: bytes, sample: Sequence[int]) -> tuple[NDArray[np.float64], dict[
         # A name came twice, or one has more than a number or a text.
         if len(found) != 1 + len(given) or not {*map(type, given.values())} <= {int, float, str}:
             return None
+        brackets = np.count_nonzero(np.frombuffer(body, np.uint8) == _BRACKET)
         for shape in ((len(numbers) // prod(sample), *sample), tuple(sample)):
-            if _is_shaped(values, shape) and body.count(b"[") == _arrays(shape):
+            if _is_shaped(values, shape) and brackets == _arrays(shape):
                 return numbers.reshape(shape), given
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
-        pass  # not JSON, or not of numbers alone
+        pass  # not JSON, or not of numbers alone; or another thread is reading with the parser
     return None
 
 
