@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 import torch
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Adam, Optimizer
@@ -60,14 +60,9 @@ def train_(
         CheckpointError: `root` holds another run, or can't be written.
         TargetMissed: the target can't be reached, or was not.
     """
-    last = checkpoint.latest(root)
-    state = checkpoint.read_state(last) if last else checkpoint.State(0, {}, run, [])
+    # What teaches is as the network was before it was factorised.
     dense, teachers = copy.deepcopy(model) if hyper.taught else model, list[nn.Module]()
-    if state.ranks:
-        _factorize_(model, hyper)
-    optimizer = _optimizer(model, hyper)
-    if last:
-        checkpoint.restore_(last, model, optimizer, run)
+    last, state, optimizer = _resumed(model, hyper, root, run)
     chain = state.chain
     steps = math.ceil(len(data.train) / hyper.batch_size)
     task = progress.add_task("training", total=hyper.epochs * steps, completed=state.epoch * steps)
@@ -100,9 +95,7 @@ def train_(
             )
             distributed.share_buffers_(model)
             averaging.end_(model, data, root, hyper, epoch + 1)
-            result = evaluate(model, data.validation)
-            if not math.isfinite(result.loss):  # the last step's harm shows in no training loss
-                raise Diverged(f"the validation loss is {result.loss} after epoch {epoch + 1}")
+            result = _validated(model, data, epoch)
         except Diverged as error:
             raise Diverged(f"{error}; last good checkpoint: {last or 'none'}") from None
         if phase.kind == "ordered":
@@ -115,18 +108,51 @@ def train_(
         if distributed.rank() == 0:
             keep_teacher(root, model, hyper, epoch + 1)
             last = checkpoint.save(root, model, optimizer, state)
-        done = (
-            f"epoch {epoch + 1}/{hyper.epochs}, validation {_said(data, result)}, "
-            f"ranks {'-'.join(map(str, ranks.values())) or 'all'}"
-        )
-        progress.update(task, description=done)
-        if not (progress.disable or progress.console.is_terminal):  # a log has no bar that moves
-            progress.console.print(done)
+        said = f"validation {_said(data, result)}, ranks {'-'.join(map(str, ranks.values())) or 'all'}"
+        _show(progress, task, f"epoch {epoch + 1}/{hyper.epochs}, {said}")
     _start_(model, data, hyper)
     if not chain:
         chain = distributed.agreed(find())
         cut_(model, chain[-1])
     return chain
+
+
+def _resumed(
+    model: nn.Module, hyper: HyperParameters, root: Path, run: dict[str, Any]
+) -> tuple[Path | None, checkpoint.State, Optimizer]:
+    """Give `model` what the last checkpoint in `root` holds; return that, if there is one, where
+    training is, and the optimiser.
+
+    Raises:
+        CheckpointError: `root` holds another run.
+    """
+    last = checkpoint.latest(root)
+    state = checkpoint.read_state(last) if last else checkpoint.State(0, {}, run, [])
+    if state.ranks:
+        _factorize_(model, hyper)
+    optimizer = _optimizer(model, hyper)
+    if last:
+        checkpoint.restore_(last, model, optimizer, run)
+    return last, state, optimizer
+
+
+def _validated(model: nn.Module, data: Data | Corpus, epoch: int) -> Result:
+    """Return how good the network is after an epoch: the last step's harm is in no training loss.
+
+    Raises:
+        Diverged: the loss is not finite.
+    """
+    result = evaluate(model, data.validation)
+    if not math.isfinite(result.loss):
+        raise Diverged(f"the validation loss is {result.loss} after epoch {epoch + 1}")
+    return result
+
+
+def _show(progress: Progress, task: TaskID, done: str) -> None:
+    """Say what is done, beside the bar that moves, or in a line of a log, which has none."""
+    progress.update(task, description=done)
+    if not (progress.disable or progress.console.is_terminal):
+        progress.console.print(done)
 
 
 def train_epoch_(
