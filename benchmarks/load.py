@@ -1,7 +1,8 @@
 """`maestro bench load`: policies on live servers, over HTTP, beside what the simulator says.
 
-A server of each policy runs in a process of its own, kept from the core that sends. All answer the
-same requests, one server at a time, in random order in each round. Latency counts from when a
+A server of each policy runs in a process of its own, kept from the core that sends, and is started
+anew for each load: it remembers bursts. All answer the same requests, one server at a time, in
+random order in each round. Latency counts from when a
 request should have been sent. The simulator draws from the profile that the servers use, and counts
 for each request what that server's event loop took for one, in a run of other requests at the same
 load beforehand; beside it stands what it says without. Rows whose requests went out too late to be
@@ -95,12 +96,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     with cores_apart() as (sending, serving), ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         profile = profiled(model, folder, serving, quick=chosen.quick)
-        servers = {
-            policy: stack.enter_context(server(model, folder, policy, serving))
-            for policy in chosen.policies
-        }
-        bench = Bench(model, profile, servers, chosen.requests, chosen.trace)
-        rows = bench.compared(cases, chosen.rounds)
+        rows: list[Row] = []
+        for case in track(cases, "load", console=Console(stderr=True), transient=True):
+            with ExitStack() as started:
+                servers = {
+                    policy: started.enter_context(server(model, folder, policy, serving))
+                    for policy in chosen.policies
+                }
+                bench = Bench(model, profile, servers, chosen.requests, chosen.trace)
+                rows += bench.compared(case, chosen.rounds)
     sent = [row for row in rows if row["kept_up"]]
     result = {
         **report.conditions(),
@@ -109,7 +113,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "cores_used_by_others_and_us": elsewhere.share(),
         "requests": chosen.requests,
         "rounds": chosen.rounds,
-        "way_ms": bench.way_ms,
         "overhead_ms": profile.overhead_ms,
         "agree_within": AGREE,
         "kept_up_within": KEPT_UP,
@@ -159,43 +162,39 @@ class Bench:
         self._body = npy_sample(model)
         self.way_ms = median(self._warm_up(server.address) for server in servers.values())
 
-    def compared(self, cases: Sequence[Scenario], rounds: int) -> list[Row]:
-        """Return a row per case and policy: live and simulated figures over the rounds."""
-        live: dict[tuple[Scenario, str], list[Figures]] = {}
-        simulated: dict[tuple[Scenario, str], list[Figures]] = {}
-        without: dict[tuple[Scenario, str], list[Figures]] = {}
-        loop_ms = {
-            (case, policy): self._loop_ms(case, policy)
-            for case in cases
-            for policy in self._servers
-        }
-        todo = [(seed, case) for seed in range(rounds) for case in cases]
-        for seed, case in track(todo, "load", console=Console(stderr=True), transient=True):
+    def compared(self, case: Scenario, rounds: int) -> list[Row]:
+        """Return a row per policy: live and simulated figures over the rounds."""
+        live: dict[str, list[Figures]] = {}
+        simulated: dict[str, list[Figures]] = {}
+        without: dict[str, list[Figures]] = {}
+        loop_ms = {policy: self._loop_ms(case, policy) for policy in self._servers}
+        for seed in range(rounds):
             order = list(self._servers)
             random.Random(f"{seed}/{case.name}").shuffle(order)
             for policy in order:
-                live.setdefault((case, policy), []).append(self._live(case, policy, seed))
-                for runs, taken_ms in ((simulated, loop_ms[case, policy]), (without, 0.0)):
+                live.setdefault(policy, []).append(self._live(case, policy, seed))
+                for runs, taken_ms in ((simulated, loop_ms[policy]), (without, 0.0)):
                     found = self._simulated(case, policy, seed, taken_ms)
-                    runs.setdefault((case, policy), []).append(found)
+                    runs.setdefault(policy, []).append(found)
         return [
             {
                 "arrivals": case.arrivals,
                 "load": case.load,
                 "policy": policy,
-                "live": over_seeds(live[case, policy]),
-                "loop_ms": loop_ms[case, policy],
-                "simulated": over_seeds(simulated[case, policy]),
-                "difference": _difference(live[case, policy], simulated[case, policy], "met"),
+                "way_ms": self.way_ms,
+                "live": over_seeds(live[policy]),
+                "loop_ms": loop_ms[policy],
+                "simulated": over_seeds(simulated[policy]),
+                "difference": _difference(live[policy], simulated[policy], "met"),
                 "difference_without_loop": _difference(
-                    live[case, policy], without[case, policy], "met"
+                    live[policy], without[policy], "met"
                 ),
                 "accuracy_difference": _difference(
-                    live[case, policy], simulated[case, policy], "accuracy"
+                    live[policy], simulated[policy], "accuracy"
                 ),
-                "kept_up": _mean(live[case, policy], "sent_late_of_target") <= KEPT_UP,
+                "kept_up": _mean(live[policy], "sent_late_of_target") <= KEPT_UP,
             }
-            for case, policy in live
+            for policy in live
         ]
 
     def _warm_up(self, address: str) -> float:
