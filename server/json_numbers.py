@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 # A parser keeps some fifteen times the room of the largest body that it has read. One is kept for
 # small ones: to take the room anew for each costs as much as to read it.
 _KEPT = simdjson.Parser()
-_SMALL_BYTES = 2**16
+_SMALL_BYTES = 2**20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # simdjson passes it over; JSON has none
 _BRACKET = ord("[")
 # Each name is looked for from the first on.
