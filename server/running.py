@@ -15,7 +15,7 @@ from server.app import create_app
 from server.connections import Limits, limited
 from server.processes.accepting import Acceptor
 from server.processes.counters import ACCEPTS_NONE
-from server.promptness import forget_the_start, wake_promptly
+from server.promptness import forget_the_start
 from server.service import Service
 from server.statistics import Row
 
@@ -106,7 +106,6 @@ def run(service: Service, shared: Shared | None = None) -> bool:
         backlog=_backlog(settings.max_connections),
     )
     server = _Sharing(config, shared) if shared else _Server(config)
-    wake_promptly()
     forget_the_start()
     with (
         contextlib.suppress(SystemExit),  # uvicorn's answer to a port that is taken; it says so
