@@ -186,12 +186,8 @@ class Bench:
                 "loop_ms": loop_ms[policy],
                 "simulated": over_seeds(simulated[policy]),
                 "difference": _difference(live[policy], simulated[policy], "met"),
-                "difference_without_loop": _difference(
-                    live[policy], without[policy], "met"
-                ),
-                "accuracy_difference": _difference(
-                    live[policy], simulated[policy], "accuracy"
-                ),
+                "difference_without_loop": _difference(live[policy], without[policy], "met"),
+                "accuracy_difference": _difference(live[policy], simulated[policy], "accuracy"),
                 "kept_up": _mean(live[policy], "sent_late_of_target") <= KEPT_UP,
             }
             for policy in live

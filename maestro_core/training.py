@@ -108,7 +108,9 @@ def train_(
         if distributed.rank() == 0:
             keep_teacher(root, model, hyper, epoch + 1)
             last = checkpoint.save(root, model, optimizer, state)
-        said = f"validation {_said(data, result)}, ranks {'-'.join(map(str, ranks.values())) or 'all'}"
+        said = (
+            f"validation {_said(data, result)}, ranks {'-'.join(map(str, ranks.values())) or 'all'}"
+        )
         _show(progress, task, f"epoch {epoch + 1}/{hyper.epochs}, {said}")
     _start_(model, data, hyper)
     if not chain:
