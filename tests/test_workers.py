@@ -311,7 +311,8 @@ def test_a_worker_that_is_killed_costs_what_it_held_and_is_replaced(
         callers.stop()
 
         assert set(callers.statuses) == {200}
-        assert answered(address) >= len(callers.statuses)
+        # Answers are counted after they are sent: the last on each connection may not have been.
+        assert answered(address) >= len(callers.statuses) - held
 
 
 def test_sigterm_under_load_ends_all_and_loses_no_answer(
