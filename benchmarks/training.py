@@ -31,7 +31,7 @@ from maestro_core.training import ordered_loss
 LASSO = 16e-6  # the paper's for ResNet-18; its cost is the same for any weight above 0
 KINDS = ("dense", "ordered", "ordered_half_rank")
 # Rounds that are not counted: the first steps ask the system for the memory that later ones use
-# again, which takes up to half of their time.
+# again.
 WARM_UP = 5
 
 Step = Callable[[], None]

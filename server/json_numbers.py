@@ -14,8 +14,8 @@ import numpy as np
 import simdjson
 from numpy.typing import NDArray
 
-# A parser keeps some fifteen times the room of the largest body that it has read. One is kept for
-# small ones: to take the room anew for each costs as much as to read it.
+# A parser keeps several times the room of the largest body that it has read. One is kept for small
+# ones, so that the room is not taken anew for each.
 _KEPT = simdjson.Parser()
 _SMALL_BYTES = 2**20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # simdjson passes it over; JSON has none
