@@ -2,10 +2,10 @@
 
 A server of each policy runs in a process of its own, kept from the core that sends, and is started
 anew for each load: it remembers bursts. All answer the same requests, one server at a time, in
-random order in each round. Latency counts from when a request should have been sent. The simulator draws from the profile that the servers use, and counts
-for each request what that server's event loop took for one, in a run of other requests at the same
-load beforehand; beside it stands what it says without. Rows whose requests went out too late to be
-that load say so, and are not compared.
+random order in each round. Latency counts from when a request should have been sent. The simulator
+draws from the profile that the servers use, and counts for each request what that server's event
+loop took for one, in a run of other requests at the same load beforehand; beside it stands what it
+says without. Rows whose requests went out too late to be that load say so, and are not compared.
 """
 
 import argparse
