@@ -10,10 +10,11 @@ from maestro_core.artifact import Artifact
 from maestro_core.frontier import pareto
 from maestro_core.profile import Profile
 from server.errors import InvalidError
+from server.inputs import is_finite
 from server.schemas import InferParameters
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Inference:
     """What came of one request: its output (n, …) and how it was run."""
 
@@ -33,7 +34,7 @@ def infer_answer(
     Raises:
         InvalidError: the output holds NaN or infinite values, which JSON has no words for.
     """
-    if not np.isfinite(inference.output).all():
+    if not is_finite(inference.output):
         raise InvalidError("the output is not finite: the input is too large for this network")
     manifest = artifact.manifest
     point = artifact.points[inference.point]

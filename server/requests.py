@@ -1,6 +1,7 @@
 """What the scheduler is asked, and what it answers. Values only.
 
-Clock readings are seconds of one monotonic clock, which the caller reads.
+Clock readings are seconds of one monotonic clock, which the caller reads. What is made for each
+request or batch is not frozen: that costs 0.07 µs a field.
 """
 
 import math
@@ -16,7 +17,7 @@ OnMiss = Literal["degrade", "reject"]
 Reason = Literal["infeasible", "floor", "full", "overloaded", "draining"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Request:
     """One request: `rows` samples that run in the same batch.
 
@@ -68,9 +69,6 @@ class Refusal:
     detail: str
     min_feasible_ms: float | None = None
     retry_after_s: float | None = None
-
-
-# What follows is made for each request or batch, and not frozen: that costs 0.07 µs a field.
 
 
 @dataclass(slots=True)

@@ -44,7 +44,7 @@ _NO_SPAN_HERE = nullcontext()
 Headers = Iterable[tuple[bytes, bytes]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Trace:
     """A request's id, and the trace and span that it is, in lower-case hexadecimal."""
 

@@ -118,9 +118,20 @@ def test_npy_becomes_the_tensor(dtype: str, order: str) -> None:
     np.testing.assert_array_equal(x, np.arange(128).reshape(2, 1, 8, 8))
 
 
-def test_npy_with_nan_is_refused() -> None:
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("others", [0.0, 3e38])
+def test_npy_with_one_number_that_is_none_is_refused(value: float, others: float) -> None:
+    array = np.full((2, 1, 8, 8), others, np.float32)
+    array[1, 0, 7, 6] = value
+
     with pytest.raises(ServiceError, match="x: holds NaN or infinite values"):
-        inputs.from_npy(npy(np.full((1, 1, 8, 8), np.nan)), TENSOR)
+        inputs.from_npy(npy(array), TENSOR)
+
+
+def test_numbers_whose_squares_overflow_are_taken() -> None:
+    array = np.full((2, 1, 8, 8), -3e38, np.float32)
+
+    np.testing.assert_array_equal(inputs.from_npy(npy(array), TENSOR), array)
 
 
 @pytest.mark.parametrize(
