@@ -10,20 +10,12 @@ says without. Rows whose requests went out too late to be that load say so, and 
 
 import argparse
 import asyncio
-import io
 import math
-import os
 import random
-import socket
-import subprocess
-import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -36,6 +28,7 @@ from rich.progress import track
 
 from benchmarks import arguments, report
 from benchmarks.open_loop import Sent, send_all
+from benchmarks.own_server import Server, cores_apart, npy_sample, profiled, server
 from benchmarks.simulator import scenarios, workloads
 from benchmarks.simulator.events import Outcome
 from benchmarks.simulator.figures import Figures, figures, over_seeds
@@ -52,7 +45,6 @@ from server.settings import PolicyName, shipped_artifact
 from server.tables import Tables
 
 POLICIES = (*OWN, "largest", "smallest", "slackfit", "infaas")
-START_S = 180.0
 WARM_UP = 100  # requests, one after another, that also tell what the way there and back takes
 # Seed of the requests by which is measured what receiving and answering them takes of a core.
 BEFOREHAND = 10**6
@@ -122,19 +114,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     report.write(result, chosen.out)
     draw(rows, chosen.out.with_suffix(".png"))
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    """A live server: where it answers, and the number of its process."""
-
-    address: str
-    pid: int
-
-    def loop_s(self) -> float:
-        """Return for how long its first thread, that of the event loop, has had a core."""
-        path = Path(f"/proc/{self.pid}/task/{self.pid}/schedstat")
-        return int(path.read_text(encoding="ascii").split()[0]) / 1e9
 
 
 class Bench:
@@ -250,14 +229,6 @@ class Bench:
         return figures(replace(outcome, workload=own), self._latencies)
 
 
-def npy_sample(model: Artifact) -> bytes:
-    """Return one made-up sample as an `.npy` file."""
-    file = io.BytesIO()
-    shape = (1, *model.manifest.input.shape[1:])
-    np.save(file, np.random.default_rng(0).standard_normal(shape, np.float32))
-    return file.getvalue()
-
-
 def _mean(runs: Sequence[Figures], name: str) -> float:
     return sum(run[name] for run in runs) / len(runs)
 
@@ -271,107 +242,6 @@ def _difference(
     """
     pairs = zip(live, simulated, strict=True)
     return over_seeds([{name: a[name] - b[name]} for a, b in pairs])[name]
-
-
-@contextmanager
-def cores_apart() -> Iterator[tuple[set[int], set[int]]]:
-    """Keep this process to one core; yield that, and the cores for servers (all, if only one)."""
-    cores = os.sched_getaffinity(0)
-    sending = {min(cores)}
-    os.sched_setaffinity(0, sending)
-    try:
-        yield sending, cores - sending or cores
-    finally:
-        os.sched_setaffinity(0, cores)
-
-
-def profiled(model: Artifact, folder: Path, cores: set[int], *, quick: bool) -> Profile:
-    """Return the profile of the host that servers in `folder` will find there.
-
-    Raises:
-        ChildProcessError: none could be made; with the last lines of what was said.
-    """
-    given = ["profile", str(model.path), *(["--quick"] if quick else [])]
-    log = folder / "profile.log"
-    if _run(given, folder, cores, log).wait():
-        raise ChildProcessError(f"no profile could be made:\n{_end_of(log)}")
-    (path,) = (folder / "profiles").glob("*/profile.json")
-    return Profile.from_json(path.read_text(encoding="utf-8"))
-
-
-@contextmanager
-def server(model: Artifact, folder: Path, policy: str, cores: set[int]) -> Iterator[Server]:
-    """Serve by a policy on `cores`; yield the server once it is ready.
-
-    Raises:
-        ChildProcessError: it ended, or isn't after three minutes; with the last lines of its log.
-    """
-    with serving(model, folder, cores, "--policy", policy) as (address, pid):
-        yield Server(address, pid)
-
-
-@contextmanager
-def serving(
-    model: Artifact, folder: Path, cores: set[int], *options: str, workers: int = 1
-) -> Iterator[tuple[str, int]]:
-    """Serve on `cores`; yield the address and the process's number once it is ready.
-
-    Raises:
-        ChildProcessError: as `server`.
-    """
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    words = [*options, "--workers", str(workers)]
-    log = folder / f"{'-'.join(words).strip('-')}.log"
-    given = ["serve", str(model.path), "--port", str(port), *words]
-    process = _run(given, folder, cores, log, workers)
-    try:
-        until_s = time.monotonic() + START_S
-        while not _is_ready(address):
-            if process.poll() is not None or time.monotonic() > until_s:
-                raise ChildProcessError(
-                    f"the server ({' '.join(words)}) did not start:\n{_end_of(log)}"
-                )
-            time.sleep(0.2)
-        yield address, process.pid
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def _run(
-    arguments: Sequence[str], folder: Path, cores: set[int], log: Path, workers: int = 1
-) -> "subprocess.Popen[bytes]":
-    """Start the program on `cores`; a child has the cores of the thread that makes it."""
-    ours = os.sched_getaffinity(0)
-    settings = {
-        "MAESTRO_STATE_DIR": str(folder),
-        "MAESTRO_THREADS": str(max(1, len(cores) // workers)),
-        "MAESTRO_MAX_QUEUE": str(scenarios.MAX_QUEUE),
-    }
-    program = [sys.executable, "-c", "from maestro_core.cli import main; main()"]
-    os.sched_setaffinity(0, cores)
-    try:
-        with log.open("wb") as said:
-            return subprocess.Popen(  # noqa: S603  our own program
-                [*program, *arguments], env=os.environ | settings, stdout=said, stderr=said
-            )
-    finally:
-        os.sched_setaffinity(0, ours)
-
-
-def _end_of(log: Path) -> str:
-    """Return the last lines of a log."""
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:])
-
-
-def _is_ready(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{address}/readyz", timeout=2):  # noqa: S310  our own server
-            return True
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

@@ -29,8 +29,8 @@ from rich.table import Table
 
 from benchmarks import networks, report
 from benchmarks.http_load import Call, Latencies, closed_loop, open_loop
-from benchmarks.load import cores_apart, npy_sample, profiled
-from benchmarks.load import server as our_server
+from benchmarks.own_server import cores_apart, npy_sample, profiled
+from benchmarks.own_server import server as our_server
 from benchmarks.rival_server import FLOOR, PROGRAMS, MissingError, Started, rival
 from maestro_core import artifact
 from maestro_core.artifact import Artifact

@@ -17,8 +17,8 @@ from typing import Any
 
 from benchmarks import networks, report
 from benchmarks.http_load import Call, closed_loop
-from benchmarks.load import npy_sample, serving
 from benchmarks.memory import mapped_mib
+from benchmarks.own_server import npy_sample, serving
 from maestro_core import artifact
 from maestro_core.artifact import Artifact
 from maestro_core.host import Elsewhere, affinity

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from benchmarks import load
+from benchmarks import load, own_server
 from benchmarks.open_loop import Sent, send_all
 from maestro_core.artifact import Artifact
 
@@ -89,7 +89,7 @@ def test_a_server_that_does_not_start_says_why(tiny_artifact: Artifact, tmp_path
 
     with (
         pytest.raises(ChildProcessError, match="no such policy"),
-        load.server(tiny_artifact, tmp_path, wrong, os.sched_getaffinity(0)),
+        own_server.server(tiny_artifact, tmp_path, wrong, os.sched_getaffinity(0)),
     ):
         pass
 

@@ -1,0 +1,144 @@
+"""Starts `maestro serve` and `maestro profile` as processes of their own, on cores of their own."""
+
+import io
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.simulator import scenarios
+from maestro_core.artifact import Artifact
+from maestro_core.profile import Profile
+
+START_S = 180.0
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A live server: where it answers, and the number of its process."""
+
+    address: str
+    pid: int
+
+    def loop_s(self) -> float:
+        """Return for how long its first thread, that of the event loop, has had a core."""
+        path = Path(f"/proc/{self.pid}/task/{self.pid}/schedstat")
+        return int(path.read_text(encoding="ascii").split()[0]) / 1e9
+
+
+@contextmanager
+def cores_apart() -> Iterator[tuple[set[int], set[int]]]:
+    """Keep this process to one core; yield that, and the cores for servers (all, if only one)."""
+    cores = os.sched_getaffinity(0)
+    sending = {min(cores)}
+    os.sched_setaffinity(0, sending)
+    try:
+        yield sending, cores - sending or cores
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def profiled(model: Artifact, folder: Path, cores: set[int], *, quick: bool) -> Profile:
+    """Return the profile of the host that servers in `folder` will find there.
+
+    Raises:
+        ChildProcessError: none could be made; with the last lines of what was said.
+    """
+    given = ["profile", str(model.path), *(["--quick"] if quick else [])]
+    log = folder / "profile.log"
+    if _run(given, folder, cores, log).wait():
+        raise ChildProcessError(f"no profile could be made:\n{_end_of(log)}")
+    (path,) = (folder / "profiles").glob("*/profile.json")
+    return Profile.from_json(path.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def server(model: Artifact, folder: Path, policy: str, cores: set[int]) -> Iterator[Server]:
+    """Serve by a policy on `cores`; yield the server once it is ready.
+
+    Raises:
+        ChildProcessError: it ended, or isn't after three minutes; with the last lines of its log.
+    """
+    with serving(model, folder, cores, "--policy", policy) as (address, pid):
+        yield Server(address, pid)
+
+
+@contextmanager
+def serving(
+    model: Artifact, folder: Path, cores: set[int], *options: str, workers: int = 1
+) -> Iterator[tuple[str, int]]:
+    """Serve on `cores`; yield the address and the process's number once it is ready.
+
+    Raises:
+        ChildProcessError: as `server`.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    words = [*options, "--workers", str(workers)]
+    log = folder / f"{'-'.join(words).strip('-')}.log"
+    given = ["serve", str(model.path), "--port", str(port), *words]
+    process = _run(given, folder, cores, log, workers)
+    try:
+        until_s = time.monotonic() + START_S
+        while not _is_ready(address):
+            if process.poll() is not None or time.monotonic() > until_s:
+                raise ChildProcessError(
+                    f"the server ({' '.join(words)}) did not start:\n{_end_of(log)}"
+                )
+            time.sleep(0.2)
+        yield address, process.pid
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _run(
+    arguments: Sequence[str], folder: Path, cores: set[int], log: Path, workers: int = 1
+) -> "subprocess.Popen[bytes]":
+    """Start the program on `cores`; a child has the cores of the thread that makes it."""
+    ours = os.sched_getaffinity(0)
+    settings = {
+        "MAESTRO_STATE_DIR": str(folder),
+        "MAESTRO_THREADS": str(max(1, len(cores) // workers)),
+        "MAESTRO_MAX_QUEUE": str(scenarios.MAX_QUEUE),
+    }
+    program = [sys.executable, "-c", "from maestro_core.cli import main; main()"]
+    os.sched_setaffinity(0, cores)
+    try:
+        with log.open("wb") as said:
+            return subprocess.Popen(  # noqa: S603  our own program
+                [*program, *arguments], env=os.environ | settings, stdout=said, stderr=said
+            )
+    finally:
+        os.sched_setaffinity(0, ours)
+
+
+def _end_of(log: Path) -> str:
+    """Return the last lines of a log."""
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:])
+
+
+def _is_ready(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/readyz", timeout=2):  # noqa: S310  our own server
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def npy_sample(model: Artifact) -> bytes:
+    """Return one made-up sample as an `.npy` file."""
+    file = io.BytesIO()
+    shape = (1, *model.manifest.input.shape[1:])
+    np.save(file, np.random.default_rng(0).standard_normal(shape, np.float32))
+    return file.getvalue()
