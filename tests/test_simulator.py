@@ -63,6 +63,17 @@ def test_receiving_and_answering_delay_the_engine_by_what_they_take() -> None:
     assert outcome.latency_ms.tolist() == pytest.approx([9.5, 17.0])
 
 
+def test_the_next_batch_is_planned_once_the_last_is_answered() -> None:
+    alone = replica(quantiles(1.0, overhead_ms=0.5))
+
+    outcome = simulate(workload([0, 0], 32.6), [replace(alone, request_ms=1.0)])
+
+    # Received after 0.5 and 1 ms; the first computes until 17, at 16 ms, and is answered at 17.5.
+    # Then 15.6 are left to the second: 8 of computing, though at 17 it had time for 16.
+    assert outcome.latency_ms.tolist() == pytest.approx([17.5, 26.0])
+    assert outcome.accuracy.tolist() == [0.8, 0.76]
+
+
 def test_who_is_not_served_has_no_latency_and_does_not_count_as_met() -> None:
     outcome = simulate(workload([0, 0.5, 1], 2.5), [replica(quantiles(1.0))])
 

@@ -148,6 +148,9 @@ class _Run:
             return
         else:
             self._answer(at, what, ms, now)
+            if front.free_s > now:  # answers are written first
+                self._push(front.free_s, at, _WOKEN, 0.0)
+                return
         if scheduler.waiting:
             self._dispatch(at, now)
 
