@@ -15,8 +15,9 @@ class Sent:
     """What became of one request; times in ms from when it should have been sent.
 
     late_ms: when it was sent. latency_ms: when its answer was there, NaN if it was refused.
-    The rest is what the server says: how long it took in all and in the engine, in a batch of how
-    many rows, and which point of what accuracy answered.
+    The rest is what the server says: how long it took in all and in the engine, and the tail that
+    it counted on for the engine, in a batch of how many rows, and which point of what accuracy
+    answered.
     """
 
     status: int
@@ -24,6 +25,7 @@ class Sent:
     latency_ms: float = math.nan
     server_ms: float = math.nan
     compute_ms: float = math.nan
+    predicted_ms: float = math.nan
     rows: int = 0
     point: int = -1
     accuracy: float = math.nan
@@ -66,6 +68,7 @@ def _sent(answer: Answer, late_ms: float, latency_ms: float) -> Sent:
         latency_ms,
         said["total_ms"],
         said["compute_ms"],
+        said["predicted_ms"],
         said["batch_size"],
         said["point"],
         said["accuracy"],

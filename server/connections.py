@@ -38,10 +38,6 @@ class Limits:
 class UnderWay(Protocol):
     """A request that was begun."""
 
-    @property
-    def future(self) -> asyncio.Future[Any]:
-        """Return what is done when there is an answer."""
-
     def answer(self) -> tuple[Iterable[tuple[bytes, bytes]], bytes]:
         """Return headers and body of a status 200, or raise what is answered instead."""
 
@@ -56,8 +52,13 @@ class Whole(Protocol):
     def paths(self) -> Container[str]:
         """Return the paths of what it takes."""
 
-    def begin(self, scope: Mapping[str, Any], body: bytes) -> UnderWay | None:
-        """Begin a POST to one of the paths; None: let the application have it. May raise."""
+    def begin(
+        self, scope: Mapping[str, Any], body: bytes, done: Callable[[], None]
+    ) -> UnderWay | None:
+        """Begin a POST to one of the paths; None: let the application have it. May raise.
+
+        `done` is called once there is an answer, unless it is given up; not from within.
+        """
 
 
 def limited(
@@ -122,7 +123,7 @@ class LimitedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         if self._held is not None:
             self._hand_on(*self._held)
-        if self._under_way is not None and not self._under_way.future.done():
+        if self._under_way is not None:
             self._under_way.give_up()
         self._on_count(len(self.connections))
 
@@ -208,26 +209,19 @@ class LimitedProtocol(HttpToolsProtocol):
     def _begin(self, cycle: RequestResponseCycle, app: Any) -> None:  # noqa: ANN401
         self._held = None
         try:
+            answer = partial(self._answer, cycle, app)
             whole = self._whole
-            under_way = whole.begin(cycle.scope, bytes(cycle.body)) if whole else None
+            under_way = whole.begin(cycle.scope, bytes(cycle.body), answer) if whole else None
         except Exception as error:
             cycle.scope["state"][FAILED] = error
             under_way = None
+        self._under_way = under_way
         if under_way is None:
             self._hand_on(cycle, app)
-            return
-        self._under_way = under_way
-        under_way.future.add_done_callback(partial(self._answer, under_way, cycle, app))
 
-    def _answer(
-        self,
-        under_way: UnderWay,
-        cycle: RequestResponseCycle,
-        app: Any,  # noqa: ANN401
-        future: asyncio.Future[Any],
-    ) -> None:
-        self._under_way = None
-        if future.cancelled():
+    def _answer(self, cycle: RequestResponseCycle, app: Any) -> None:  # noqa: ANN401
+        under_way, self._under_way = self._under_way, None
+        if under_way is None:
             return
         try:
             headers, body = under_way.answer()

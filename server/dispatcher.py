@@ -44,6 +44,10 @@ LEAST_WAIT_S = 1e-3
 MOST_WAITS = 10
 
 
+# Told what became of a request: once, and never from within `begin`.
+Tell = Callable[[Inference | ServiceError], None]
+
+
 class Runner(Protocol):
     """What computes: the engine, or a fake."""
 
@@ -54,7 +58,7 @@ class Runner(Protocol):
 @dataclass(slots=True)
 class _Caller:
     x: Floats
-    future: asyncio.Future[Inference]
+    tell: Tell
 
 
 @dataclass(slots=True)
@@ -110,19 +114,20 @@ class Dispatcher:
             ServiceError: refused, out of time, or the engine failed.
             ClientDisconnect: the client hung up.
         """
-        future = self.begin(request, x)
+        future: asyncio.Future[Inference] = self._loop.create_future()
+        self.begin(request, x, partial(_settle, future))
         if receive is not None:
             self._hang_ups.expect(future, receive)
         try:
             return await future
         except (asyncio.CancelledError, ClientDisconnect):
-            self.give_up(request.id, future)
+            self.give_up(request.id)
             raise
         finally:
             self._hang_ups.forget(future)
 
-    def begin(self, request: Request, x: Floats) -> asyncio.Future[Inference]:
-        """Take a request in; the future has the output for `x` (rows, …) or its error.
+    def begin(self, request: Request, x: Floats, tell: Tell) -> None:
+        """Take a request in; `tell` gets the output for `x` (rows, …) or what went wrong.
 
         Raises:
             ServiceError: it is refused.
@@ -136,15 +141,12 @@ class Dispatcher:
         for displaced in verdict.displaced:
             gave_way = UnavailableError("a request of higher priority came", reason="displaced")
             self._fail(displaced.id, gave_way)
-        future: asyncio.Future[Inference] = self._loop.create_future()
-        self._callers[request.id] = _Caller(x, future)
+        self._callers[request.id] = _Caller(x, tell)
         self._pump_soon()
-        return future
 
-    def give_up(self, request_id: str, future: asyncio.Future[Inference]) -> None:
-        """Forget a request whose client hung up."""
+    def give_up(self, request_id: str) -> None:
+        """Forget a request whose client hung up: nobody is told any more."""
         self._callers.pop(request_id, None)
-        future.cancel()
         self.scheduler.cancel(request_id, time.monotonic())
         self._pump()
 
@@ -300,18 +302,16 @@ class Dispatcher:
         for request in flight.batch.requests:
             rows = output[start : start + request.rows]
             start += request.rows
-            future = flight.callers[request.id].future
-            if request.id in wanted and not future.done():
-                future.set_result(
-                    Inference(
-                        rows,
-                        flight.batch.point,
-                        flight.batch.predicted_ms,
-                        MS * (began_s - request.arrival_s),
-                        MS * compute_s,
-                        flight.batch.rows,
-                    )
+            if request.id in wanted:
+                inference = Inference(
+                    rows,
+                    flight.batch.point,
+                    flight.batch.predicted_ms,
+                    MS * (began_s - request.arrival_s),
+                    MS * compute_s,
+                    flight.batch.rows,
                 )
+                self._tell(flight.callers[request.id], inference)
 
     def _hung(self, batch_id: int) -> None:
         """Give a batch up, and its thread with it: threads cannot be stopped, only left behind."""
@@ -331,14 +331,29 @@ class Dispatcher:
 
     def _reject(self, flight: _Flight, requests: tuple[Request, ...], detail: str) -> None:
         for request in requests:
-            future = flight.callers[request.id].future
-            if not future.done():
-                future.set_exception(UnavailableError(detail))
+            self._tell(flight.callers[request.id], UnavailableError(detail))
 
     def _fail(self, request_id: str, error: ServiceError) -> None:
         caller = self._callers.pop(request_id, None)
-        if caller is not None and not caller.future.done():
-            caller.future.set_exception(error)
+        if caller is not None:
+            self._tell(caller, error)
+
+    def _tell(self, caller: _Caller, outcome: Inference | ServiceError) -> None:
+        try:
+            caller.tell(outcome)
+        except Exception as error:  # the others of the batch are told all the same
+            context = {"message": "an answer could not be given", "exception": error}
+            self._loop.call_exception_handler(context)
+
+
+def _settle(future: asyncio.Future[Inference], outcome: Inference | ServiceError) -> None:
+    """Give a future its outcome, unless its client hung up meanwhile."""
+    if future.done():
+        return
+    if isinstance(outcome, ServiceError):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)
 
 
 def refused(refusal: Refusal) -> ServiceError:

@@ -29,7 +29,7 @@ from server.calibration import (
     first_effort,
 )
 from server.counting import Counting
-from server.dispatcher import Dispatcher
+from server.dispatcher import Dispatcher, Tell
 from server.engine import Engine
 from server.errors import ConflictError, InvalidError, NotFoundError, UnavailableError
 from server.measuring import SLOTS, Hooks, HostModel, latencies_of
@@ -60,14 +60,6 @@ class _Serving:
 
     def slowdown(self) -> float:
         return self.dispatcher.scheduler.slowdown(time.monotonic())
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A request in the queue: its inference or error to come, and how to give it up."""
-
-    future: asyncio.Future[Inference]
-    give_up: Callable[[], None]
 
 
 class Service:
@@ -190,16 +182,18 @@ class Service:
         request = parameters.request(next(self._ids), arrived_s, len(x))
         return await serving.dispatcher.infer(request, x, receive)
 
-    def begin(self, x: Floats, parameters: InferParameters, arrived_s: float) -> Place:
-        """Return the place of such an inference in the queue, for those who don't await it.
+    def begin(
+        self, x: Floats, parameters: InferParameters, arrived_s: float, tell: Tell
+    ) -> Callable[[], None]:
+        """Begin such an inference for who doesn't await it; return what gives it up.
 
         Raises:
             ServiceError: it was refused.
         """
         dispatcher = self.serving().dispatcher
         request = parameters.request(next(self._ids), arrived_s, len(x))
-        future = dispatcher.begin(request, x)
-        return Place(future, partial(dispatcher.give_up, request.id, future))
+        dispatcher.begin(request, x, tell)
+        return partial(dispatcher.give_up, request.id)
 
     def explain(self, parameters: InferParameters) -> dict[str, Any]:
         """Return what would be chosen for one sample that came now, and why.

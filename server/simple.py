@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from server import inputs, tracing
 from server.answers import Inference, infer_answer
 from server.bodies import Bodies, Body
 from server.direct import Call
-from server.errors import UnsupportedMediaError
+from server.errors import ServiceError, UnavailableError, UnsupportedMediaError
 from server.http import (
     Header,
     Inferred,
@@ -27,7 +27,7 @@ from server.http import (
     to_json,
 )
 from server.schemas import InferParameters, parse_parameters
-from server.service import Place, Service
+from server.service import Service
 
 Floats = NDArray[np.float32]
 
@@ -78,18 +78,27 @@ def infer_call(service: Service, bodies: Bodies) -> Call:
 class UnderWay:
     """An inference that waits or runs, asked for by a request that came whole."""
 
-    _place: Place
     _service: Service
     _artifact: Artifact
     _parameters: InferParameters
     _arrived_s: float
     _body: Body
     _here: tracing.Trace
+    _done: Callable[[], None]
+    _outcome: Inference | ServiceError | None = None
+    _leave: Callable[[], None] | None = None
 
-    @property
-    def future(self) -> asyncio.Future[Inference]:
-        """Return what is done when there is an answer."""
-        return self._place.future
+    def begin(self, x: Floats) -> None:
+        """Let it wait for its turn.
+
+        Raises:
+            ServiceError: it is refused.
+        """
+        self._leave = self._service.begin(x, self._parameters, self._arrived_s, self._settle)
+
+    def _settle(self, outcome: Inference | ServiceError) -> None:
+        self._outcome = outcome
+        self._done()
 
     def answer(self) -> tuple[list[Header], bytes]:
         """Return the headers and the body of the answer, once the inference is done.
@@ -98,16 +107,18 @@ class UnderWay:
             ServiceError: what became of it instead.
         """
         self._body.give_back()
-        result = self._place.future.result()
+        if not isinstance(self._outcome, Inference):
+            raise self._outcome or UnavailableError("it is not done")
         answer, _ = _answer(
-            self._service, self._artifact, self._parameters, result, self._arrived_s
+            self._service, self._artifact, self._parameters, self._outcome, self._arrived_s
         )
         return [*answer.raw_headers, *self._here.headers()], bytes(answer.body)
 
     def give_up(self) -> None:
         """Forget it: the client hung up."""
         self._body.give_back()
-        self._place.give_up()
+        if self._leave is not None:
+            self._leave()
         self._service.counting.refused("client-gone")
 
 
@@ -120,8 +131,12 @@ class Whole:
         self._service, self._bodies = service, bodies
         self._is_recording = tracing.is_recording()  # asked once, not at each request
 
-    def begin(self, scope: Mapping[str, Any], body: bytes) -> UnderWay | None:
+    def begin(
+        self, scope: Mapping[str, Any], body: bytes, done: Callable[[], None]
+    ) -> UnderWay | None:
         """Return the inference that a request asks for; None: it goes the usual way.
+
+        `done` is called once it has an answer, unless it is given up.
 
         Raises:
             ServiceError: it is refused.
@@ -139,12 +154,13 @@ class Whole:
             x, given = _input(kind, body, service)
             parameters = parse_parameters(query_of(scope), given, header_targets_ms(headers))
             served = service.artifact  # a search may replace it meanwhile
-            place = service.begin(x, parameters, arrived_s)
+            here = tracing.read(scope["headers"])
+            under_way = UnderWay(service, served, parameters, arrived_s, held, here, done)
+            under_way.begin(x)
         except BaseException:
             held.give_back()
             raise
-        here = tracing.read(scope["headers"])
-        return UnderWay(place, service, served, parameters, arrived_s, held, here)
+        return under_way
 
 
 def _input(kind: str, body: bytes, service: Service) -> tuple[Floats, dict[str, Any]]:

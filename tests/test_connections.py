@@ -48,17 +48,18 @@ class FakeTransport(asyncio.Transport):
 
 
 class UnderWay:
-    def __init__(self) -> None:
-        self.future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+    def __init__(self, done: Callable[[], None]) -> None:
+        self.done = done
+        self.outcome: bytes | Exception = b""
         self.is_given_up = False
 
     def answer(self) -> tuple[list[tuple[bytes, bytes]], bytes]:
-        body = self.future.result()
-        return [(b"content-length", str(len(body)).encode())], body
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return [(b"content-length", str(len(self.outcome)).encode())], self.outcome
 
     def give_up(self) -> None:
         self.is_given_up = True
-        self.future.cancel()
 
 
 class Whole:
@@ -69,13 +70,15 @@ class Whole:
     def __init__(self) -> None:
         self.begun: list[UnderWay] = []
 
-    def begin(self, scope: Mapping[str, Any], body: bytes) -> UnderWay | None:
+    def begin(
+        self, scope: Mapping[str, Any], body: bytes, done: Callable[[], None]
+    ) -> UnderWay | None:
         assert scope["path"] in self.paths
         if body == b"wrong":
             raise ValueError("wrong")
         if body == b"usual":
             return None
-        self.begun.append(UnderWay())
+        self.begun.append(UnderWay(done))
         return self.begun[-1]
 
 
@@ -101,11 +104,9 @@ class Driven:
 
     async def finish(self, body: bytes | Exception = b"done") -> None:
         """End what was begun last."""
-        future = self.whole.begun[-1].future
-        if isinstance(body, bytes):
-            future.set_result(body)
-        else:
-            future.set_exception(body)
+        under_way = self.whole.begun[-1]
+        under_way.outcome = body
+        under_way.done()
         await turns()
 
     async def _app(self, scope: dict[str, Any], receive: Any, send: Any) -> None:

@@ -108,18 +108,40 @@ def test_each_of_a_batch_gets_its_own_rows() -> None:
 
 def test_answers_go_out_before_the_next_batch_takes_the_core() -> None:
     async def scenario(driver: Dispatcher, engine: FakeEngine) -> None:
-        order: list[str] = []
+        loop, order = asyncio.get_running_loop(), list[int]()
+
+        def write(_: object) -> None:  # transports write at the end of a turn, or in the next
+            loop.call_soon(lambda: order.append(len(engine.ran)))
+
         engine.gate.clear()
-        first = driver.begin(request("first"), rows(0))
+        driver.begin(request("first"), rows(0), write)
         await asyncio.sleep(0)  # it runs
-        second = driver.begin(request("second"), rows(0))
-        first.add_done_callback(lambda _: order.append(f"answered after {len(engine.ran)}"))
+        second = asyncio.create_task(driver.infer(request("second"), rows(0)))
+        await asyncio.sleep(0)
         engine.gate.set()
 
-        await asyncio.gather(first, second)
+        await second
 
-        assert order == ["answered after 1"]
+        assert order == [1]
         assert len(engine.ran) == 2
+
+    drive(scenario)
+
+
+def test_who_cannot_be_told_does_not_keep_the_others_of_a_batch_from_it() -> None:
+    async def scenario(driver: Dispatcher, engine: FakeEngine) -> None:
+        said: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context))
+
+        def broken(_: object) -> None:
+            raise OSError("the connection is gone")
+
+        driver.begin(request("broken"), rows(1), broken)
+        answer = await driver.infer(request("other"), rows(2))
+
+        np.testing.assert_array_equal(answer.output, rows(3))
+        assert engine.ran == [(2, 1)]
+        assert [str(context["exception"]) for context in said] == ["the connection is gone"]
 
     drive(scenario)
 
