@@ -5,24 +5,17 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from maestro_core import artifact
+from maestro_core import artifact, terminal
 from maestro_core.allocator import keep_freed_memory
-from maestro_core.artifact import Artifact
 
 if TYPE_CHECKING:
-    from maestro_core.profile import Profile
     from server.settings import Settings
 
 app = typer.Typer(
@@ -31,8 +24,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
 
 BENCHES = {
     "engine": "memory, speed against each point alone, switching",
@@ -81,7 +72,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (CommandError, ServiceError, ValueError, OSError) as error:
-        errors.print(f"maestro: {error}", style="red", markup=False)
+        terminal.errors.print(f"maestro: {error}", style="red", markup=False)
         sys.exit(1)
 
 
@@ -106,7 +97,7 @@ def train(
     running = _train_side("maestro_core.recipes.running")
     if list_:
         for name, summary in running.summaries().items():
-            console.print(f"{name}: {summary}")
+            terminal.console.print(f"{name}: {summary}")
         return
     if recipe is None or data is None:
         raise CommandError("train: give a RECIPE and --data PATH; --list names the recipes")
@@ -115,11 +106,11 @@ def train(
     if path is None:
         return  # another process of torchrun has it
     if path.suffix == ".json":
-        _print_text_points(json.loads(path.read_text()))
-        console.print(f"wrote {path}")
+        terminal.print_text_points(json.loads(path.read_text()))
+        terminal.console.print(f"wrote {path}")
         return
     show(path)
-    console.print(f"serve it: maestro serve {path}")
+    terminal.console.print(f"serve it: maestro serve {path}")
 
 
 @app.command()
@@ -150,12 +141,12 @@ def show(
     model = HostModel(artifact.load(path), read_settings())
     loaded = model.points().artifact
     found = local.stored_profile(model, model.engine(loaded))
-    _warn(found.reason)
+    terminal.warn(found.reason)
     rows = frontier_rows(loaded, found.profile)
-    _print_points(loaded, rows, as_json)
+    terminal.print_points(loaded, rows, as_json)
     if plot:
         _train_side("maestro_core.plot").draw(loaded, rows, plot)
-        errors.print(f"wrote {plot}")
+        terminal.errors.print(f"wrote {plot}")
 
 
 @app.command()
@@ -178,11 +169,11 @@ def profile(
     from server.settings import read_settings
 
     effort = replace(QUICK if quick else FULL, search=search)
-    with _progress("calibrating") as progress:
+    with terminal.progress("calibrating") as progress:
         model = HostModel(artifact.load(path), read_settings())
         served, measured, note = local.profile(model, effort, progress)
-    _print_points(served, frontier_rows(served, measured), as_json)
-    errors.print(_how_sure(measured))
+    terminal.print_points(served, frontier_rows(served, measured), as_json)
+    terminal.warn(terminal.how_sure(measured))
     if note:
         raise CommandError(note)
 
@@ -222,7 +213,7 @@ def serve(
     logs.set_up(settings.log_format)
     run = _serve_alone if settings.workers == 1 else _serve_with_workers
     if settings.log_format == "text":
-        run(settings, _tell)
+        run(settings, terminal.tell)
         return
     log = logging.getLogger("maestro")
     try:
@@ -232,16 +223,12 @@ def serve(
         raise typer.Exit(1) from error
 
 
-def _tell(line: str) -> None:
-    console.print(line, soft_wrap=True)
-
-
 def _serve_alone(settings: "Settings", tell: Callable[[str], None]) -> None:
     from server import running, tracing
     from server.service import Service
 
     tracing.export_spans("maestro")
-    with _progress("calibrating", settings.log_format) as progress:
+    with terminal.progress("calibrating", settings.log_format) as progress:
         service = Service(settings, progress)
         name = service.artifact.manifest.name
         tell(f"{name} on http://{settings.host}:{settings.port}; API at /docs")
@@ -264,7 +251,7 @@ def _serve_with_workers(settings: "Settings", tell: Callable[[str], None]) -> No
     port = listeners[0].getsockname()[1]
     tell(f"{name} on http://{settings.host}:{port}, {len(groups)} workers; API at /docs")
     try:
-        with _progress("calibrating", settings.log_format) as progress:
+        with terminal.progress("calibrating", settings.log_format) as progress:
             supervise(settings, groups, listeners, progress)
     except WorkersError as error:
         raise CommandError(str(error)) from error
@@ -302,11 +289,11 @@ def infer(
     x = local.read_input(file, loaded.manifest.input)
     engine = model.engine(loaded)
     measured, reason = local.stored_profile(model, engine)
-    _warn(reason)
+    terminal.warn(reason)
     if measured is None:
-        with _progress("calibrating") as progress:
+        with terminal.progress("calibrating") as progress:
             _, measured, note = local.profile(model, QUICK, progress, engine)
-        _warn(note)
+        terminal.warn(note)
     answer = local.infer(engine, measured, x, parameters)
     answer["outputs"] = answer["outputs"].tolist()
     if as_json:
@@ -314,7 +301,7 @@ def infer(
         return
     for name, value in answer.items():
         if value is not None and name != "outputs":
-            console.print(f"{name}: {value}")
+            terminal.console.print(f"{name}: {value}")
 
 
 @app.command(
@@ -329,7 +316,7 @@ def bench(
     """Measure this project against what a user would pick instead; NAME --help for its options."""
     if list_ or name not in BENCHES:
         for known, what in BENCHES.items():
-            console.print(f"{known}: {what}")
+            terminal.console.print(f"{known}: {what}")
         if name is not None:
             raise CommandError(f"bench: there is no '{name}'")
         return
@@ -356,101 +343,3 @@ def _train_side(module: str) -> Any:  # noqa: ANN401  a module
                 f"this needs {error.name}: pip install -e '.[{extra}]' in a clone of the project"
             ) from error
         raise
-
-
-def _print_points(loaded: Artifact, rows: list[dict[str, Any]], as_json: bool) -> None:
-    manifest = loaded.manifest
-    if as_json:
-        print(json.dumps({"name": manifest.name, "version": manifest.version, "points": rows}))
-        return
-    table = Table(title=f"{manifest.name} {manifest.version}: {manifest.metric.name}, %")
-    table.box = box.SIMPLE_HEAD
-    for head in ("", "score", "95 %", "MACs", "dense", "params", "p50 ms", "p95 ms", "front"):
-        table.add_column(head, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            str(row["point"]),
-            f"{100 * row['accuracy']:.2f}",
-            f"{100 * row['accuracy_low']:.2f}-{100 * row['accuracy_high']:.2f}",
-            _short(row["macs"]),
-            f"{row['macs'] / manifest.dense_macs:.0%}",
-            _short(row["params"]),
-            *("-" if row[q] is None else f"{row[q]:.3f}" for q in ("p50_ms", "p95_ms")),
-            {True: "yes", False: "no", None: "-"}[row["on_frontier"]],
-        )
-    console.print(table)
-    if rows[0]["p50_ms"] is None:
-        errors.print(f"not profiled on this host yet: maestro profile {loaded.path}")
-
-
-def _how_sure(measured: "Profile") -> str:
-    """Return what ended a calibration, how well medians are known, and how busy others were."""
-    ended = "all medians are precise" if measured.stopped_on == "precision" else "the time was up"
-    widest = max((x.p50_high_ms - x.p50_low_ms) / 2 / x.p50_ms for x in measured.latencies)
-    return (
-        f"measured until {ended}: within {widest:.1%} or less (95 %); "
-        f"others used {measured.cores_used_by_others:.0%} of the host"
-    )
-
-
-def _short(number: int) -> str:
-    """Return three significant digits and a unit: all columns fit a terminal of 80."""
-    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if number >= size:
-            scaled = number / size
-            return f"{scaled:.{max(0, 2 - len(str(int(scaled))) + 1)}f} {unit}"
-    return str(number)
-
-
-def _print_text_points(report: dict[str, Any]) -> None:
-    table = Table(title=f"{report['name']}: perplexity on {report['test']['split']}")
-    table.box = box.SIMPLE_HEAD
-    for head in ("perplexity", "95 %", "MACs per token", "dense", "embedding", "other params"):
-        table.add_column(head, justify="right", no_wrap=True)
-    for row in report["points"]:
-        table.add_row(
-            f"{row['perplexity']:.2f}",
-            f"{row['low']:.2f}-{row['high']:.2f}",
-            f"{row['macs_per_token']:,}",
-            f"{row['macs'] / report['dense']['macs']:.0%}",
-            f"{row['embedding_params']:,}",
-            f"{row['linear_params']:,}",
-        )
-    console.print(table)
-
-
-def _warn(note: str | None) -> None:
-    if note:
-        errors.print(note)
-
-
-@contextmanager
-def _progress(what: str, form: Literal["text", "json"] = "text") -> Iterator[Callable[[Any], None]]:
-    """Show a calibration on stderr, from its first sign of life: a bar, or now and then a line.
-
-    form: that of the log, which takes the lines where it is JSON.
-    """
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
-    bar = Progress(*columns, TimeElapsedColumn(), console=errors, transient=True)
-    task = bar.add_task(what, total=None, left="")
-    state: dict[Literal["line"], int] = {"line": -1}
-
-    def update(seen: Any) -> None:  # noqa: ANN401  effort.Progress, without importing it
-        left = f"{seen.done} of {seen.total}, {seen.left_s:.0f} s at most"
-        if form == "text" and errors.is_terminal:
-            bar.start()
-            bar.update(task, completed=seen.done, total=seen.total, left=left)
-            if seen.done == seen.total or seen.left_s <= 0:
-                bar.stop()
-        elif state["line"] != int(seen.left_s) // 3:
-            state["line"] = int(seen.left_s) // 3
-            if form == "json":
-                logging.getLogger("maestro").info("%s: %s", what, left)
-            else:
-                errors.print(f"{what}: {left}", soft_wrap=True)
-
-    try:
-        yield update
-    finally:
-        if bar.live.is_started:  # else a console that is no terminal gets an empty line
-            bar.stop()
