@@ -3,9 +3,11 @@
 A server of each policy runs in a process of its own, kept from the core that sends, and is started
 anew for each load: it remembers bursts. All answer the same requests, one server at a time, in
 random order in each round. Latency counts from when a request should have been sent. The simulator
-draws from the profile that the servers use, and counts for each request what that server's event
-loop took for one, in a run of other requests at the same load beforehand; beside it stands what it
-says without. Rows whose requests went out too late to be that load say so, and are not compared.
+draws from the profile that the servers use, and counts two things that are measured before: what
+that server's event loop took for a request, in a run of others at the same load, and how much
+slower the host is than when it was profiled, by lone requests just before each run. Beside it
+stands what it says without either. Rows whose requests went out too late to be that load say so,
+and are not compared.
 """
 
 import argparse
@@ -32,7 +34,7 @@ from benchmarks.own_server import Server, cores_apart, npy_sample, profiled, ser
 from benchmarks.simulator import scenarios, workloads
 from benchmarks.simulator.events import Outcome
 from benchmarks.simulator.figures import Figures, figures, over_seeds
-from benchmarks.simulator.host import Quantiles
+from benchmarks.simulator.host import Quantiles, SlowSpell
 from benchmarks.simulator.rivals import RIVALS
 from benchmarks.simulator.scenarios import ARRIVALS, Scenario
 from benchmarks.simulator.workloads import Workload
@@ -47,6 +49,8 @@ from server.tables import Tables
 
 POLICIES = (*OWN, "largest", "smallest", "slackfit", "infaas")
 WARM_UP = 100  # requests, one after another, that also tell what the way there and back takes
+# Lone requests that tell how fast the host is: so many, and so far apart, in the longest latency.
+LONE, APART = 100, 1.7
 # Seed of the requests by which is measured what receiving and answering them takes of a core.
 BEFOREHAND = 10**6
 AGREE = 0.02  # of targets met, live and simulated
@@ -145,16 +149,23 @@ class Bench:
         """Return a row per policy: live and simulated figures over the rounds."""
         live: dict[str, list[Figures]] = {}
         simulated: dict[str, list[Figures]] = {}
-        without: dict[str, list[Figures]] = {}
+        without_loop: dict[str, list[Figures]] = {}
+        as_profiled: dict[str, list[Figures]] = {}
         loop_ms = {policy: self._loop_ms(case, policy) for policy in self._servers}
         for seed in range(rounds):
             order = list(self._servers)
             random.Random(f"{seed}/{case.name}").shuffle(order)
             for policy in order:
-                live.setdefault(policy, []).append(self._live(case, policy, seed))
-                for runs, taken_ms in ((simulated, loop_ms[policy]), (without, 0.0)):
-                    found = self._simulated(case, policy, seed, taken_ms)
-                    runs.setdefault(policy, []).append(found)
+                slower = self._slower(policy)
+                found = {**self._live(case, policy, seed), "slower_before": slower}
+                live.setdefault(policy, []).append(found)
+                for runs, taken_ms, times in (
+                    (simulated, loop_ms[policy], slower),
+                    (without_loop, 0.0, slower),
+                    (as_profiled, loop_ms[policy], 1.0),
+                ):
+                    said = self._simulated(case, policy, seed, taken_ms, times)
+                    runs.setdefault(policy, []).append(said)
         return [
             {
                 "arrivals": case.arrivals,
@@ -165,7 +176,8 @@ class Bench:
                 "loop_ms": loop_ms[policy],
                 "simulated": over_seeds(simulated[policy]),
                 "difference": _difference(live[policy], simulated[policy], "met"),
-                "difference_without_loop": _difference(live[policy], without[policy], "met"),
+                "difference_without_loop": _difference(live[policy], without_loop[policy], "met"),
+                "difference_as_profiled": _difference(live[policy], as_profiled[policy], "met"),
                 "accuracy_difference": _difference(live[policy], simulated[policy], "accuracy"),
                 "kept_up": _mean(live[policy], "sent_late_of_target") <= KEPT_UP,
             }
@@ -199,14 +211,25 @@ class Bench:
         workload = case.workload(self._latencies, self._requests, BEFOREHAND, self._trace)
         return self._sent(self._servers[policy], workload)[1]
 
-    def _live(self, case: Scenario, policy: str, seed: int) -> Figures:
-        workload = case.workload(self._latencies, self._requests, seed, self._trace)
-        sent, loop_ms = self._sent(self._servers[policy], workload)
-        slowed = [
+    def _slower(self, policy: str) -> float:
+        """Return how many times as long lone requests compute as when the host was profiled."""
+        apart_s = APART * self._latencies.p50_ms[-1][0] / 1e3
+        arrivals_s = [i * apart_s for i in range(LONE)]
+        sent = self._send(self._servers[policy].address, arrivals_s, [1e4] * LONE)
+        return self._of_profiled(sent)
+
+    def _of_profiled(self, sent: Sequence[Sent]) -> float:
+        """Return what computing took over its profiled median, in the median; NaN for none."""
+        ratios = [
             one.compute_ms / self._profile.quantile_ms(one.point, one.rows, 50)
             for one in sent
             if one.rows
         ]
+        return median(ratios) if ratios else math.nan
+
+    def _live(self, case: Scenario, policy: str, seed: int) -> Figures:
+        workload = case.workload(self._latencies, self._requests, seed, self._trace)
+        sent, loop_ms = self._sent(self._servers[policy], workload)
         outcome = Outcome(
             replace(workload, targets_ms=workload.targets_ms + self.way_ms),
             np.array([one.latency_ms for one in sent]),
@@ -219,14 +242,19 @@ class Bench:
             "sent_late_p99_ms": float(np.quantile(late_ms, 0.99)),
             "sent_late_of_target": float(np.quantile(late_ms / workload.targets_ms, 0.99)),
             "loop_ms": loop_ms,
-            "compute_of_profiled": median(slowed) if slowed else math.nan,
+            "compute_of_profiled": self._of_profiled(sent),
         }
 
-    def _simulated(self, case: Scenario, policy: str, seed: int, loop_ms: float) -> Figures:
+    def _simulated(
+        self, case: Scenario, policy: str, seed: int, loop_ms: float, slower: float
+    ) -> Figures:
         workload = case.workload(self._latencies, self._requests, seed, self._trace)
         tables = Tables(self._latencies)
         chosen = OWN.get(policy) or RIVALS[policy](tables, len(tables.unit_ms) // 2)
-        outcome = scenarios.run(self.quantiles, workload, chosen, seed, request_ms=loop_ms)
+        always = SlowSpell(0.0, math.inf, slower)
+        outcome = scenarios.run(
+            self.quantiles, workload, chosen, seed, spell=always, request_ms=loop_ms
+        )
         own = replace(workload, targets_ms=workload.targets_ms + loop_ms)  # as clients do with way
         return figures(replace(outcome, workload=own), self._latencies)
 
