@@ -213,9 +213,11 @@ def burst_limits_ms(view: View, rows: Sequence[int], limits_ms: Sequence[float])
 
 @dataclass(slots=True)
 class Load:
-    """What has to be served in the time of one target: the point that carries it (-1 if none
-    does), and what a ms is then worth in accuracy."""
+    """What has to be served in the time of one target: rows a ms for each slot, on a host at
+    profiled speed; the point that carries that (-1 if none does), and what a ms is then worth in
+    accuracy."""
 
+    per_ms: float
     point: int
     price: float
 
@@ -242,7 +244,7 @@ def load(view: View, due: Due | None) -> Load:
     per_ms *= view.level / view.slots
     top = len(tables.unit_ms) - 1
     point = bisect_right(tables.unit_ms, 1 / per_ms) - 1 if per_ms > 0 else top
-    return Load(point, tables.prices[point])
+    return Load(per_ms, point, tables.prices[point])
 
 
 def weigher(view: View, now: Load) -> Callable[[int, int, int], float]:

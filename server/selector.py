@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from server.outlook import (
     Due,
+    Load,
     View,
     burst_limits_ms,
     due_by_place,
@@ -31,6 +32,9 @@ LATE = 3.0
 # Where times are tight, a batch must be in time as nine in ten are: that far from the median to the
 # profiled tail, (ln 10 - ln 2) / (ln 1e4 - ln 2), with an exponential spread.
 NINE_IN_TEN = 0.19
+# Batches that are surely in time carry a load well up to this part of what they get through: above
+# it a queue grows that is late sooner than a larger batch would be.
+CARRIED = 0.8
 _WEIGHED = frozenset(COUNTS)
 
 
@@ -65,6 +69,10 @@ class Heads:
     expiry_s: float
 
 
+# What is possible: heads, time limit and quickest time in ms.
+Possible = tuple[Heads, float, float]
+
+
 def choose(view: View) -> Choice:
     """Return the batch to run now: the most accurate that leaves nobody late.
 
@@ -85,7 +93,7 @@ def reserve(view: View) -> Choice:
     those left behind and by a burst that may come meanwhile; within the limit the point is the
     one with the best mean accuracy of the batch and of what will wait when it ends. Where no
     batch is short enough for the burst, the one that gets most through; where none is for
-    those that wait, `_tight` or `most_on_time`.
+    those that wait, or those that are hardly carry the load, `_tight` or `most_on_time`.
     """
     options = sharing(view, 0)
     if not view.waiting.timed and not view.expected.envelopes:
@@ -99,8 +107,12 @@ def reserve(view: View) -> Choice:
         quickest_ms = view.factor * view.tables.tail_ms[heads.rows - 1][heads.lowest]
         if quickest_ms <= limit_ms:
             possible.append((heads, limit_ms, quickest_ms))
-    chosen = _best(view, possible, due) if possible else None
-    return chosen or _tight(view, due, options) or most_on_time(view)
+    if possible:
+        now = load(view, due)
+        is_less = possible[-1][0].count < options[-1].count and _falls_behind(view, possible, now)
+        chosen = _tight(view, due, options) if is_less else None
+        return chosen or _best(view, possible, now)
+    return _tight(view, due, options) or most_on_time(view)
 
 
 def _unhurried(view: View, options: Sequence[Heads]) -> Choice:
@@ -118,9 +130,9 @@ def _unhurried(view: View, options: Sequence[Heads]) -> Choice:
     return Choice(*best[1:])
 
 
-def _best(view: View, possible: Sequence[tuple[Heads, float, float]], due: Due) -> Choice:
-    """Return the best of batches that are possible: heads, time limit and quickest time in ms."""
-    worth = weigher(view, load(view, due))
+def _best(view: View, possible: Sequence[Possible], now: Load) -> Choice:
+    """Return the best of batches that are possible."""
+    worth = weigher(view, now)
     rows = [heads.rows for heads, _, _ in possible]
     limits_ms = burst_limits_ms(view, rows, [limit_ms for _, limit_ms, _ in possible])
     best, best_pressed = (-math.inf, 0, 0), (-math.inf, 0, 0)
@@ -133,6 +145,13 @@ def _best(view: View, possible: Sequence[tuple[Heads, float, float]], due: Due) 
         elif (saved := _saved(view, heads)) > best_pressed[0]:
             best_pressed = saved, heads.count, heads.lowest
     return Choice(*(best if best[1] else best_pressed)[1:])
+
+
+def _falls_behind(view: View, possible: Sequence[Possible], now: Load) -> bool:
+    """Return whether a queue grows where no batch is larger than those."""
+    columns = view.tables.p50_ms
+    most = max(heads.rows / columns[heads.rows - 1][heads.lowest] for heads, _, _ in possible)
+    return now.per_ms > CARRIED * most
 
 
 def _tight(view: View, due: Due, options: Sequence[Heads]) -> Choice | None:
