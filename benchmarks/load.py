@@ -39,7 +39,6 @@ from benchmarks.simulator.rivals import RIVALS
 from benchmarks.simulator.scenarios import ARRIVALS, Scenario
 from benchmarks.simulator.workloads import Workload
 from maestro_core import artifact
-from maestro_core.artifact import Artifact
 from maestro_core.host import Elsewhere
 from maestro_core.profile import Profile
 from server.dispatcher import INLINE_MS
@@ -48,9 +47,9 @@ from server.settings import PolicyName, shipped_artifact
 from server.tables import Tables
 
 POLICIES = (*OWN, "largest", "smallest", "slackfit", "infaas")
-WARM_UP = 100  # requests, one after another, that also tell what the way there and back takes
-# Lone requests that tell how fast the host is: so many, and so far apart, in the longest latency.
-LONE, APART = 100, 1.7
+# Lone requests: so many. They warm a server up and tell what the way there and back takes; closer
+# together, by so many times the longest latency, they tell how fast the host is.
+LONE, APART_S, CLOSE = 100, 0.02, 1.7
 # Seed of the requests by which is measured what receiving and answering them takes of a core.
 BEFOREHAND = 10**6
 AGREE = 0.02  # of targets met, live and simulated
@@ -92,6 +91,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with cores_apart() as (sending, serving), ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         profile = profiled(model, folder, serving, quick=chosen.quick)
+        accuracy = [point.score.value for point in model.manifest.points]
+        quantiles = Quantiles.from_profile(profile, accuracy)
+        body = npy_sample(model)
         rows: list[Row] = []
         for case in track(cases, "load", console=Console(stderr=True), transient=True):
             with ExitStack() as started:
@@ -99,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     policy: started.enter_context(server(model, folder, policy, serving))
                     for policy in chosen.policies
                 }
-                bench = Bench(model, profile, servers, chosen.requests, chosen.trace)
+                bench = Bench(body, profile, quantiles, servers, chosen.requests, chosen.trace)
                 rows += bench.compared(case, chosen.rounds)
     sent = [row for row in rows if row["kept_up"]]
     result = {
@@ -115,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "compared": len(sent),
         "agreeing": sum(abs(row["difference"][0]) <= AGREE for row in sent),
         "rows": rows,
-        "quantiles": asdict(bench.quantiles),
+        "quantiles": asdict(quantiles),
     }
     report.write(result, chosen.out)
     draw(rows, chosen.out.with_suffix(".png"))
@@ -129,21 +131,21 @@ class Bench:
 
     def __init__(
         self,
-        model: Artifact,
+        body: bytes,
         profile: Profile,
+        quantiles: Quantiles,
         servers: Mapping[str, Server],
         requests: int,
         trace: Path | None,
     ) -> None:
-        accuracy = [point.score.value for point in model.manifest.points]
-        self.quantiles = Quantiles.from_profile(profile, accuracy)
-        self._latencies = self.quantiles.latencies()
+        self._quantiles = quantiles
+        self._latencies = quantiles.latencies()
         self._profile = profile
         self._servers = servers
         self._requests = requests
         self._trace = trace
-        self._body = npy_sample(model)
-        self.way_ms = median(self._warm_up(server.address) for server in servers.values())
+        self._body = body
+        self.way_ms = median(self._way_ms(server) for server in servers.values())
 
     def compared(self, case: Scenario, rounds: int) -> list[Row]:
         """Return a row per policy: live and simulated figures over the rounds."""
@@ -184,10 +186,14 @@ class Bench:
             for policy in live
         ]
 
-    def _warm_up(self, address: str) -> float:
+    def _lone(self, server: Server, apart_s: float) -> list[Sent]:
+        """Return what became of requests that no other waits for."""
+        arrivals_s = [i * apart_s for i in range(LONE)]
+        return self._send(server.address, arrivals_s, [1e4] * LONE)
+
+    def _way_ms(self, server: Server) -> float:
         """Return the median of what a lone request takes beyond what the server counts, in ms."""
-        apart = [i * 0.02 for i in range(WARM_UP)]
-        sent = self._send(address, apart, [1e4] * WARM_UP)
+        sent = self._lone(server, APART_S)
         return median(one.latency_ms - one.server_ms for one in sent if one.status == 200)
 
     def _send(
@@ -213,10 +219,8 @@ class Bench:
 
     def _slower(self, policy: str) -> float:
         """Return how many times as long lone requests compute as when the host was profiled."""
-        apart_s = APART * self._latencies.p50_ms[-1][0] / 1e3
-        arrivals_s = [i * apart_s for i in range(LONE)]
-        sent = self._send(self._servers[policy].address, arrivals_s, [1e4] * LONE)
-        return self._of_profiled(sent)
+        apart_s = CLOSE * self._latencies.p50_ms[-1][0] / 1e3
+        return self._of_profiled(self._lone(self._servers[policy], apart_s))
 
     def _of_profiled(self, sent: Sequence[Sent]) -> float:
         """Return what computing took over its profiled median, in the median; NaN for none."""
@@ -253,7 +257,7 @@ class Bench:
         chosen = OWN.get(policy) or RIVALS[policy](tables, len(tables.unit_ms) // 2)
         always = SlowSpell(0.0, math.inf, slower)
         outcome = scenarios.run(
-            self.quantiles, workload, chosen, seed, spell=always, request_ms=loop_ms
+            self._quantiles, workload, chosen, seed, spell=always, request_ms=loop_ms
         )
         own = replace(workload, targets_ms=workload.targets_ms + loop_ms)  # as clients do with way
         return figures(replace(outcome, workload=own), self._latencies)

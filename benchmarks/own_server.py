@@ -36,15 +36,29 @@ class Server:
 
 
 @contextmanager
+def on_cores(cores: set[int]) -> Iterator[None]:
+    """Keep this thread to `cores` inside, and what it starts there for good."""
+    ours = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, ours)
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
 def cores_apart() -> Iterator[tuple[set[int], set[int]]]:
     """Keep this process to one core; yield that, and the cores for servers (all, if only one)."""
     cores = os.sched_getaffinity(0)
     sending = {min(cores)}
-    os.sched_setaffinity(0, sending)
-    try:
+    with on_cores(sending):
         yield sending, cores - sending or cores
-    finally:
-        os.sched_setaffinity(0, cores)
 
 
 def profiled(model: Artifact, folder: Path, cores: set[int], *, quick: bool) -> Profile:
@@ -81,8 +95,7 @@ def serving(
     Raises:
         ChildProcessError: as `server`.
     """
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     address = f"http://127.0.0.1:{port}"
     words = [*options, "--workers", str(workers)]
     log = folder / f"{'-'.join(words).strip('-')}.log"
@@ -105,22 +118,17 @@ def serving(
 def _run(
     arguments: Sequence[str], folder: Path, cores: set[int], log: Path, workers: int = 1
 ) -> "subprocess.Popen[bytes]":
-    """Start the program on `cores`; a child has the cores of the thread that makes it."""
-    ours = os.sched_getaffinity(0)
+    """Start the program on `cores`."""
     settings = {
         "MAESTRO_STATE_DIR": str(folder),
         "MAESTRO_THREADS": str(max(1, len(cores) // workers)),
         "MAESTRO_MAX_QUEUE": str(scenarios.MAX_QUEUE),
     }
     program = [sys.executable, "-c", "from maestro_core.cli import main; main()"]
-    os.sched_setaffinity(0, cores)
-    try:
-        with log.open("wb") as said:
-            return subprocess.Popen(  # noqa: S603  our own program
-                [*program, *arguments], env=os.environ | settings, stdout=said, stderr=said
-            )
-    finally:
-        os.sched_setaffinity(0, ours)
+    with on_cores(cores), log.open("wb") as said:
+        return subprocess.Popen(  # noqa: S603  our own program
+            [*program, *arguments], env=os.environ | settings, stdout=said, stderr=said
+        )
 
 
 def _end_of(log: Path) -> str:

@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.own_server import free_port, on_cores
+
 START_S = 60.0
 END_S = 10.0
 FLOOR = "floor"
@@ -42,8 +44,7 @@ def rival(name: str, python: str, model: Path, cores: set[int]) -> Iterator[Star
     package = "fastapi" if name == FLOOR else name
     version = installed(package, python)
     program = _FOLDER / (f"{name}.py" if name == FLOOR else f"{name}_server.py")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     process = _start(
         [python, str(program), str(model.resolve()), str(len(cores)), str(port)], cores
     )
@@ -72,17 +73,13 @@ def installed(package: str, python: str) -> str:
 
 def _start(command: list[str], cores: set[int]) -> "subprocess.Popen[bytes]":
     """Start a program on `cores`, the first of a group of its own."""
-    ours = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
-    try:
+    with on_cores(cores):
         return subprocess.Popen(  # noqa: S603  our own program
             command,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-    finally:
-        os.sched_setaffinity(0, ours)
 
 
 def _wait_until_listening(name: str, process: "subprocess.Popen[bytes]", port: int) -> None:

@@ -62,7 +62,7 @@ class Body:
             if name == b"content-length" and declared.isdigit():
                 self._check(int(declared[:20]))
         parts, more = [], True
-        while more:  # not request.stream(): a generator costs 2 µs
+        while more:  # not request.stream(): a generator takes longer
             message = await request.receive()
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect

@@ -38,7 +38,7 @@ class Limits:
 class UnderWay(Protocol):
     """A request that was begun."""
 
-    def answer(self) -> tuple[Iterable[tuple[bytes, bytes]], bytes]:
+    def answer(self, outcome: Any) -> tuple[Iterable[tuple[bytes, bytes]], bytes]:  # noqa: ANN401
         """Return headers and body of a status 200, or raise what is answered instead."""
 
     def give_up(self) -> None:
@@ -53,11 +53,11 @@ class Whole(Protocol):
         """Return the paths of what it takes."""
 
     def begin(
-        self, scope: Mapping[str, Any], body: bytes, done: Callable[[], None]
+        self, scope: Mapping[str, Any], body: bytes, tell: Callable[[Any], None]
     ) -> UnderWay | None:
         """Begin a POST to one of the paths; None: let the application have it. May raise.
 
-        `done` is called once there is an answer, unless it is given up; not from within.
+        `tell` gets the outcome to answer with, unless it is given up; not from within.
         """
 
 
@@ -91,8 +91,8 @@ class LimitedProtocol(HttpToolsProtocol):
     a request gives up its place.
 
     A request whose body is small waits for it here, and is begun by `_whole` where that takes it:
-    without a task, without coroutines, and answered with one write. The application takes 45 µs
-    more. It has all others, and errors are its to answer.
+    without a task, without coroutines, and answered with one write: the application takes
+    longer. It has all others, and errors are its to answer.
     """
 
     _limits: Limits
@@ -219,12 +219,12 @@ class LimitedProtocol(HttpToolsProtocol):
         if under_way is None:
             self._hand_on(cycle, app)
 
-    def _answer(self, cycle: RequestResponseCycle, app: Any) -> None:  # noqa: ANN401
+    def _answer(self, cycle: RequestResponseCycle, app: Any, outcome: Any) -> None:  # noqa: ANN401
         under_way, self._under_way = self._under_way, None
         if under_way is None:
             return
         try:
-            headers, body = under_way.answer()
+            headers, body = under_way.answer(outcome)
         except Exception as error:
             cycle.scope["state"][FAILED] = error
             self._hand_on(cycle, app)

@@ -9,8 +9,8 @@ from starlette.requests import ClientDisconnect
 
 Receive = Callable[[], Awaitable[Any]]
 
-# A client is watched once its request has waited this long: to watch takes a task, which costs
-# 20 µs, more than most requests wait for.
+# A client is watched once its request has waited this long: to watch takes a task, which takes
+# longer than most requests wait.
 PATIENCE_S = 0.01
 
 

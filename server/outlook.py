@@ -2,7 +2,8 @@
 
 Pure functions of a view of the scheduler. Times in ms from now.
 
-What they hand each other is made for each decision, and not frozen: freezing costs 0.07 µs a field.
+What they hand each other is made for each decision, and not frozen, as that takes time for each
+field.
 """
 
 import math
@@ -258,7 +259,7 @@ def weigher(view: View, now: Load) -> Callable[[int, int, int], float]:
     a cheaper one where the slack of its first asks for that.
 
     A function within one, as up to 24 batches are weighed for one decision: what doesn't depend
-    on the batch is looked up once (0.8 µs a batch became 0.5).
+    on the batch is looked up once.
     """
     tables, accuracy, max_batch = view.tables, view.tables.accuracy, view.tables.max_batch
     p50_ms, tail_ms = tables.p50_ms, tables.tail_ms

@@ -1,7 +1,7 @@
 """What the scheduler is asked, and what it answers. Values only.
 
 Clock readings are seconds of one monotonic clock, which the caller reads. What is made for each
-request or batch is not frozen: that costs 0.07 µs a field.
+request or batch is not frozen, as that takes time for each field.
 """
 
 import math

@@ -15,7 +15,8 @@ from server import inputs, tracing
 from server.answers import Inference, infer_answer
 from server.bodies import Bodies, Body
 from server.direct import Call
-from server.errors import ServiceError, UnavailableError, UnsupportedMediaError
+from server.dispatcher import Tell
+from server.errors import ServiceError, UnsupportedMediaError
 from server.http import (
     Header,
     Inferred,
@@ -84,41 +85,26 @@ class UnderWay:
     _arrived_s: float
     _body: Body
     _here: tracing.Trace
-    _done: Callable[[], None]
-    _outcome: Inference | ServiceError | None = None
-    _leave: Callable[[], None] | None = None
+    _leave: Callable[[], None]
 
-    def begin(self, x: Floats) -> None:
-        """Let it wait for its turn.
+    def answer(self, outcome: Inference | ServiceError) -> tuple[list[Header], bytes]:
+        """Return the headers and the body of the answer.
 
         Raises:
-            ServiceError: it is refused.
-        """
-        self._leave = self._service.begin(x, self._parameters, self._arrived_s, self._settle)
-
-    def _settle(self, outcome: Inference | ServiceError) -> None:
-        self._outcome = outcome
-        self._done()
-
-    def answer(self) -> tuple[list[Header], bytes]:
-        """Return the headers and the body of the answer, once the inference is done.
-
-        Raises:
-            ServiceError: what became of it instead.
+            ServiceError: the outcome.
         """
         self._body.give_back()
-        if not isinstance(self._outcome, Inference):
-            raise self._outcome or UnavailableError("it is not done")
+        if isinstance(outcome, ServiceError):
+            raise outcome
         answer, _ = _answer(
-            self._service, self._artifact, self._parameters, self._outcome, self._arrived_s
+            self._service, self._artifact, self._parameters, outcome, self._arrived_s
         )
         return [*answer.raw_headers, *self._here.headers()], bytes(answer.body)
 
     def give_up(self) -> None:
         """Forget it: the client hung up."""
         self._body.give_back()
-        if self._leave is not None:
-            self._leave()
+        self._leave()
         self._service.counting.refused("client-gone")
 
 
@@ -131,12 +117,10 @@ class Whole:
         self._service, self._bodies = service, bodies
         self._is_recording = tracing.is_recording()  # asked once, not at each request
 
-    def begin(
-        self, scope: Mapping[str, Any], body: bytes, done: Callable[[], None]
-    ) -> UnderWay | None:
+    def begin(self, scope: Mapping[str, Any], body: bytes, tell: Tell) -> UnderWay | None:
         """Return the inference that a request asks for; None: it goes the usual way.
 
-        `done` is called once it has an answer, unless it is given up.
+        `tell` gets its outcome, unless it is given up.
 
         Raises:
             ServiceError: it is refused.
@@ -154,13 +138,12 @@ class Whole:
             x, given = _input(kind, body, service)
             parameters = parse_parameters(query_of(scope), given, header_targets_ms(headers))
             served = service.artifact  # a search may replace it meanwhile
-            here = tracing.read(scope["headers"])
-            under_way = UnderWay(service, served, parameters, arrived_s, held, here, done)
-            under_way.begin(x)
+            leave = service.begin(x, parameters, arrived_s, tell)
         except BaseException:
             held.give_back()
             raise
-        return under_way
+        here = tracing.read(scope["headers"])
+        return UnderWay(service, served, parameters, arrived_s, held, here, leave)
 
 
 def _input(kind: str, body: bytes, service: Service) -> tuple[Floats, dict[str, Any]]:

@@ -48,15 +48,14 @@ class FakeTransport(asyncio.Transport):
 
 
 class UnderWay:
-    def __init__(self, done: Callable[[], None]) -> None:
-        self.done = done
-        self.outcome: bytes | Exception = b""
+    def __init__(self, tell: Callable[[bytes | Exception], None]) -> None:
+        self.tell = tell
         self.is_given_up = False
 
-    def answer(self) -> tuple[list[tuple[bytes, bytes]], bytes]:
-        if isinstance(self.outcome, Exception):
-            raise self.outcome
-        return [(b"content-length", str(len(self.outcome)).encode())], self.outcome
+    def answer(self, outcome: bytes | Exception) -> tuple[list[tuple[bytes, bytes]], bytes]:
+        if isinstance(outcome, Exception):
+            raise outcome
+        return [(b"content-length", str(len(outcome)).encode())], outcome
 
     def give_up(self) -> None:
         self.is_given_up = True
@@ -71,14 +70,14 @@ class Whole:
         self.begun: list[UnderWay] = []
 
     def begin(
-        self, scope: Mapping[str, Any], body: bytes, done: Callable[[], None]
+        self, scope: Mapping[str, Any], body: bytes, tell: Callable[[bytes | Exception], None]
     ) -> UnderWay | None:
         assert scope["path"] in self.paths
         if body == b"wrong":
             raise ValueError("wrong")
         if body == b"usual":
             return None
-        self.begun.append(UnderWay(done))
+        self.begun.append(UnderWay(tell))
         return self.begun[-1]
 
 
@@ -104,9 +103,7 @@ class Driven:
 
     async def finish(self, body: bytes | Exception = b"done") -> None:
         """End what was begun last."""
-        under_way = self.whole.begun[-1]
-        under_way.outcome = body
-        under_way.done()
+        self.whole.begun[-1].tell(body)
         await turns()
 
     async def _app(self, scope: dict[str, Any], receive: Any, send: Any) -> None:

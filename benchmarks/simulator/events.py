@@ -183,7 +183,7 @@ class _Run:
             self._result.batch_rows.append(batch.rows)
             took_ms = replica.host.draw_ms(batch.point, batch.rows, now)
             self._running[at, batch.id] = replica.latencies.accuracy[batch.point]
-            began_s = max(now, self._fronts[at].free_s)  # answers are written before
+            began_s = max(now, self._fronts[at].free_s)  # what came is received before
             self._push(began_s + took_ms / 1e3, at, batch.id, took_ms)
 
     def _push(self, when: float, at: int, what: int, ms: float) -> None:
