@@ -21,6 +21,7 @@ from benchmarks import arguments, networks, profiler, report
 from benchmarks.effort import FULL, Effort
 from maestro_core.profile import Profile
 from server.engine import Engine
+from server.interrupt import Interrupt
 from server.worker import Turns
 
 POINT = 3
@@ -59,7 +60,7 @@ def compared(engine: Engine, load: float, seconds: float) -> dict[str, Any]:
     turns, gate, ended = Turns(), threading.Event(), threading.Event()
     busy: list[Profile] = []
 
-    def gated(expected_s: float) -> AbstractContextManager[object]:
+    def gated(expected_s: float) -> AbstractContextManager[Interrupt]:
         gate.wait()
         return turns.trial(expected_s)
 

@@ -26,6 +26,7 @@ from maestro_core.artifact import Artifact
 from maestro_core.host import Elsewhere
 from maestro_core.profile import Latency
 from server.engine import Engine, session_options
+from server.interrupt import Interrupt
 from server.settings import shipped_artifact
 
 POINTS = 16
@@ -102,7 +103,7 @@ def _speed(engine: Engine, state_dir: Path, budget_s: float) -> dict[str, Any]:
     alone = [ort.InferenceSession(inline(model, i, state_dir), session_options(1)) for i in points]
     name, x = model.manifest.input.name, _samples(model, BATCHES[-1])
 
-    def run(index: int, batch: int) -> object:
+    def run(index: int, batch: int, _: Interrupt) -> object:
         point, is_alone = divmod(index, 2)
         samples = x[:batch]
         return alone[point].run(None, {name: samples}) if is_alone else engine.run(samples, point)

@@ -248,7 +248,7 @@ def with_latencies(
     inputs = sessions[0].get_inputs()[0]
     x = np.random.default_rng(0).normal(size=(1, *inputs.shape[1:])).astype(np.float32)
     measured = measure(
-        lambda i, _: sessions[i].run(None, {inputs.name: x}),
+        lambda i, *_: sessions[i].run(None, {inputs.name: x}),
         range(len(sessions)),
         (1,),
         budget_s=budget_s,

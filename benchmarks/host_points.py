@@ -31,6 +31,7 @@ from maestro_core import graph, held_out
 from maestro_core.artifact import Artifact, Layer, Score
 from maestro_core.frontier import RankTable, nested_chain, pareto, spread
 from maestro_core.held_out import ErrorTable, Samples
+from server import interrupt
 
 Ranks = tuple[int, ...]
 
@@ -189,7 +190,8 @@ class Network:
         name = self.artifact.manifest.input.name
         starts = range(0, len(self.samples), _BATCH)
         parts = [slice(start, start + _BATCH) for start in starts]
-        runs = (partial(session.run, None, {name: self.samples.x[part]}) for part in parts)
+        feeds = ({name: self.samples.x[part]} for part in parts)
+        runs = (partial(interrupt.run, session, None, feed) for feed in feeds)
         return sum(
             int((output.argmax(-1) == self.samples.labels[part]).sum())
             for part, (output,) in zip(parts, measuring.in_turns(runs), strict=True)
@@ -267,7 +269,7 @@ def verified(network: Network, plans: Sequence[Plan], measuring: Measuring) -> l
     models = [network.build(plan, measuring) for plan in plans]
     correct = [network.correct(model, measuring) for model in models]
     runs = [runner(model, network.folder, measuring) for model in models]
-    p50_ms = measuring.p50_ms(lambda i: runs[i](), len(runs))
+    p50_ms = measuring.p50_ms(runs)
     samples = len(network.samples)
     return [
         Candidate(plan, model, right, samples, ms)
@@ -301,7 +303,7 @@ def _correction(network: Network, tables: Sequence[RankTable], measuring: Measur
         chosen.append(tuple(t.ranks[round(a * (len(t.ranks) - 1))] for t, a in pairs))
     models = [network.graph(network.plan(ranks)) for ranks in chosen]
     runs = [runner(model, network.folder, measuring) for model in models]
-    whole_ms = measuring.p50_ms(lambda i: runs[i](), len(runs))
+    whole_ms = measuring.p50_ms(runs)
     return fit([_cost(tables, ranks) for ranks in chosen], whole_ms)
 
 

@@ -7,8 +7,9 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,13 +19,16 @@ import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from benchmarks.effort import CancelledError, Precision, Progress
-from benchmarks.profiler import Turn, measure
+from benchmarks.profiler import Turn, alone, measure
 from benchmarks.smoothing import isotonic
 from maestro_core import graph
 from maestro_core.artifact import Layer
+from server import interrupt
 from server.engine import session_options
+from server.interrupt import Interrupt, InterruptedRunError
 
 T = TypeVar("T")
+Call = Callable[[Interrupt], T]
 
 # To the end of the budget, all of them: one that left early would have seen another host.
 _UNTIL_TIME = Precision(relative=0.0, absolute_ms=0.0)
@@ -39,12 +43,12 @@ class Measuring:
     intra_op_threads: int = 1
     batch: int = 1
     seed: int = 0
-    turn: Turn = lambda _: nullcontext()
+    turn: Turn = alone
     progress: Callable[[Progress], object] = lambda _: None
     cancelled: Callable[[], bool] = lambda: False
 
-    def in_turns(self, calls: Iterable[Callable[[], T]]) -> Iterator[T]:
-        """Yield what each call returns, each made once serving lets it.
+    def in_turns(self, calls: Iterable[Call[T]]) -> Iterator[T]:
+        """Yield what each call returns, each made once serving lets it, again if interrupted.
 
         A call is expected to take as long as the one before it.
 
@@ -53,16 +57,19 @@ class Measuring:
         """
         took_s = 0.0
         for call in calls:
-            if self.cancelled():
-                raise CancelledError
-            with self.turn(took_s):
-                began_s = time.perf_counter()
-                found = call()
-                took_s = time.perf_counter() - began_s
+            found, took_s = self._in_turn(call, took_s)
             yield found
 
-    def p50_ms(self, run: Callable[[int], object], count: int) -> list[float]:
-        """Return the median latency of each of `count` things, run in interleaved rounds.
+    def _in_turn(self, call: Call[T], expected_s: float) -> tuple[T, float]:
+        """Return what the call returns, and the seconds that it took."""
+        while not self.cancelled():
+            with self.turn(expected_s) as interrupt, suppress(InterruptedRunError):
+                began_s = time.perf_counter()
+                return call(interrupt), time.perf_counter() - began_s
+        raise CancelledError
+
+    def p50_ms(self, runs: Sequence[Call[object]]) -> list[float]:
+        """Return the median latency, ms, of each of these, run in interleaved rounds.
 
         All are run until the budget is spent, so that they can be compared.
 
@@ -70,8 +77,8 @@ class Measuring:
             CancelledError: `cancelled` said so.
         """
         measured = measure(
-            lambda i, _: run(i),
-            range(count),
+            lambda i, _, interrupt: runs[i](interrupt),
+            range(len(runs)),
             (1,),
             budget_s=self.budget_s,
             precision=_UNTIL_TIME,
@@ -125,7 +132,7 @@ def layer_latencies(
         model, layer = alone[signature]
         ranks, names = ([layer.max_rank], [layer.name]) if rank == _DENSE else ([rank], [])
         runs.append(runner(graph.build(model, [layer], ranks, dense, names), folder, measuring))
-    found = dict(zip(cells, measuring.p50_ms(lambda i: runs[i](), len(runs)), strict=True))
+    found = dict(zip(cells, measuring.p50_ms(runs), strict=True))
     return [
         LayerLatency(
             _rising({rank: found[signature, rank] for rank in grid}), found[signature, _DENSE]
@@ -149,13 +156,13 @@ def input_shapes(
     return [shapes[reads[f"{layer.name}.down"]] for layer in layers]
 
 
-def runner(model: ModelProto, folder: Path, measuring: Measuring) -> Callable[[], object]:
+def runner(model: ModelProto, folder: Path, measuring: Measuring) -> Call[object]:
     """Return what runs a graph over the weights file in `folder`, on random inputs."""
     session = session_of(model, folder, measuring.intra_op_threads)
     (spec,) = model.graph.input
     sizes = [dim.dim_value or measuring.batch for dim in spec.type.tensor_type.shape.dim]
     feed = {spec.name: np.random.default_rng(0).standard_normal(sizes, np.float32)}
-    return lambda: session.run(None, feed)
+    return partial(interrupt.run, session, None, feed)
 
 
 def session_of(model: ModelProto, folder: Path, intra_op_threads: int) -> ort.InferenceSession:

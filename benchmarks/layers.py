@@ -56,7 +56,7 @@ def compared(layers: Sequence[Layer], budget_s: float) -> list[dict[str, Any]]:
     cells = [(layer, rank) for layer in layers for rank in _ranks(layer)]
     sessions = [_session(layer, rank, form) for (layer, rank), form in product(cells, FORMS)]
     measured = measure(
-        lambda i, _: sessions[i][0].run(None, {"x": sessions[i][1]}),
+        lambda i, *_: sessions[i][0].run(None, {"x": sessions[i][1]}),
         range(len(sessions)),
         (1,),
         budget_s=budget_s,

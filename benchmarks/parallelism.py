@@ -22,6 +22,7 @@ from maestro_core.host import usable_cores
 from maestro_core.locking import locked
 from maestro_core.profile_store import write_atomically
 from server.engine import Engine
+from server.interrupt import Interrupt
 
 _BUDGET_S = 2.0
 # A thread more must pay: what it leaves is needed to read requests and write answers.
@@ -63,9 +64,9 @@ def _measured(artifact: Artifact, state_dir: Path | None, cores: int) -> int:
     points = sorted({0, last // 2, last})
     x = np.ones((1, *artifact.manifest.input.shape[1:]), np.float32)
 
-    def run(index: int, _batch: int) -> object:
+    def run(index: int, _batch: int, interrupt: Interrupt) -> object:
         engine, point = divmod(index, len(points))
-        return engines[engine].run(x, points[point])
+        return engines[engine].run(x, points[point], interrupt)
 
     latencies = measure(
         run,

@@ -3,14 +3,14 @@
 Serving and calibration stay clean of each other because a trial, one run, happens only inside a
 *turn*, which the server hands out: the turn excludes every other computation of the process while
 the trial runs, so that none is in a measured time, and it is given only when no request waits; a
-request that arrives during a trial waits for that one trial at most, never for the calibration.
+request that arrives during a trial interrupts it, and the trial is made again.
 """
 
 import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -24,10 +24,11 @@ from benchmarks.tails import steadied
 from maestro_core.host import Elsewhere
 from maestro_core.profile import Latency, Profile, Stop
 from server.engine import Engine
+from server.interrupt import Interrupt, InterruptedRunError
 
-Run = Callable[[int, int], object]  # point, batch
+Run = Callable[[int, int, Interrupt], object]  # point, batch, what ends it early
 Clock = Callable[[], float]  # monotonic seconds
-Turn = Callable[[float], AbstractContextManager[object]]  # the seconds it will take, 0: unknown
+Turn = Callable[[float], AbstractContextManager[Interrupt]]  # the seconds it will take, 0: unknown
 
 _BLOCK_S = 0.1  # runs so near in time share the state of the host
 _MIN_BLOCKS = 10
@@ -72,6 +73,11 @@ class _Cell:
         return float(np.median(self.blocks[-1])) / 1e3
 
 
+def alone(_: float) -> AbstractContextManager[Interrupt]:
+    """Return a turn where nobody else computes, and nobody interrupts."""
+    return nullcontext(Interrupt())
+
+
 def profile(
     engine: Engine,
     effort: Effort,
@@ -81,7 +87,7 @@ def profile(
     workers: int = 1,
     overhead_ms: float = 0.0,
     seed: int = 0,
-    turn: Turn = lambda _: nullcontext(),
+    turn: Turn = alone,
     progress: Callable[[Progress], object] = lambda _: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Profile:
@@ -94,7 +100,7 @@ def profile(
     samples = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
     elsewhere = Elsewhere()
     measured = measure(
-        lambda point, batch: engine.run(samples[:batch], point),
+        lambda point, batch, interrupt: engine.run(samples[:batch], point, interrupt),
         range(len(engine.artifact.points)),
         batch_sizes,
         budget_s=effort.budget_s,
@@ -133,7 +139,7 @@ def measure(
     precision: Precision,
     rng: random.Random,
     clock: Clock,
-    turn: Turn = lambda _: nullcontext(),
+    turn: Turn = alone,
     progress: Callable[[Progress], object] = lambda _: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Measured:
@@ -208,12 +214,13 @@ class _Session:
 
     def _trial(self, cell: _Cell, expected_s: float) -> None:
         """Run a cell once. Other cells ran before it, as other requests do when it is served."""
-        if self.cancelled():
-            raise CancelledError
-        with self.turn(expected_s):
-            began_s = self.clock()
-            self.run(cell.point, cell.batch)
-            cell.add(began_s, self.clock())
+        while not self.cancelled():
+            with self.turn(expected_s) as interrupt, suppress(InterruptedRunError):
+                began_s = self.clock()
+                self.run(cell.point, cell.batch, interrupt)
+                cell.add(began_s, self.clock())
+                return
+        raise CancelledError
 
     def _check(self, cell: _Cell) -> None:
         """Look at the interval each time a fifth more runs are in: resampling costs time too."""

@@ -15,7 +15,9 @@ import onnxruntime as ort
 from maestro_core.artifact import Artifact
 from maestro_core.host import Host
 from maestro_core.profile import ProfileKey
+from server import interrupt as interrupts
 from server.baking import LAYOUT, Baked, BakeError, bake
+from server.interrupt import Interrupt
 from server.residency import Residency
 
 Array = npt.NDArray[np.float32]
@@ -81,7 +83,7 @@ class Engine:
         for point in self.resident:
             self.run(one, point)
 
-    def run(self, batch: Array, point: int) -> Array:
+    def run(self, batch: Array, point: int, interrupt: Interrupt | None = None) -> Array:
         """Return the output, (n, *output shape), for a batch of shape (n, *input shape).
 
         The runtime reads the batch and writes the output in place; neither is copied. OrtValues and
@@ -89,9 +91,15 @@ class Engine:
 
         Raises:
             EngineError: no such point, or a batch of another shape or type than the model takes.
+            InterruptedRunError: it was interrupted.
         """
         self._check(batch, point)
-        (output,) = self._sessions.get(point).run([self._output.name], {self._input.name: batch})
+        session = self._sessions.get(point)
+        names, feed = [self._output.name], {self._input.name: batch}
+        if interrupt is None:
+            (output,) = session.run(names, feed)
+        else:
+            (output,) = interrupts.run(session, names, feed, interrupt)
         return np.asarray(output, dtype=np.float32)
 
     def profile_key(self, compute_threads: int, workers: int = 1) -> ProfileKey:

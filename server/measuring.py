@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,7 +10,7 @@ from benchmarks.effort import Effort, Progress
 from benchmarks.host_artifact import Kept
 from benchmarks.layer_latencies import Measuring
 from benchmarks.parallelism import best_threads
-from benchmarks.profiler import Turn
+from benchmarks.profiler import Turn, alone
 from maestro_core.artifact import Artifact
 from maestro_core.host import usable_cores
 from maestro_core.profile import Profile, ProfileKey
@@ -28,7 +27,7 @@ SEARCH_SHARE = 0.5  # of a calibration that looks for points first
 class Hooks:
     """What a server wants of a calibration: to compute in turns with it, to see it, to end it."""
 
-    turn: Turn = lambda _: nullcontext()
+    turn: Turn = alone
     progress: Callable[[Progress], object] = lambda _: None
     cancelled: Callable[[], bool] = lambda: False
 

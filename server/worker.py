@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
 
+from server.interrupt import Interrupt
+
 Job = Callable[[], None]
 
 
@@ -32,13 +34,18 @@ class Worker:
 
 
 class Turns:
-    """Who computes now: serving first, and one trial of a calibration at a time in between."""
+    """Who computes now: serving first, and one trial of a calibration at a time in between.
+
+    A request that comes during a trial interrupts it. After a few in a row one runs to its end, and
+    so does one that found the server never idle: a calibration gets on under any load.
+    """
 
     # A server that is never idle still gets calibrated: a trial a second.
     PATIENCE_S = 1.0
-    # While requests come in, trials take this share of the time, so that few have to wait for one.
+    # While requests come in, trials take this share of the time, so that few meet one.
     TRIAL_SHARE = 0.1
     TRAFFIC_S = 2.0  # since the last request
+    MOST_INTERRUPTS = 4  # in a row
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -46,6 +53,8 @@ class Turns:
         self._computing = threading.Lock()
         self._idle = threading.Event()
         self._idle.set()
+        self._trial: Interrupt | None = None  # the one under way that may be interrupted
+        self._interrupts = 0  # in a row
 
     def set_idle(self, idle: bool) -> None:
         """Say whether requests wait or run."""
@@ -55,6 +64,8 @@ class Turns:
             self._idle.set()
         elif not idle and self._idle.is_set():
             self._idle.clear()
+            if trial := self._trial:
+                trial.set()
 
     def note_request(self) -> None:
         """Say that there is traffic."""
@@ -76,13 +87,20 @@ class Turns:
         return min(self.PATIENCE_S, seconds * (1 / self.TRIAL_SHARE - 1))
 
     @contextmanager
-    def trial(self, seconds: float) -> Iterator[None]:
+    def trial(self, seconds: float) -> Iterator[Interrupt]:
         """Compute one trial inside, once no request waits or patience is over."""
         time.sleep(self.pause_s(seconds))
-        self._idle.wait(self.PATIENCE_S)
+        is_idle = self._idle.wait(self.PATIENCE_S)
         while not (lock := self._computing).acquire(timeout=self.PATIENCE_S):
             pass  # another may have taken the place of one that hangs
+        interrupt = Interrupt()
+        if is_idle and self._interrupts < self.MOST_INTERRUPTS:
+            self._trial = interrupt
+            if not self._idle.is_set():  # a request came meanwhile
+                interrupt.set()
         try:
-            yield
+            yield interrupt
         finally:
+            self._trial = None
+            self._interrupts = self._interrupts + 1 if interrupt.is_set else 0
             lock.release()

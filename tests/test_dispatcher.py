@@ -281,11 +281,13 @@ def test_draining_answers_what_was_taken_and_refuses_the_rest() -> None:
     drive(scenario)
 
 
-def test_a_trial_waits_for_idleness_and_excludes_batches() -> None:
+def test_a_request_interrupts_a_trial_and_a_batch_waits_for_its_end() -> None:
     async def scenario(driver: Dispatcher, engine: FakeEngine) -> None:
         turns = driver._turns
-        with turns.trial(0.01):
+        with turns.trial(0.01) as interrupt:
+            assert not interrupt.is_set
             task = await start(driver, request("a"), 0)
+            assert interrupt.is_set
             assert engine.ran == []
         await task
 

@@ -15,6 +15,7 @@ from benchmarks.effort import FULL, QUICK, CancelledError, Precision, Progress
 from benchmarks.profiler import Measured, measure, summary
 from benchmarks.smoothing import dominated_rows, isotonic, isotonic_grid, smooth
 from maestro_core.profile import Latency
+from server.interrupt import Interrupt, InterruptedRunError
 
 BATCHES = (1, 2, 4)
 LOOSE = Precision(min_runs=20)
@@ -34,17 +35,19 @@ class FakeHost:
     def clock(self) -> float:
         return self.now_s
 
-    def run(self, point: int, batch: int) -> None:
+    def run(self, point: int, batch: int, interrupt: Interrupt) -> None:
+        if interrupt.is_set:
+            raise InterruptedRunError
         self.ran.append((point, batch))
         noise = 1 + self._noise * self._rng.random()
         self.now_s += 1e-3 * (point + 1) * batch * noise * self._speed(self.now_s)
 
     @contextmanager
-    def turn(self, expected_s: float) -> Iterator[None]:
+    def turn(self, expected_s: float) -> Iterator[Interrupt]:
         assert not self.in_turn
         self.in_turn = True
         began_s = self.now_s
-        yield
+        yield Interrupt()
         self.turns_s.append(self.now_s - began_s)
         self.in_turn = False
         assert expected_s >= 0
@@ -157,6 +160,37 @@ def test_a_turn_holds_one_short_trial() -> None:
     longest_run_s = 1e-3 * 4 * 4
     assert max(host.turns_s) <= longest_run_s + 1e-9
     assert not host.in_turn
+
+
+def test_a_trial_that_is_interrupted_is_made_again_and_not_counted() -> None:
+    host, rng, interrupted = FakeHost(), random.Random(2), 0
+
+    @contextmanager
+    def turn(expected_s: float) -> Iterator[Interrupt]:
+        nonlocal interrupted
+        with host.turn(expected_s):
+            interrupt = Interrupt()
+            if rng.random() < 0.5:
+                interrupt.set()
+                interrupted += 1
+                host.now_s += 1e-4
+            yield interrupt
+
+    found = measure(
+        host.run,
+        range(4),
+        BATCHES,
+        budget_s=60,
+        precision=LOOSE,
+        rng=random.Random(0),
+        clock=host.clock,
+        turn=turn,
+    )
+
+    assert interrupted > len(host.ran) / 2
+    for x in found.latencies:
+        assert x.p50_ms == pytest.approx((x.point + 1) * x.batch)
+        assert x.n >= LOOSE.min_runs
 
 
 def test_progress_rises_to_the_total() -> None:

@@ -1,5 +1,15 @@
 """Turns: trials keep out of the way of requests."""
 
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import networks
+from server.engine import Engine
+from server.interrupt import InterruptedRunError
 from server.worker import Turns
 
 
@@ -27,6 +37,48 @@ def test_while_requests_come_in_trials_take_a_tenth_of_the_time() -> None:
     assert turns.pause_s(60.0) == Turns.PATIENCE_S
     clock.now_s = Turns.TRAFFIC_S * 2
     assert turns.pause_s(0.02) == 0
+
+
+def test_a_request_interrupts_a_trial_but_not_forever() -> None:
+    turns = Turns(Clock())
+
+    for i in range(2 * Turns.MOST_INTERRUPTS + 2):
+        with turns.trial(0.0) as interrupt:
+            assert not interrupt.is_set
+            turns.set_idle(False)
+            runs_on = i % (Turns.MOST_INTERRUPTS + 1) == Turns.MOST_INTERRUPTS
+            assert interrupt.is_set != runs_on
+        turns.set_idle(True)
+
+
+def test_a_trial_that_found_no_idle_moment_runs_to_its_end() -> None:
+    turns = Turns(Clock())
+    turns.PATIENCE_S = 0.01
+
+    turns.set_idle(False)
+    with turns.trial(0.0) as interrupt:
+        turns.set_idle(True)
+        turns.set_idle(False)
+        assert not interrupt.is_set
+
+
+def test_a_request_interrupts_a_run_of_the_engine(tmp_path: Path) -> None:
+    network = networks.resnet18()
+    engine = Engine(network.save(tmp_path / "net.maestro", [network.uniform(1.0)]))
+    turns = Turns()
+    x = np.ones((16, *engine.artifact.manifest.input.shape[1:]), np.float32)
+    began_s = time.monotonic()
+    expected = engine.run(x, 0)
+    alone_s = time.monotonic() - began_s
+
+    request = threading.Timer(alone_s / 4, turns.set_idle, [False])
+    with turns.trial(0.0) as interrupt:
+        request.start()
+        with pytest.raises(InterruptedRunError):
+            engine.run(x, 0, interrupt)
+    request.join()
+
+    np.testing.assert_array_equal(engine.run(x, 0), expected)
 
 
 def test_a_trial_excludes_a_batch() -> None:
