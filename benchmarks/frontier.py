@@ -38,6 +38,7 @@ from maestro_core.recipes.multi30k_transformer import RECIPE as MULTI30K_TRANSFO
 from maestro_core.recipes.recipe import TextRecipe
 from maestro_core.schedule import Phase
 from maestro_core.sentences import Corpus
+from maestro_core.writing import write_atomically
 from server.engine import session_options
 
 # Points of our own and of the networks cut by our search: enough for a curve, scored in minutes.
@@ -228,9 +229,7 @@ def kept(bench: Bench, name: str) -> dict[str, Any]:
     rows = METHODS[name](bench)
     seconds = round(time.perf_counter() - start, 1)
     entry = {"identity": identity, "seconds": seconds, "rows": [row._asdict() for row in rows]}
-    aside = path.with_suffix(".part")
-    aside.write_text(json.dumps(entry))
-    aside.rename(path)
+    write_atomically(path, json.dumps(entry).encode())
     return {**entry, "rows": json.loads(json.dumps(entry["rows"]))}
 
 

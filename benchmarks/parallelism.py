@@ -20,7 +20,7 @@ from benchmarks.profiler import batch_sizes_to, measure
 from maestro_core.artifact import Artifact
 from maestro_core.host import usable_cores
 from maestro_core.locking import locked
-from maestro_core.profile_store import write_atomically
+from maestro_core.writing import write_atomically
 from server.engine import Engine
 from server.interrupt import Interrupt
 

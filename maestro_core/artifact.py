@@ -1,12 +1,10 @@
 """The artifact, format 1: a trained network on disk, ready to be served.
 
-Knows the manifest, the digests and how to write them without a half-written state.
-Does not know torch, latencies, or what is inside a graph (graph.py).
+Knows the manifest and the digests. Does not know torch, latencies, or what is inside a graph
+(graph.py).
 """
 
-import ctypes
 import hashlib
-import os
 import re
 import secrets
 import shutil
@@ -18,16 +16,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from maestro_core import writing
+
 FORMAT = 1
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 MANIFEST = "manifest.json"
 # Beside the graphs, because ONNX Runtime refuses external data above a graph's own directory.
 WEIGHTS = "points/weights.bin"
 TEMPLATE = "points/template.onnx"
-
-# Of renameat2(2), which Python does not have.
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
 
 
 class ArtifactError(ValueError):
@@ -227,7 +223,7 @@ def save(path: Path, manifest: Manifest, contents: Mapping[str, bytes | Path]) -
         path.parent.mkdir(parents=True, exist_ok=True)
         for name, data in {**contents, MANIFEST: text}.items():
             _write(aside / _inside(path, name), data)
-        _replace_directory(aside, path)
+        writing.replace_directory(aside, path)
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
@@ -313,46 +309,6 @@ def _file(value: bytes | Path) -> File:
 def _write(path: Path, value: bytes | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(value, Path):
-        shutil.copyfile(value, path)  # onnx refuses to read weights from a file with two names
-        return
-    with path.open("wb") as file:
-        file.write(value)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _replace_directory(new: Path, path: Path) -> None:
-    """Put `new` where `path` is, in one step where the system can exchange two directories.
-
-    Elsewhere the old one moves first, as no rename covers a full directory: between the two steps
-    there is none.
-    """
-    old = new.with_name(f"{new.name}.old")
-    if not path.exists():
-        new.rename(path)
-    elif _exchange(new, path):
-        new.rename(old)
+        writing.copy(value, path)  # onnx refuses to read weights from a file with two names
     else:
-        path.rename(old)
-        try:
-            new.rename(path)
-        except OSError:
-            old.rename(path)
-            raise
-    shutil.rmtree(old, ignore_errors=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two directories at once; return whether the system could."""
-    try:
-        renameat2 = ctypes.CDLL(None).renameat2  # Linux, with glibc 2.28 or musl 1.2.5
-    except (AttributeError, OSError, TypeError):
-        return False
-    paths = os.fsencode(one), os.fsencode(other)
-    status: int = renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE)
-    return status == 0
+        writing.write(path, value)

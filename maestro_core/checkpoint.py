@@ -1,7 +1,6 @@
 """Training state on disk: weights, optimiser state and ranks, one directory per finished epoch."""
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from maestro_core import writing
 from maestro_core.factorize import low_rank_layers
 from maestro_core.lod import truncate_
 
@@ -56,9 +56,8 @@ def save(root: Path, model: nn.Module, optimizer: Optimizer, state: State) -> Pa
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         for name, data in files.items():
-            _write(aside / name, data)
-        shutil.rmtree(path, ignore_errors=True)
-        aside.rename(path)
+            writing.write(aside / name, data)
+        writing.replace_directory(aside, path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
@@ -76,15 +75,11 @@ def save_weights(root: Path, name: str, model: nn.Module) -> None:
         CheckpointError: the disk does not take it.
     """
     path = _weights(root, name)
-    aside = path.with_name(f".{path.name}")
     try:
         root.mkdir(parents=True, exist_ok=True)
-        _write(aside, safetensors.torch.save(_owned(model.state_dict())))
-        aside.rename(path)
+        writing.write_atomically(path, safetensors.torch.save(_owned(model.state_dict())))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def load_weights_(root: Path, name: str, model: nn.Module) -> None:
@@ -164,13 +159,6 @@ def restore_(
 
 def _weights(root: Path, name: str) -> Path:
     return root / f"{name}.safetensors"
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _check_run(path: Path, state: State, wanted: dict[str, Any]) -> None:

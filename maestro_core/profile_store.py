@@ -1,12 +1,11 @@
 """Where profiles are kept: one profile.json per key, under the state directory."""
 
-import os
-import tempfile
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
 from maestro_core.profile import Profile, ProfileError, ProfileKey
+from maestro_core.writing import write_atomically
 
 
 class StoreError(OSError):
@@ -68,20 +67,6 @@ class ProfileStore:
                 error
             )
         return path
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is seen whole or not at all, even after a power cut."""
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(beside).replace(path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
 
 
 def _set_aside(path: Path, reason: str) -> Found:

@@ -23,8 +23,8 @@ import onnx
 import onnxruntime as ort
 from onnx import ModelProto, TensorProto
 
+from maestro_core import writing
 from maestro_core.locking import locked
-from maestro_core.profile_store import write_atomically
 from server.products import down_first
 from server.pruning import mark_used, prune
 
@@ -120,8 +120,7 @@ def _replace(
     beside = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
     try:
         _bake(graphs, beside, key, options)
-        shutil.rmtree(directory, ignore_errors=True)
-        beside.rename(directory)
+        writing.replace_directory(beside, directory)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -138,7 +137,7 @@ def _bake(
     for i, model in enumerate(models):
         spans = _point_at(model, optimised, offsets)
         pages.append(spans)
-        write_atomically(to / f"{i:02}.onnx", model.SerializeToString())
+        writing.write(to / f"{i:02}.onnx", model.SerializeToString())
     shutil.rmtree(optimised)
     files = sorted(path for path in to.iterdir() if path.is_file())
     index = {
@@ -146,7 +145,7 @@ def _bake(
         "pages": pages,
         "files": {path.name: _sha256(path) for path in files},
     }
-    write_atomically(to / _INDEX, json.dumps(index).encode())
+    writing.write(to / _INDEX, json.dumps(index).encode())
 
 
 def _optimise(graph: Path, to: Path, i: int, options: ort.SessionOptions) -> ModelProto:
@@ -206,8 +205,7 @@ def _write_shared(path: Path, chunks: Iterable[_Chunk]) -> dict[_Chunk, int]:
                 file.write(data)
                 begins.append((offset, len(data)))
             offsets[chunk] = offset
-        file.flush()
-        os.fsync(file.fileno())
+        writing.flush(file)
     return offsets
 
 

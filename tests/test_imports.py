@@ -1,6 +1,7 @@
 """The walls of docs/architecture.md, held against the code's own import statements."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ WALLS = {
     "maestro_core/artifact.py": {"torch", "server", "benchmarks", "onnxruntime"},
     "maestro_core/graph.py": {"torch", "server", "benchmarks", "onnxruntime"},
     "maestro_core/frontier.py": {"torch", "server", "benchmarks", "onnxruntime"},
+    "maestro_core/writing.py": {"torch", "server", "benchmarks", "onnxruntime"},
     "maestro_core/profile.py": {"torch", "server", "benchmarks", "onnxruntime"},
     "maestro_core/lod.py": {"server", "benchmarks", "maestro_core.export", "maestro_core.search"},
     "maestro_core/layers.py": {"server", "benchmarks"},
@@ -59,6 +61,14 @@ def test_no_module_imports_pickle() -> None:
     guilty = [p for root in packages for p in root.rglob("*.py") if "pickle" in imported(p)]
 
     assert guilty == []
+
+
+def test_one_module_flushes_and_renames() -> None:
+    packages = [ROOT / name for name in ("maestro_core", "server", "benchmarks")]
+    calls = re.compile(r"\bfsync\(|\.rename\(")
+    found = [p.name for r in packages for p in r.rglob("*.py") if calls.search(p.read_text())]
+
+    assert found == ["writing.py"]
 
 
 @pytest.mark.parametrize("module", ["server.app", "benchmarks.profiler", "maestro_core.cli"])

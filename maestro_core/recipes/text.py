@@ -20,6 +20,7 @@ from maestro_core.recipes.recipe import TextRecipe
 from maestro_core.search import check_removable, find_chain
 from maestro_core.sentences import TOKENS, Corpus, example
 from maestro_core.training import train_
+from maestro_core.writing import write_atomically
 
 
 def run_text(
@@ -61,9 +62,11 @@ def run_text(
         cost = measure(model, example(corpus.test))
         task = progress.add_task("points", total=len(chain))
         points = score_points(model, cost, chain, corpus, lambda: progress.advance(task))
-    _write(out / f"{recipe.name}-tokenizer.model", corpus.tokenizer)
+    write_atomically(out / f"{recipe.name}-tokenizer.model", corpus.tokenizer)
     report = json.dumps(_report(recipe, cost, points, corpus), indent=1)
-    return _write(out / f"{recipe.name}-points.json", report.encode())
+    path = out / f"{recipe.name}-points.json"
+    write_atomically(path, report.encode())
+    return path
 
 
 def _find_chain(recipe: TextRecipe, model: nn.Module, corpus: Corpus, progress: Progress) -> Chain:
@@ -106,9 +109,3 @@ def _report(
             "python": platform.python_version(),
         },
     }
-
-
-def _write(path: Path, content: bytes) -> Path:
-    aside = path.with_name(f".{path.name}")
-    aside.write_bytes(content)
-    return aside.rename(path)
