@@ -212,7 +212,8 @@ def save(path: Path, manifest: Manifest, contents: Mapping[str, bytes | Path]) -
     that holds them.
 
     Raises:
-        ArtifactError: the manifest is wrong, or the disk does not take it.
+        ArtifactError: the manifest is wrong, a file of `contents` can't be read, or the disk does
+            not take it.
     """
     files = {name: _file(value) for name, value in sorted(contents.items())}
     manifest = replace(manifest, files=files)
@@ -302,7 +303,10 @@ def _sha256(data: bytes) -> str:
 
 
 def _file(value: bytes | Path) -> File:
-    data = value.read_bytes() if isinstance(value, Path) else value
+    try:
+        data = value.read_bytes() if isinstance(value, Path) else value
+    except OSError as error:
+        raise ArtifactError(f"{value!s}: {error.strerror or error}") from error
     return File(len(data), _sha256(data))
 
 

@@ -42,8 +42,10 @@ def write(path: Path, data: bytes) -> None:
 
 
 def copy(source: Path, path: Path) -> None:
-    """Copy what is in a file."""
+    """Copy what is in a file, and flush the copy."""
     shutil.copyfile(source, path)
+    with path.open("r+b") as file:
+        flush(file)
 
 
 def flush(file: BinaryIO) -> None:
@@ -53,7 +55,7 @@ def flush(file: BinaryIO) -> None:
 
 
 def replace_directory(new: Path, path: Path) -> None:
-    """Put `new`, whose files are flushed, where `path` is.
+    """Put `new`, whose files are flushed, where `path` is; their names are flushed first.
 
     In one step where the system can exchange two directories. Elsewhere the old one moves first, as
     no rename covers a full directory: between the two steps there is none.
@@ -61,6 +63,8 @@ def replace_directory(new: Path, path: Path) -> None:
     Raises:
         OSError: it can't be; what was there is untouched.
     """
+    for folder, _, _ in os.walk(new):
+        _flush_directory(Path(folder))
     old = new.with_name(f"{new.name}.old")
     if not path.exists():
         new.rename(path)

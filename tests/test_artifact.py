@@ -189,3 +189,29 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(ArtifactError, match=r"tiny\.maestro: cannot be written"):
         artifact.save(tmp_path / "file" / "tiny.maestro", tiny_manifest(), tiny_contents())
+
+
+def test_copies_and_directories_are_on_the_disk_before_the_artifact_is_seen(
+    tiny_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed = set()
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        flushed.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    contents = {name: tiny_artifact.path / name for name in tiny_artifact.manifest.files}
+
+    saved = artifact.save(tmp_path / "again.maestro", tiny_manifest(), contents)
+
+    written = [saved.path, *saved.path.rglob("*")]
+    assert [path for path in written if path.stat().st_ino not in flushed] == []
+
+
+def test_a_file_to_copy_that_is_not_there_is_named(tmp_path: Path) -> None:
+    contents: dict[str, bytes | Path] = {**tiny_contents(), "eval.npz": tmp_path / "none.npz"}
+
+    with pytest.raises(ArtifactError, match=r"none\.npz: No such file"):
+        artifact.save(tmp_path / "tiny.maestro", tiny_manifest(), contents)
