@@ -41,7 +41,6 @@ _LEAST_SAMPLES = 200
 _LEAST_TRIES = 8
 _INPUTS = 4  # one in so many samples sets normalisation, the others judge
 _BATCH = 16  # as large as what requests wait for anyway
-_Z_95 = 1.959963984540054
 # Factors with more MACs than that, over those of the dense layer, are not tried.
 _MOST_MACS = 1.25
 
@@ -69,11 +68,8 @@ class Candidate:
 
     @property
     def score(self) -> Score:
-        """Return the share of right answers with its 95 % interval (Wilson, JASA 22, 1927)."""
-        n, share, z2 = self.samples, self.correct / self.samples, _Z_95**2
-        centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-        half = _Z_95 / (1 + z2 / n) * (share * (1 - share) / n + z2 / (4 * n * n)) ** 0.5
-        return Score(share, max(0.0, centre - half), min(1.0, centre + half))
+        """Return the share of right answers."""
+        return Score.of_share(self.correct, self.samples)
 
 
 class Found(NamedTuple):

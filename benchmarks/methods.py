@@ -22,9 +22,10 @@ from torch import nn
 
 from maestro_core import checkpoint
 from maestro_core.accounting import Cost, measure
+from maestro_core.artifact import Score
 from maestro_core.data import Data, Pictures
 from maestro_core.evaluation import evaluate
-from maestro_core.export import INPUT, Description, export, make_template, wilson
+from maestro_core.export import INPUT, Description, export, make_template
 from maestro_core.factorize import factorize_, low_rank_layers
 from maestro_core.frontier import Chain, pareto
 from maestro_core.host import Host
@@ -331,7 +332,7 @@ def _file(width: float) -> str:
 
 
 def _row(test: Pictures, path: Path, cost: Cost) -> Row:
-    score = wilson(correct(path, test), len(test))
+    score = Score.of_share(correct(path, test), len(test))
     macs, params = cost.dense_macs, cost.dense_params
     return Row(path.name, (), macs, params, score.value, score.low, score.high)
 

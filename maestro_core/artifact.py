@@ -10,7 +10,7 @@ import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from math import prod, sqrt
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -24,6 +24,8 @@ MANIFEST = "manifest.json"
 # Beside the graphs, because ONNX Runtime refuses external data above a graph's own directory.
 WEIGHTS = "points/weights.bin"
 TEMPLATE = "points/template.onnx"
+# Standard deviations to both sides within which a normal distribution has 95 %.
+Z_95 = 1.959963984540054
 
 
 class ArtifactError(ValueError):
@@ -74,6 +76,15 @@ class Score:
     value: float
     low: float
     high: float
+
+    @classmethod
+    def of_share(cls, correct: int, n: int) -> "Score":
+        """Return the share correct / n with its interval (Wilson, JASA 22, 1927)."""
+        share, z2 = correct / n, Z_95**2
+        centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+        half = Z_95 / (1 + z2 / n) * sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+        # Of none or all the share is an end of it, which rounding would miss.
+        return cls(share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from math import sqrt
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -41,7 +40,6 @@ NORMALISATION = "BatchNormalization"
 TOLERANCE = 1e-4
 ROUNDINGS = 4  # times what 32-bit floats do to torch's own outputs: two runtimes round in two ways
 CHECKED = 64  # pictures on which a point is compared with torch
-Z_95 = 1.959963984540054
 
 
 class ExportError(ValueError):
@@ -109,7 +107,7 @@ def export(
             OperatingPoint(
                 ranks=point.ranks,
                 precision="fp32",
-                score=wilson(result.correct, result.n),
+                score=Score.of_share(result.correct, result.n),
                 macs=cost.macs_at(point.ranks),
                 params=cost.params_at(point.ranks),
                 graph=name,
@@ -298,14 +296,6 @@ def _strip_(model: ModelProto) -> None:
     for part in (*noted, *graph.input, *graph.output, *graph.value_info):
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
-
-
-def wilson(correct: int, n: int) -> Score:
-    """Return the share correct / n and its 95 % interval (Wilson, JASA 22, 1927)."""
-    share, z2 = correct / n, Z_95**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z_95 / (1 + z2 / n) * sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return Score(share, max(0.0, centre - half), min(1.0, centre + half))
 
 
 def _normalisation(template: ModelProto, point: Point) -> dict[str, np.ndarray]:

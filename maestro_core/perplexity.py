@@ -6,7 +6,6 @@ vocabulary: with other tokens the same network of the same quality has another.
 
 from collections.abc import Callable, Mapping
 from math import exp, sqrt
-from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maestro_core.accounting import Cost
-from maestro_core.artifact import Score
+from maestro_core.artifact import Z_95, Score
 from maestro_core.evaluation import PAIRS, evaluate
 from maestro_core.factorize import forward_at
 from maestro_core.frontier import Chain, pareto
@@ -22,8 +21,6 @@ from maestro_core.loss import IGNORED
 from maestro_core.normalisation import evaluating
 from maestro_core.search import by_name
 from maestro_core.sentences import TOKENS, Corpus, Sentences
-
-Z_95 = NormalDist().inv_cdf(0.975)
 
 
 class TextPoint(NamedTuple):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from maestro_core import artifact
-from maestro_core.artifact import Artifact, ArtifactError, Layer
+from maestro_core.artifact import Artifact, ArtifactError, Layer, Score
 from tests.conftest import tiny_contents, tiny_manifest
 
 
@@ -58,6 +58,32 @@ def test_a_layer_costs_the_cheaper_of_factors_and_dense(rank: int, params: int) 
     assert layer.params(rank) == params == min(rank * (6 + 9), 6 * 9)
     assert layer.macs(rank) == 64 * params
     assert layer.is_dense(rank) == (rank in (4, 6))
+
+
+@pytest.mark.parametrize(
+    ("correct", "n", "low", "high"),
+    [  # Newcombe, Statistics in Medicine 17 (1998), table I, method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_interval_of_a_share_is_the_published_one(
+    correct: int, n: int, low: float, high: float
+) -> None:
+    score = Score.of_share(correct, n)
+
+    assert score.value == correct / n
+    assert (round(score.low, 4), round(score.high, 4)) == (low, high)
+
+
+@pytest.mark.parametrize("n", [10, 150, 10_000])
+def test_a_share_is_within_its_interval_where_none_or_all_are_right(n: int) -> None:
+    for correct in (0, n):
+        score = Score.of_share(correct, n)
+
+        assert 0 <= score.low <= score.value <= score.high <= 1
 
 
 def test_a_missing_file_is_named(tiny_artifact: Artifact) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from maestro_core import export as exporting
 from maestro_core.accounting import measure
-from maestro_core.artifact import Artifact, Image
+from maestro_core.artifact import Artifact, Image, Score
 from maestro_core.data import Pictures
 from maestro_core.evaluation import evaluate
 from maestro_core.export import (
@@ -22,7 +22,6 @@ from maestro_core.export import (
     check_embeddings,
     check_exportable,
     export,
-    wilson,
 )
 from maestro_core.factorize import factorize_, forward_at, low_rank_layers
 from maestro_core.lod import truncate_
@@ -157,7 +156,7 @@ def test_points_are_scored_and_costed_as_a_whole(exported: Artifact) -> None:
         ranks = by_name(cost, trained.ranks)
         result = evaluate(model, pictures(), ranks, trained.statistics)
         assert point.ranks == trained.ranks
-        assert point.score == wilson(result.correct, 90)
+        assert point.score == Score.of_share(result.correct, 90)
         assert point.macs == cost.macs_at(point.ranks)
     assert exported.points[-1].macs == exported.manifest.dense_macs
     assert exported.manifest.input.shape == (-1, 3, 8, 8)
@@ -291,21 +290,3 @@ def test_what_rounding_explains_is_no_difference(tmp_path: Path) -> None:
         expected = forward_at(model, names, x, buffers=points(model)[4].statistics).numpy()
     error = np.abs(session.run(None, {"image": x.numpy()})[0] - expected).max()
     assert error > exporting.TOLERANCE * np.abs(expected).max(), "nothing was rounded much"
-
-
-@pytest.mark.parametrize(
-    ("correct", "n", "low", "high"),
-    [  # Newcombe, Statistics in Medicine 17 (1998), table I, method 3
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ],
-)
-def test_wilson_interval_is_the_published_one(
-    correct: int, n: int, low: float, high: float
-) -> None:
-    score = wilson(correct, n)
-
-    assert score.value == correct / n
-    assert (round(score.low, 4), round(score.high, 4)) == (low, high)
