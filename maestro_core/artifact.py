@@ -10,7 +10,7 @@ import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod, sqrt
+from math import isfinite, prod, sqrt
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -26,6 +26,8 @@ WEIGHTS = "points/weights.bin"
 TEMPLATE = "points/template.onnx"
 # Standard deviations to both sides within which a normal distribution has 95 %.
 Z_95 = 1.959963984540054
+# Intervals in earlier artifacts miss a share of 0 or 1 by less.
+_ROUNDING = 1e-9
 
 
 class ArtifactError(ValueError):
@@ -114,7 +116,19 @@ class Image:
     std: tuple[float, ...]
     shorter: int | None = None
 
+    @property
+    def channels(self) -> int:
+        """Return how many numbers a pixel has."""
+        return {"L": 1, "RGB": 3}[self.mode]
+
     def __post_init__(self) -> None:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != self.channels or not all(map(isfinite, values)):
+                raise ValueError(
+                    f"{name}: {list(values)}; {self.mode} takes {self.channels} finite numbers"
+                )
+        if min(self.std) <= 0:
+            raise ValueError(f"std: {list(self.std)}; it must be above 0")
         if self.shorter is not None and self.shorter < max(self.height, self.width):
             raise ValueError(
                 f"shorter: {self.shorter} leaves less than {self.height}×{self.width} pixels"
@@ -210,7 +224,7 @@ def load(path: Path) -> Artifact:
     """
     text = _read(path, MANIFEST)
     manifest = _parse(path / MANIFEST, text)
-    _check_points(path / MANIFEST, manifest)
+    _check_manifest(path / MANIFEST, manifest)
     for name, file in manifest.files.items():
         _check_file(path, name, file)
     return Artifact(path, manifest, hashlib.sha256(text).hexdigest())
@@ -229,7 +243,7 @@ def save(path: Path, manifest: Manifest, contents: Mapping[str, bytes | Path]) -
     files = {name: _file(value) for name, value in sorted(contents.items())}
     manifest = replace(manifest, files=files)
     text = _MANIFEST.dump_json(manifest, indent=1, by_alias=True) + b"\n"
-    _check_points(path / MANIFEST, _parse(path / MANIFEST, text))
+    _check_manifest(path / MANIFEST, _parse(path / MANIFEST, text))
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -266,6 +280,50 @@ def _parse(path: Path, text: bytes) -> Manifest:
         raise ArtifactError(f"{path}: {field or 'JSON'}: {first['msg']}") from error
 
 
+def _check_manifest(path: Path, manifest: Manifest) -> None:
+    """Refuse fields that are valid one by one and can't be served together."""
+    for name in (WEIGHTS, TEMPLATE):
+        if name not in manifest.files:
+            raise ArtifactError(f"{path}: files: '{name}' is missing")
+    _check_shapes(path, manifest)
+    _check_scores(path, manifest)
+    _check_points(path, manifest)
+
+
+def _check_shapes(path: Path, manifest: Manifest) -> None:
+    for field, tensor in (("input", manifest.input), ("output", manifest.output)):
+        if tensor.shape[:1] != (-1,) or any(size < 1 for size in tensor.shape[1:]):
+            raise ArtifactError(
+                f"{path}: {field}.shape: {list(tensor.shape)}; it must be -1 for the batch, and "
+                "then sizes of 1 or more"
+            )
+    labels, shape = manifest.labels, manifest.output.shape
+    if labels is not None and shape != (-1, len(labels)):
+        raise ArtifactError(f"{path}: labels: {len(labels)} for an output of shape {list(shape)}")
+    image, shape = manifest.input.image, manifest.input.shape
+    if image is not None and shape != (-1, image.channels, image.height, image.width):
+        raise ArtifactError(
+            f"{path}: input.shape: {list(shape)}, but input.image is {image.channels}×"
+            f"{image.height}×{image.width}"
+        )
+
+
+def _check_scores(path: Path, manifest: Manifest) -> None:
+    if not manifest.metric.higher_is_better:
+        raise ArtifactError(
+            f"{path}: metric.higher_is_better: false; format {FORMAT} serves scores of 0..1 where "
+            "higher is better"
+        )
+    for i, point in enumerate(manifest.points):
+        value, low, high = point.score.value, point.score.low, point.score.high
+        within = all(0 <= part <= 1 for part in (value, low, high))
+        if not (within and low - _ROUNDING <= value <= high + _ROUNDING):
+            raise ArtifactError(
+                f"{path}: points.{i}.score: {value} in {low}..{high}; it must be within 0..1, and "
+                "in its interval"
+            )
+
+
 def _check_points(path: Path, manifest: Manifest) -> None:
     cheaper: Sequence[int] = [0] * len(manifest.layers)
     for i, point in enumerate(manifest.points):
@@ -286,9 +344,6 @@ def _check_points(path: Path, manifest: Manifest) -> None:
         cheaper = point.ranks
         if point.graph not in manifest.files:
             raise ArtifactError(f"{where}.graph: '{point.graph}' is not in files")
-    for name in (WEIGHTS, TEMPLATE):
-        if name not in manifest.files:
-            raise ArtifactError(f"{path}: files: '{name}' is missing")
 
 
 def _check_file(path: Path, name: str, file: File) -> None:

@@ -173,6 +173,62 @@ def test_wrong_ranks_are_named(tiny_artifact: Artifact, ranks: list[int], messag
         artifact.load(tiny_artifact.path)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("labels", list("012345678"), r"labels: 9 for an output of shape \[-1, 10\]"),
+        ("labels", [], r"labels: 0 for an output of shape \[-1, 10\]"),
+        ("output.shape", [-1, 10, 4], r"labels: 10 for an output of shape \[-1, 10, 4\]"),
+        ("output.shape", [], r"output\.shape: \[\]; it must be -1"),
+        ("input.shape", [3, 1, 8, 8], r"input\.shape: \[3, 1, 8, 8\]; it must be -1 for the batch"),
+        ("input.shape", [-1, 1, 0, 8], r"input\.shape: .*sizes of 1 or more"),
+        ("input.shape", [-1, 1, -1, 8], r"input\.shape: .*sizes of 1 or more"),
+        ("input.shape", [-1, 3, 8, 8], r"input\.shape: .* but input\.image is 1×8×8"),
+        ("input.shape", [-1, 64], r"input\.shape: .* but input\.image is 1×8×8"),
+        ("input.image.mean", [0.5, 0.5], r"input\.image: .*mean: .*L takes 1 finite numbers"),
+        ("input.image.std", [], r"input\.image: .*std: \[\]; L takes 1 finite numbers"),
+        ("input.image.std", [float("nan")], r"input\.image: .*std: .*takes 1 finite"),
+        ("input.image.std", [0.0], r"input\.image: .*std: \[0\.0\]; it must be above 0"),
+        ("metric.higher_is_better", False, r"metric\.higher_is_better: false; format 1 serves"),
+        ("points.4.score.high", 7.0, r"points\.4\.score: 0\.9 in 0\.88\.\.7\.0; it must be within"),
+        ("points.4.score.value", 7.0, r"points\.4\.score: 7\.0 in .*; it must be within 0\.\.1"),
+        ("points.4.score.value", float("nan"), r"points\.4\.score: nan in "),
+        ("points.0.score.low", -0.1, r"points\.0\.score: 0\.5 in -0\.1\.\."),
+        ("points.0.score.low", 0.51, r"points\.0\.score: 0\.5 in 0\.51\.\..*in its interval"),
+    ],
+)
+def test_what_could_not_be_served_is_named(
+    tiny_artifact: Artifact, field: str, value: object, message: str
+) -> None:
+    manifest = json.loads((tiny_artifact.path / "manifest.json").read_text())
+    *parents, name = field.split(".")
+    part = manifest
+    for parent in parents:
+        part = part[int(parent) if parent.isdigit() else parent]
+    part[name] = value
+    edit_manifest(tiny_artifact.path, **manifest)
+
+    with pytest.raises(ArtifactError, match=rf"manifest\.json: {message}"):
+        artifact.load(tiny_artifact.path)
+
+
+def test_what_could_not_be_served_is_not_written(tmp_path: Path) -> None:
+    manifest = replace(tiny_manifest(), labels=("one", "two"))
+
+    with pytest.raises(ArtifactError, match="labels: 2 for an output"):
+        artifact.save(tmp_path / "tiny.maestro", manifest, tiny_contents())
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interval_that_ends_a_rounding_from_its_share_is_read(tiny_artifact: Artifact) -> None:
+    points = json.loads((tiny_artifact.path / "manifest.json").read_text())["points"]
+    points[4]["score"] = {"value": 1.0, "low": 0.72, "high": 0.9999999999999999}
+    edit_manifest(tiny_artifact.path, points=points)
+
+    assert artifact.load(tiny_artifact.path).points[4].score.value == 1.0
+
+
 def test_a_frame_that_is_smaller_than_the_input_is_named(tiny_artifact: Artifact) -> None:
     tensor = json.loads((tiny_artifact.path / "manifest.json").read_text())["input"]
     tensor["image"]["shorter"] = 7
