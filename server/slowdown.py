@@ -23,10 +23,10 @@ class Slowdown:
     """Mean and spread of measured / profiled, by exponential averages (after ALERT, ATC 2020).
 
     `level` compares with the median the time for which a batch keeps its slot, from decision to
-    result: receiving and answering requests is in it, where that delays the engine. `factor` is
-    what the profiled tail is multiplied by, and covers spread that the profile hasn't seen. A
-    median that rises within the profiled tail, as where a host wakes up for each of few requests,
-    leaves that tail as it was: the spread says where it is now.
+    result: receiving and answering requests is in it, where that delays the engine. What the
+    profiled tail is multiplied by also covers spread that the profile hasn't seen. A median that
+    rises within the profiled tail, as where a host wakes up for each of few requests, leaves that
+    tail as it was: the spread says where it is now.
     """
 
     level: float = 1.0
@@ -54,16 +54,11 @@ class Slowdown:
         self.variance = (1 - gain) * (self.variance + gain * error * error)
         self.updated_s = max(self.updated_s, now)
 
-    def factor(self, now: float) -> float:
-        """Return what to multiply profiled tails by: 1 when calm, less on a faster host."""
-        return self.both(now)[0]
-
-    def typical(self, now: float) -> float:
-        """Return what to multiply profiled medians by."""
-        return self.both(now)[1]
-
     def both(self, now: float) -> tuple[float, float]:
-        """Return `factor` and `typical`."""
+        """Return what to multiply profiled tails by, and what to multiply profiled medians by.
+
+        Both 1 when calm, less on a faster host.
+        """
         if self.batches == 0:
             return 1.0, 1.0
         kept = math.exp(-max(0.0, now - self.updated_s) / FORGET_S)

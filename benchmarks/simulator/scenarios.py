@@ -41,10 +41,6 @@ class Scenario:
     def name(self) -> str:
         return f"{self.arrivals} {'mixed' if self.mixed else 'one'} {self.load:g}"
 
-    @property
-    def is_bursty(self) -> bool:
-        return self.arrivals in BURSTY
-
     def rate(self, tables: Tables) -> float:
         """Return requests a second."""
         return self.load * 1e3 / tables.unit_ms[-1]

@@ -24,11 +24,6 @@ class Workload:
         if len(self.arrivals_s) and (np.diff(self.arrivals_s) < 0).any():
             raise ValueError("arrivals_s must not fall")
 
-    @property
-    def mean_rate(self) -> float:
-        """Return requests a second over the whole workload."""
-        return len(self.arrivals_s) / float(self.arrivals_s[-1])
-
 
 def poisson(rate: float, count: int, rng: np.random.Generator) -> Array:
     """Return arrivals that know nothing of each other."""
