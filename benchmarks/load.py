@@ -43,7 +43,8 @@ from maestro_core.host import Elsewhere
 from maestro_core.profile import Profile
 from server.dispatcher import INLINE_MS
 from server.policies import OWN
-from server.settings import PolicyName, shipped_artifact
+from server.policy_names import PolicyName
+from server.settings import shipped_artifact
 from server.tables import Tables
 
 POLICIES = (*OWN, "largest", "smallest", "slackfit", "infaas")

@@ -35,7 +35,7 @@ from benchmarks.rival_server import FLOOR, PROGRAMS, MissingError, Started, riva
 from maestro_core import artifact
 from maestro_core.artifact import Artifact
 from maestro_core.host import Elsewhere
-from server.settings import OURS
+from server.policy_names import OURS
 
 FORMS = ("json", "npy")
 MANY = 16

@@ -8,12 +8,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from maestro_core import artifact, terminal
 from maestro_core.allocator import keep_freed_memory
+from server.policy_names import OURS, RESERVE, RivalName
 
 if TYPE_CHECKING:
     from server.settings import Settings
@@ -190,10 +191,9 @@ def serve(
     policy: Annotated[
         str | None,
         typer.Option(
-            help="What chooses point and batch, else MAESTRO_POLICY: maestro; reserve, which "
-            "leaves time for what may come on an idle host too; or to compare them with largest, "
-            "middle, smallest, infaas, maxacc, maxbatch, slackfit, clipper, bentoml, clockwork, "
-            "nexus, nexus-smallest."
+            help=f"What chooses point and batch, else MAESTRO_POLICY: {OURS}; {RESERVE}, which "
+            "leaves time for what may come on an idle host too; or to compare them with "
+            f"{', '.join(get_args(RivalName))}."
         ),
     ] = None,
 ) -> None:

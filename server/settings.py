@@ -2,32 +2,17 @@
 
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Literal
 
 from platformdirs import user_cache_path
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from server.policy_names import OURS as OURS
+from server.policy_names import PolicyName as PolicyName
+
 SHIPPED = "cifar10-small.maestro"
 LARGEST_BATCH = 1024
-
-OURS: Final = "maestro"
-PolicyName = Literal[
-    "maestro",
-    "reserve",
-    "largest",
-    "middle",
-    "smallest",
-    "infaas",
-    "maxacc",
-    "maxbatch",
-    "slackfit",
-    "clipper",
-    "bentoml",
-    "clockwork",
-    "nexus",
-    "nexus-smallest",
-]
 
 
 def shipped_artifact() -> Path:

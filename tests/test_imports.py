@@ -22,6 +22,7 @@ WALLS = {
     "maestro_core/training.py": {"server", "benchmarks"},
     "maestro_core/search.py": {"server", "benchmarks"},
     "maestro_core/export.py": {"server", "benchmarks"},
+    "server/policy_names.py": {"maestro_core", "server", "benchmarks", "pydantic"},
     "server/selector.py": {"asyncio", "time", "threading", "fastapi", "onnxruntime"},
     "server/scheduler.py": {"asyncio", "time", "threading", "fastapi", "server.engine"},
     "maestro_core/held_out.py": {"torch", "server", "benchmarks", "onnxruntime"},

@@ -2,15 +2,18 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import get_args
 
 import pytest
 
 from benchmarks.simulator.rivals import RIVALS
+from maestro_core import cli
 from server.latencies import Latencies
 from server.policies import OWN, scheduler_of
+from server.policy_names import OURS, PolicyName
 from server.requests import Admitted, Request
-from server.settings import OURS, PolicyName, Settings, read_settings
+from server.settings import Settings, read_settings
 
 P50_MS = ((1.0, 1.5), (2.0, 3.0), (4.0, 6.0))
 LATENCIES = Latencies((0.7, 0.8, 0.9), P50_MS, P50_MS)
@@ -64,6 +67,12 @@ def test_a_fixed_policy_keeps_to_its_point(name: PolicyName, point: int) -> None
 def test_an_unknown_policy_is_named_with_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"MAESTRO_POLICY: .*'maestro', .*'slackfit'.*'best'"):
         read_settings(policy="best")
+
+
+def test_the_names_are_written_once() -> None:
+    program = Path(cli.__file__).read_text()
+
+    assert [name for name in ("infaas", "slackfit", "clockwork") if name in program] == []
 
 
 def test_the_help_lists_them() -> None:
