@@ -12,6 +12,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import product
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -183,7 +184,7 @@ def _one_seed(
                 policy,
                 seed,
                 request_ms=request_ms,
-                time_decisions=policy is choose,
+                clock=perf_counter if policy is choose else None,
             ),
             latencies,
         )
@@ -235,9 +236,9 @@ def special_runs(
             }
             for cv2 in (1.0, 4.0)
         ],
-        "steady": reach.steady(host, long),
+        "steady": reach.steady(host, long, perf_counter),
         "decisions": [
-            reach.decision_us(64, waiting, requests, loose)
+            reach.decision_us(64, waiting, requests, perf_counter, loose)
             for waiting, loose in product(WAITING, (reach.LOOSE, reach.TIGHT))
         ],
     }

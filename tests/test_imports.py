@@ -57,6 +57,13 @@ def test_no_module_of_the_server_names_torch(path: Path) -> None:
     assert "torch" not in imported(path)
 
 
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks/simulator").glob("*.py")), ids=lambda p: p.name
+)
+def test_the_simulator_knows_neither_clocks_nor_http(path: Path) -> None:
+    assert imported(path) & {"time", "datetime", "asyncio", "fastapi"} == set()
+
+
 def test_no_module_imports_pickle() -> None:
     packages = [ROOT / name for name in ("maestro_core", "server", "benchmarks")]
     guilty = [p for root in packages for p in root.rglob("*.py") if "pickle" in imported(p)]

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import pytest
@@ -79,6 +80,18 @@ def test_who_is_not_served_has_no_latency_and_does_not_count_as_met() -> None:
 
     assert outcome.met.tolist() == [True, False, False]
     assert math.isnan(outcome.latency_ms[1])
+
+
+def test_decisions_are_timed_by_the_clock_that_is_given() -> None:
+    ticks = (s for i in count() for s in (float(i), i + 2e-6))
+    crowd = workload([0, 0.5, 1], 40)
+
+    timed = simulate(crowd, [replica(quantiles(1.0))], clock=lambda: next(ticks))
+    untimed = simulate(crowd, [replica(quantiles(1.0))])
+
+    assert timed.decision_us == pytest.approx([2.0] * len(timed.batch_rows))
+    assert untimed.decision_us == []
+    assert timed.latency_ms.tolist() == untimed.latency_ms.tolist()
 
 
 def test_draws_follow_the_quantiles_that_they_are_made_from() -> None:

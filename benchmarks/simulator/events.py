@@ -2,7 +2,6 @@
 
 import heapq
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from benchmarks.simulator.host import Host
 from benchmarks.simulator.workloads import Array, Workload
 from server.latencies import Latencies
-from server.requests import Admitted, Request
+from server.requests import Admitted, Plan, Request
 from server.scheduler import Scheduler
 
 # What an event is, in the place of the number of a batch that ends.
@@ -20,6 +19,7 @@ _WOKEN = -1
 _RECEIVED = -2  # and below: less the number of the request
 
 Balancer = Callable[[Sequence[Scheduler]], int]
+Clock = Callable[[], float]  # s
 
 
 @dataclass(slots=True)
@@ -27,7 +27,7 @@ class Outcome:
     """What became of each request, in order of arrival. NaN latency: not served.
 
     latency_ms (n,), from arrival to answer; accuracy (n,), of the point that served it;
-    decision_us: time that each plan took on the machine that simulates.
+    decision_us: time that each plan took on the machine that simulates, if it has a clock.
     """
 
     workload: Workload
@@ -66,10 +66,13 @@ def simulate(
     replicas: Sequence[Replica],
     *,
     balance: Balancer = shortest_queue,
-    time_decisions: bool = False,
+    clock: Clock | None = None,
 ) -> Outcome:
-    """Return what becomes of a workload. Open loop: arrivals wait for nobody."""
-    return _Run(workload, replicas, balance, time_decisions).outcome()
+    """Return what becomes of a workload. Open loop: arrivals wait for nobody.
+
+    clock: times the decisions; what becomes of the workload does not depend on it.
+    """
+    return _Run(workload, replicas, balance, clock).outcome()
 
 
 @dataclass(slots=True)
@@ -92,7 +95,7 @@ class _Run:
         workload: Workload,
         replicas: Sequence[Replica],
         balance: Balancer,
-        time_decisions: bool,
+        clock: Clock | None,
     ) -> None:
         n = len(workload.arrivals_s)
         self._result = Outcome(workload, np.full(n, np.nan), np.full(n, np.nan))
@@ -101,7 +104,7 @@ class _Run:
         self._replicas = replicas
         self._schedulers = [replica.scheduler for replica in replicas]
         self._balance = balance
-        self._time_decisions = time_decisions
+        self._clock = clock
         self._fronts = [_Front(replica.request_ms / 2e3) for replica in replicas]
         self._heap: list[tuple[float, int, int, int, float]] = []
         self._events = 0
@@ -170,10 +173,7 @@ class _Run:
     def _dispatch(self, at: int, now: float) -> None:
         scheduler, replica = self._schedulers[at], self._replicas[at]
         while scheduler.has_slot and scheduler.waiting:
-            began = time.perf_counter() if self._time_decisions else 0.0
-            plan = scheduler.plan(now)
-            if self._time_decisions:
-                self._result.decision_us.append(1e6 * (time.perf_counter() - began))
+            plan = self._planned(scheduler, now)
             if plan.batch is None:
                 if plan.wake_s is not None and now < plan.wake_s < self._woken[at]:
                     self._woken[at] = plan.wake_s
@@ -185,6 +185,14 @@ class _Run:
             self._running[at, batch.id] = replica.latencies.accuracy[batch.point]
             began_s = max(now, self._fronts[at].free_s)  # what came is received before
             self._push(began_s + took_ms / 1e3, at, batch.id, took_ms)
+
+    def _planned(self, scheduler: Scheduler, now: float) -> Plan:
+        if self._clock is None:
+            return scheduler.plan(now)
+        began_s = self._clock()
+        plan = scheduler.plan(now)
+        self._result.decision_us.append(1e6 * (self._clock() - began_s))
+        return plan
 
     def _push(self, when: float, at: int, what: int, ms: float) -> None:
         self._events += 1

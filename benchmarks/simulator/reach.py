@@ -3,14 +3,13 @@
 import math
 from dataclasses import dataclass, replace
 from itertools import count
-from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.simulator import scenarios, workloads
 from benchmarks.simulator.bound import best_value
-from benchmarks.simulator.events import Outcome
+from benchmarks.simulator.events import Clock, Outcome
 from benchmarks.simulator.figures import Figures, feasible, figures
 from benchmarks.simulator.host import Quantiles, SlowSpell
 from benchmarks.simulator.scenarios import Scenario
@@ -44,16 +43,16 @@ class Served:
         )
 
 
-def steady(host: Served, requests: int, seed: int = 0) -> Figures:
+def steady(host: Served, requests: int, clock: Clock, seed: int = 0) -> Figures:
     """Return the figures of one long Poisson run at the load that the largest point carries, and
-    how many requests a second were simulated."""
+    how many requests a second were simulated by the clock."""
     latencies = host.quantiles.latencies()
     workload = Scenario("poisson", 1.0).workload(latencies, requests, seed)
-    began_s = perf_counter()
+    began_s = clock()
     outcome = host.run(workload, seed)
     found = figures(outcome, latencies)
     missed = float((~outcome.met).sum())
-    return {**found, "missed": missed, "simulated_rps": requests / (perf_counter() - began_s)}
+    return {**found, "missed": missed, "simulated_rps": requests / (clock() - began_s)}
 
 
 def near_bound(quantiles: Quantiles, cv2: float, load: float, seed: int) -> Figures:
@@ -105,9 +104,9 @@ def overloaded(host: Served, cv2: float, requests: int, seed: int) -> Figures:
 
 
 def decision_us(
-    points: int, waiting: int, decisions: int, loose: float = LOOSE, seed: int = 0
+    points: int, waiting: int, decisions: int, clock: Clock, loose: float = LOOSE, seed: int = 0
 ) -> Figures:
-    """Return quantiles of the time of `plan` and `submit` with mixed targets.
+    """Return quantiles of the time of `plan` and `submit` by the clock, with mixed targets.
 
     waiting: requests in the queue, or as many as fit in time. loose: the least target, over the
     time to drain such a queue; the largest is twice that.
@@ -126,13 +125,13 @@ def decision_us(
                 break
             target_s = drain_s * float(rng.uniform(loose, 2 * loose))
             request = Request(str(next(numbers)), now, now + target_s)
-            began_s = perf_counter()
+            began_s = clock()
             scheduler.submit(request, now)
-            submit_us.append(1e6 * (perf_counter() - began_s))
+            submit_us.append(1e6 * (clock() - began_s))
         waited.append(scheduler.waiting)
-        began_s = perf_counter()
+        began_s = clock()
         batch = scheduler.plan(now).batch
-        took_us.append(1e6 * (perf_counter() - began_s))
+        took_us.append(1e6 * (clock() - began_s))
         if batch is None:
             raise RuntimeError(f"nothing was planned with {waiting} requests waiting")
         took_ms = latencies.p50_ms[batch.point][batch.rows - 1]

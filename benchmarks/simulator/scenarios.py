@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.simulator import rivals, workloads
-from benchmarks.simulator.events import Outcome, Replica, simulate
+from benchmarks.simulator.events import Clock, Outcome, Replica, simulate
 from benchmarks.simulator.host import Host, Quantiles, SlowSpell
 from benchmarks.simulator.rivals import RIVALS
 from benchmarks.simulator.workloads import Workload
@@ -73,18 +73,18 @@ def run(
     *,
     spell: SlowSpell | None = None,
     request_ms: float = 0.0,
-    time_decisions: bool = False,
+    clock: Clock | None = None,
 ) -> Outcome:
     """Return what becomes of a workload on one host. Rivals give up only what is late already.
 
-    request_ms: what receiving and answering take (`events.Replica`).
+    request_ms: what receiving and answering take (`events.Replica`). clock: times decisions.
     """
     latencies = quantiles.latencies()
     host = Host(quantiles, np.random.default_rng(1000 + seed), spell)
     sheds = policy in OWN.values()
     scheduler = Scheduler(latencies, policy=policy, max_queue=MAX_QUEUE, sheds=sheds)
     replica = Replica(scheduler, host, latencies, request_ms)
-    return simulate(workload, [replica], time_decisions=time_decisions)
+    return simulate(workload, [replica], clock=clock)
 
 
 def policies(tables: Tables, rate: float) -> dict[str, Policy]:
