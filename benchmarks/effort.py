@@ -16,6 +16,10 @@ class CancelledError(Exception):
     """The calibration was cancelled; nothing of it is kept."""
 
 
+class TooLittleTimeError(Exception):
+    """A calibration would have left out batches that are in use; nothing of it is kept."""
+
+
 @dataclass(frozen=True, slots=True)
 class Precision:
     """When a median is known well enough: half its 95 % interval is within the larger of both."""

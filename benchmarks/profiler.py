@@ -13,12 +13,19 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.effort import CancelledError, Effort, Precision, Progress
+from benchmarks.effort import (
+    CancelledError,
+    Effort,
+    Precision,
+    Progress,
+    TooLittleTimeError,
+)
 from benchmarks.smoothing import smooth
 from benchmarks.tails import steadied
 from maestro_core.host import Elsewhere
@@ -90,11 +97,13 @@ def profile(
     turn: Turn = alone,
     progress: Callable[[Progress], object] = lambda _: None,
     cancelled: Callable[[], bool] = lambda: False,
+    largest_in_use: int = 0,
 ) -> Profile:
     """Return the profile of an engine on this host: measured, then made monotone.
 
     Raises:
         CancelledError: `cancelled` said so.
+        TooLittleTimeError: a batch size up to `largest_in_use` does not fit the effort.
     """
     shape = (max(batch_sizes), *engine.artifact.manifest.input.shape[1:])
     samples = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
@@ -110,6 +119,7 @@ def profile(
         turn=turn,
         progress=progress,
         cancelled=cancelled,
+        largest_in_use=largest_in_use,
     )
     accuracy = [point.score.value for point in engine.artifact.points]
     latencies, dominated = smooth(measured.latencies, accuracy)
@@ -142,6 +152,7 @@ def measure(
     turn: Turn = alone,
     progress: Callable[[Progress], object] = lambda _: None,
     cancelled: Callable[[], bool] = lambda: False,
+    largest_in_use: int = 0,
 ) -> Measured:
     """Return the latency of every point at every batch size that fits the budget.
 
@@ -154,9 +165,10 @@ def measure(
 
     Raises:
         CancelledError: `cancelled` said so.
+        TooLittleTimeError: a batch size up to `largest_in_use` does not fit the budget.
     """
     end_s = clock() + budget_s
-    session = _Session(run, clock, turn, progress, cancelled, precision, rng)
+    session = _Session(run, clock, turn, progress, cancelled, largest_in_use, precision, rng)
     cells = session.first_round(points, sorted(batch_sizes), end_s)
     stopped_on = session.rounds(cells, end_s)
     cells.sort(key=lambda cell: (cell.point, cell.batch))
@@ -172,6 +184,7 @@ class _Session:
     turn: Turn
     progress: Callable[[Progress], object]
     cancelled: Callable[[], bool]
+    largest_in_use: int
     precision: Precision
     rng: random.Random
 
@@ -182,18 +195,26 @@ class _Session:
         start_s = self.clock()
         limit_s = start_s + _FIRST_ROUND_SHARE * (end_s - start_s)
         cells: list[_Cell] = []
-        pass_s, previous = 0.0, batch_sizes[0]
+        pass_s = trial_s = 0.0  # of which a pass waits for its turns, too
+        previous = batch_sizes[0]
         for batch in batch_sizes:
-            expected_s = pass_s * batch / previous
-            if cells and self.clock() + 2 * expected_s > limit_s:
+            growth = batch / previous
+            if cells and self.clock() + 2 * growth * pass_s > limit_s:
+                if batch <= self.largest_in_use:
+                    raise TooLittleTimeError(
+                        f"there was no time for batches of {batch}, which are in use: the profile "
+                        "stays as it was; take more time, or try when fewer requests come"
+                    )
                 break
             row = [_Cell(point, batch) for point in points]
+            expected_s = growth * trial_s
             for _ in range(2):
                 began_s = self.clock()
                 for cell in self.rng.sample(row, len(row)):
                     cell.forget()  # what warmed it up
-                    self._trial(cell, expected_s / len(row))
-                pass_s, previous = self.clock() - began_s, batch
+                    self._trial(cell, expected_s)
+                pass_s = self.clock() - began_s
+            trial_s, previous = fmean(cell.typical_s() for cell in row), batch
             cells += row
             total = len(points) * len(batch_sizes)
             self.progress(Progress(0, total, max(0.0, end_s - self.clock())))

@@ -25,11 +25,15 @@ SEARCH_SHARE = 0.5  # of a calibration that looks for points first
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """What a server wants of a calibration: to compute in turns with it, to see it, to end it."""
+    """What a server wants of a calibration: to compute in turns with it, to see it, to end it.
+
+    largest_in_use: the batch size up to which it must measure; 0 where nothing is served yet.
+    """
 
     turn: Turn = alone
     progress: Callable[[Progress], object] = lambda _: None
     cancelled: Callable[[], bool] = lambda: False
+    largest_in_use: int = 0
 
 
 ALONE = Hooks()
@@ -105,6 +109,7 @@ class HostModel:
             ArtifactError: there is nothing to search with, or the disk does not take the points.
             EngineError: the provider is not installed, or ONNX Runtime refuses the artifact.
             CancelledError: the hooks said so.
+            TooLittleTimeError: the effort leaves no time for batches that are in use.
         """
         began_s = time.monotonic()
         if not effort.search:
@@ -137,6 +142,7 @@ class HostModel:
             turn=hooks.turn,
             progress=hooks.progress,
             cancelled=hooks.cancelled,
+            largest_in_use=hooks.largest_in_use,
         )
 
 

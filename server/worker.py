@@ -36,16 +36,14 @@ class Worker:
 class Turns:
     """Who computes now: serving first, and one trial of a calibration at a time in between.
 
-    A request that comes during a trial interrupts it. After a few in a row one runs to its end, and
-    so does one that found the server never idle: a calibration gets on under any load.
+    A request that comes during a trial interrupts it. One that has been tried for so long runs to
+    its end: a server that is never idle still gets calibrated, by a trial a second.
     """
 
-    # A server that is never idle still gets calibrated: a trial a second.
     PATIENCE_S = 1.0
-    # While requests come in, trials take this share of the time, so that few meet one.
-    TRIAL_SHARE = 0.1
+    # While requests come in, trials take this share of the time at most, so that few meet one.
+    TRIAL_SHARE = 0.5
     TRAFFIC_S = 2.0  # since the last request
-    MOST_INTERRUPTS = 4  # in a row
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -54,7 +52,7 @@ class Turns:
         self._idle = threading.Event()
         self._idle.set()
         self._trial: Interrupt | None = None  # the one under way that may be interrupted
-        self._interrupts = 0  # in a row
+        self._tried_since_s: float | None = None  # for the trial to come
 
     def set_idle(self, idle: bool) -> None:
         """Say whether requests wait or run."""
@@ -90,11 +88,13 @@ class Turns:
     def trial(self, seconds: float) -> Iterator[Interrupt]:
         """Compute one trial inside, once no request waits or patience is over."""
         time.sleep(self.pause_s(seconds))
-        is_idle = self._idle.wait(self.PATIENCE_S)
+        if self._tried_since_s is None:
+            self._tried_since_s = self._clock()
+        self._idle.wait(self.PATIENCE_S)
         while not (lock := self._computing).acquire(timeout=self.PATIENCE_S):
             pass  # another may have taken the place of one that hangs
         interrupt = Interrupt()
-        if is_idle and self._interrupts < self.MOST_INTERRUPTS:
+        if self._clock() - self._tried_since_s < self.PATIENCE_S:
             self._trial = interrupt
             if not self._idle.is_set():  # a request came meanwhile
                 interrupt.set()
@@ -102,5 +102,6 @@ class Turns:
             yield interrupt
         finally:
             self._trial = None
-            self._interrupts = self._interrupts + 1 if interrupt.is_set else 0
+            if not interrupt.is_set:
+                self._tried_since_s = None
             lock.release()

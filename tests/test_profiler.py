@@ -3,7 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.effort import FULL, QUICK, CancelledError, Precision, Progress
+from benchmarks.effort import (
+    FULL,
+    QUICK,
+    CancelledError,
+    Precision,
+    Progress,
+    TooLittleTimeError,
+)
 from benchmarks.profiler import Measured, measure, summary
 from benchmarks.smoothing import dominated_rows, isotonic, isotonic_grid, smooth
 from maestro_core.profile import Latency
@@ -191,6 +198,51 @@ def test_a_trial_that_is_interrupted_is_made_again_and_not_counted() -> None:
     for x in found.latencies:
         assert x.p50_ms == pytest.approx((x.point + 1) * x.batch)
         assert x.n >= LOOSE.min_runs
+
+
+def waits(host: FakeHost, times: float) -> Callable[[float], AbstractContextManager[Interrupt]]:
+    """Return a turn that leaves requests so many times what a trial is said to take."""
+
+    def turn(expected_s: float) -> AbstractContextManager[Interrupt]:
+        host.now_s += times * expected_s
+        return host.turn(expected_s)
+
+    return turn
+
+
+def test_waiting_for_turns_is_not_taken_for_computing() -> None:
+    host = FakeHost()
+    busy_s = 2 * 1e-3 * sum(p * b for p in range(1, 5) for b in BATCHES)
+
+    found = measure(
+        host.run,
+        range(4),
+        BATCHES,
+        budget_s=40 * busy_s,
+        precision=LOOSE,
+        rng=random.Random(0),
+        clock=host.clock,
+        turn=waits(host, 9.0),
+    )
+
+    assert {x.batch for x in found.latencies} == set(BATCHES)
+    assert host.now_s <= 41 * busy_s
+
+
+def test_a_calibration_that_would_leave_out_batches_in_use_fails() -> None:
+    host = FakeHost()
+
+    with pytest.raises(TooLittleTimeError, match="batches of 4, which are in use"):
+        measure(
+            host.run,
+            range(4),
+            BATCHES,
+            budget_s=0.12,
+            precision=LOOSE,
+            rng=random.Random(0),
+            clock=host.clock,
+            largest_in_use=4,
+        )
 
 
 def test_progress_rises_to_the_total() -> None:
