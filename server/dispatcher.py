@@ -153,7 +153,7 @@ class Dispatcher:
     async def drain(self, limit_s: float | None) -> None:
         """Take no more requests; wait until those taken are answered, `limit_s` at most if given.
 
-        The rest is answered that the server is shutting down.
+        The rest, waiting or running, is answered that the server is shutting down.
         """
         self.scheduler.drain()
         self._drained.clear()
@@ -162,10 +162,12 @@ class Dispatcher:
             async with asyncio.timeout(limit_s):
                 await self._drained.wait()
         except TimeoutError:
+            leaving = UnavailableError("the server is shutting down", reason="draining")
             for request_id in list(self._callers):
-                leaving = UnavailableError("the server is shutting down", reason="draining")
                 self._fail(request_id, leaving)
                 self.scheduler.cancel(request_id, time.monotonic())
+            for flight in list(self._flights.values()):
+                self._give_up_on(flight, leaving)
 
     def close(self) -> None:
         """Let the threads end."""
@@ -213,11 +215,16 @@ class Dispatcher:
         callers = {request.id: self._callers.pop(request.id) for request in batch.requests}
         inputs = [caller.x for caller in callers.values()]
         x = inputs[0] if len(inputs) == 1 else np.concatenate(inputs)
-        is_free = self._slots == 1 and not self._turns.computing.locked()
-        if batch.predicted_ms <= INLINE_MS and is_free:
+        lock = self._turns.computing
+        is_short = self._slots == 1 and batch.predicted_ms <= INLINE_MS
+        if is_short and lock.acquire(blocking=False):
             self._turns.note_request()
             flight = self._flights[batch.id] = _Flight(batch, callers)
-            self._finished(batch.id, *self._computed(flight, x))
+            try:
+                computed = self._computed(flight, x)
+            finally:
+                lock.release()
+            self._finished(batch.id, *computed)
             return
         self._turns.set_idle(False)
         worker = self._free.pop()
@@ -232,24 +239,27 @@ class Dispatcher:
     def _compute(self, flight: _Flight, x: Floats) -> None:
         """Run a batch; in a worker's thread."""
         batch = flight.batch
-        result = self._computed(flight, x)
+        with self._turns.computing:
+            result = self._computed(flight, x)
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self._loop.call_soon_threadsafe(self._finished_elsewhere, batch.id, *result)
 
     def _computed(
         self, flight: _Flight, x: Floats
     ) -> tuple[Floats | None, Exception | None, float, float]:
-        """Return the output or the error, when it began, and how long it took in seconds."""
+        """Return the output or the error, when it began, and how long it took in seconds.
+
+        The turn to compute is taken already.
+        """
         output: Floats | None = None
         error: Exception | None = None
-        with self._turns.computing:
-            flight.began = True
-            began_s = time.monotonic()
-            try:
-                output = self._runner.run(x, flight.batch.point)
-            except Exception as caught:
-                error = caught
-            return output, error, began_s, time.monotonic() - began_s
+        flight.began = True
+        began_s = time.monotonic()
+        try:
+            output = self._runner.run(x, flight.batch.point)
+        except Exception as caught:
+            error = caught
+        return output, error, began_s, time.monotonic() - began_s
 
     def _finished_elsewhere(
         self,
@@ -283,7 +293,7 @@ class Dispatcher:
         now = time.monotonic()
         if output is None:
             failed = self.scheduler.failed(batch_id, now)
-            self._reject(flight, failed, f"the engine failed: {error}")
+            self._reject(flight, failed, UnavailableError(f"the engine failed: {error}"))
         else:
             answered = self.scheduler.done(batch_id, MS * compute_s, now)
             self._on_batch(flight.batch, compute_s)
@@ -320,18 +330,23 @@ class Dispatcher:
         if not flight.began and flight.waits < MOST_WAITS:
             self._watch(flight)
             return
-        del self._flights[batch_id]
-        if flight.worker:
-            flight.worker.stop()
         self._free.append(Worker("compute-replacement"))
         self._turns.replace_lock()
-        failed = self.scheduler.failed(batch_id, time.monotonic())
-        self._reject(flight, failed, "the engine did not answer")
+        self._give_up_on(flight, UnavailableError("the engine did not answer"))
         self._pump()
 
-    def _reject(self, flight: _Flight, requests: tuple[Request, ...], detail: str) -> None:
+    def _give_up_on(self, flight: _Flight, error: ServiceError) -> None:
+        """Wait no longer for a batch that runs; its thread ends whenever it can."""
+        del self._flights[flight.batch.id]
+        if flight.watch:
+            flight.watch.cancel()
+        if flight.worker:
+            flight.worker.stop()
+        self._reject(flight, self.scheduler.failed(flight.batch.id, time.monotonic()), error)
+
+    def _reject(self, flight: _Flight, requests: tuple[Request, ...], error: ServiceError) -> None:
         for request in requests:
-            self._tell(flight.callers[request.id], UnavailableError(detail))
+            self._tell(flight.callers[request.id], error)
 
     def _fail(self, request_id: str, error: ServiceError) -> None:
         caller = self._callers.pop(request_id, None)

@@ -281,6 +281,20 @@ def test_draining_answers_what_was_taken_and_refuses_the_rest() -> None:
     drive(scenario)
 
 
+def test_a_drain_that_takes_too_long_tells_those_that_wait_and_those_that_run() -> None:
+    async def scenario(driver: Dispatcher, engine: FakeEngine) -> None:
+        engine.gate.clear()
+        tasks = [await start(driver, request(name), 0) for name in ("runs", "waits")]
+        await driver.drain(0.01)
+
+        for task in tasks:
+            with pytest.raises(UnavailableError, match="shutting down"):
+                await task
+        assert driver.scheduler.is_idle
+
+    drive(scenario)
+
+
 def test_a_request_interrupts_a_trial_and_a_batch_waits_for_its_end() -> None:
     async def scenario(driver: Dispatcher, engine: FakeEngine) -> None:
         turns = driver._turns
