@@ -8,6 +8,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,9 +16,10 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.effort import QUICK
+from benchmarks.effort import QUICK, CancelledError, Effort
 from maestro_core.host import usable_cores
 from maestro_core.locking import locked
+from maestro_core.profile import Profile
 from maestro_core.profile_store import ProfileStore
 from server.answers import Inference
 from server.processes import cores, counters, listening
@@ -26,8 +28,9 @@ from server.processes.channel import Answer, Channel, LostError, RemoteError, op
 from server.processes.counters import ACCEPTS_NONE, Board
 from server.processes.hub import Hub
 from server.processes.supervisor import WorkersError, _Supervisor, pause_s
+from server.processes.team import Hands, Team
 from server.settings import read_settings
-from server.statistics import Statistics
+from server.statistics import Statistics, private_row
 from tests.test_profile import PROFILE
 
 ANSWERED = Inference(np.zeros((2, 10), np.float32), 3, 1.0, 2.0, 4.0, 2)
@@ -348,6 +351,45 @@ def test_a_calibration_is_known_to_all_and_ends_when_any_says_so(tmp_path: Path)
         assert "use" not in one.told + other.told
 
     with_hub(run, tmp_path)
+
+
+def test_a_worker_that_is_told_to_load_twice_ends_both_when_told_to_stop() -> None:
+    running, begun, over = set[object](), list[object](), Event()
+
+    def load(_effort: Effort, _progress: object, cancelled: Callable[[], bool]) -> Profile:
+        me = object()
+        running.add(me)
+        begun.append(me)
+        while not (cancelled() or over.wait(0.001)):
+            pass
+        running.remove(me)
+        raise CancelledError
+
+    async def take(_profile: Profile, _source: str) -> None: ...
+
+    async def of_team(_name: str, _given: dict[str, Any]) -> None: ...
+
+    async def run() -> None:
+        ours, theirs = socket.socketpair()
+        row = private_row()
+        team = Team(2, theirs, Statistics(row, [row]))
+        team.join(Hands(load, load, take, lambda: None))
+        channel = await open_channel(ours, of_team)
+        reading = asyncio.create_task(channel.run())
+        assert await team.first(None, QUICK) is None
+        channel.tell("load", job="a", effort=asdict(QUICK))
+        await until(lambda: len(begun) == 1)
+        channel.tell("load", job="a", effort=asdict(QUICK))
+        await until(lambda: len(begun) == 2)
+        channel.tell("stop")
+
+        try:
+            await until(lambda: not running)
+        finally:
+            over.set()
+            reading.cancel()
+
+    asyncio.run(run())
 
 
 def test_a_worker_that_cannot_be_replaced_does_not_end_those_that_serve() -> None:

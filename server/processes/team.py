@@ -133,8 +133,12 @@ class Team:
         return None
 
     def _begun(self, given: dict[str, Any]) -> Effort:
-        """Note a calibration; return its effort."""
+        """Note a calibration, in the place of the one before; return its effort.
+
+        A worker that joins as one begins is told twice.
+        """
         effort = Effort.from_dict(given["effort"])
+        self._stop.set()
         self._stop = threading.Event()
         self.last_job = Job(given["job"], "running", seconds_left=effort.budget_s)
         return effort
