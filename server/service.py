@@ -303,7 +303,8 @@ class Service:
             progress(seen)
             self._on_progress(seen)
 
-        hooks = Hooks(self._turns.trial, both, cancelled)
+        in_use = self.max_batch if self._serving else 0
+        hooks = Hooks(self._turns.trial, both, cancelled, in_use)
         self._measured_engine, profile = self._host.measured(
             effort, self._overhead_ms, self._engine, hooks
         )
@@ -335,8 +336,14 @@ class Service:
         self._use(profile, source, engine)
 
     def _on_profile(self, profile: Profile) -> None:
-        """Serve with a new profile; called in the calibration's thread."""
-        self._loop.call_soon_threadsafe(self._use, profile, "measured", self._measured_engine)
+        """Serve with a new profile; called in the calibration's thread, which fails if that does.
+
+        What a profile in use can't do would else be known to nobody.
+        """
+        asyncio.run_coroutine_threadsafe(self._renew(profile), self._loop).result()
+
+    async def _renew(self, profile: Profile) -> None:
+        self._use(profile, "measured", self._measured_engine)
 
     def _use(self, profile: Profile, source: Source, engine: Engine) -> None:
         """Let requests from now on go by this profile; those before stay with theirs."""

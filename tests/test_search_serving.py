@@ -1,6 +1,8 @@
 """A server that is asked to look for points of its own, and serves them from then on."""
 
+import asyncio
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from maestro_core.frontier import RankTable
 from server.app import create_app
 from server.engine import EngineError
 from server.measuring import HostModel
+from server.service import Service
 from server.settings import Settings
 from tests.conftest import tiny_contents, tiny_manifest
 
@@ -32,6 +35,24 @@ def settings(root: Path, extra: dict[str, bytes]) -> Settings:
         max_batch=2,
         calibration_budget_s=1.0,
     )
+
+
+def test_a_calibration_whose_profile_cannot_be_used_fails(tmp_path: Path) -> None:
+    async def run() -> None:
+        service = Service(settings(tmp_path, {}))
+        await service.start()
+        while not service.is_ready:
+            await asyncio.sleep(0.01)
+        in_use = service.serving().profile
+        sizes = len(in_use.batch_sizes)
+        wrong = replace(in_use, latencies=in_use.latencies[:sizes], dominated=())
+
+        with pytest.raises(ValueError, match="point"):
+            await asyncio.to_thread(service._on_profile, wrong)
+        assert service.serving().profile is in_use
+        await service.stop()
+
+    asyncio.run(run())
 
 
 def wait(client: TestClient, location: str) -> str:
