@@ -8,6 +8,7 @@ Sessions map that file: full speed, clean pages, and what points have in common 
 The layout depends on CPU and runtime; `bake` is told a key and bakes again when it differs.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -104,9 +105,7 @@ def bake(
         made_by_another = _find(directory, key, len(graphs))
         if made_by_another:
             return made_by_another
-        raise BakeError(error.errno, f"points not baked: {error.strerror}", str(directory)) from (
-            error
-        )
+        raise BakeError(f"{directory}: points not baked: {error.strerror or error}") from error
     baked = found or _find(directory, key, len(graphs))
     if baked is None:
         raise BakeError(f"{directory}: what was baked does not read back")
@@ -160,7 +159,12 @@ def _optimise(graph: Path, to: Path, i: int, options: ort.SessionOptions) -> Mod
     ):
         options.add_session_config_entry(entry, value)
     source = down_first(_read(graph)).SerializeToString()
-    ort.InferenceSession(source, options, ["CPUExecutionProvider"])
+    try:
+        ort.InferenceSession(source, options, ["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's own classes share no base but this
+        options.optimized_model_filepath = ""
+        ort.InferenceSession(source, options, ["CPUExecutionProvider"])  # or it is the graph's
+        raise OSError(errno.EIO, f"nothing could be written ({error})") from error
     return _read(path)
 
 

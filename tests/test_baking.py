@@ -1,5 +1,7 @@
 """Baked points: one copy of what they share, and made again when the key or a byte differs."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,6 +103,28 @@ def test_a_directory_that_cannot_be_written_is_said(
 
     with pytest.raises(BakeError, match="points not baked"):
         baked(tiny_artifact, tmp_path / "file" / "baked")
+
+
+def test_a_disk_that_is_full_is_no_obstacle(tiny_artifact: Artifact, tmp_path: Path) -> None:
+    """A limit on the size of files makes writing fail as a full disk does."""
+    program = f"""
+import resource, signal
+from pathlib import Path
+import numpy as np
+from maestro_core import artifact
+from server.engine import Engine
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+model = artifact.load(Path({str(tiny_artifact.path)!r}))
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+engine = Engine(model, state_dir=Path({str(tmp_path)!r}))
+assert "points not baked: nothing could be written" in engine.note, engine.note
+engine.run(np.zeros((1, 1, 8, 8), np.float32), 0)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_two_processes_that_bake_at_once_both_get_the_points(
