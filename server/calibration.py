@@ -1,6 +1,7 @@
 """The /profile job: one calibration at a time, in a thread, with progress and cancel. No HTTP."""
 
 import asyncio
+import logging
 import secrets
 import threading
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from typing import Literal, NamedTuple
 from benchmarks.effort import QUICK, CancelledError, Effort, Progress
 from maestro_core.profile import Profile
 from maestro_core.profile_store import ProfileStore, StoreError
+
+log = logging.getLogger("maestro")
 
 _KEPT_JOBS = 32
 _LEAVE_S = 10.0
@@ -87,13 +90,14 @@ class Calibrator:
             while len(self._jobs) > _KEPT_JOBS:
                 del self._jobs[next(iter(self._jobs))]
             self._running_id, self._cancel = job.id, threading.Event()
-            self._thread = threading.Thread(
+            thread = threading.Thread(
                 target=self._work,
                 args=(job.id, effort, self._cancel),
                 name="calibration",
                 daemon=True,
             )
-            self._thread.start()
+            thread.start()
+            self._thread = thread  # others may wait for it from now on
         return job
 
     def job(self, job_id: str) -> Job:
@@ -143,6 +147,8 @@ class Calibrator:
             message = f"{type(error).__name__}: {error}"
             self._update(job_id, state="failed", seconds_left=None, error=message)
         else:
+            if note:
+                log.warning("profile not stored, so the next start measures again: %s", note)
             self._update(job_id, state="done", seconds_left=0.0, note=note)
 
     def _stored(self, profile: Profile) -> str | None:

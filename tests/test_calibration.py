@@ -123,6 +123,30 @@ def test_a_failure_is_told(measure: FakeMeasure) -> None:
     assert (ended.state, ended.error) == ("failed", "RuntimeError: no such kernel")
 
 
+def test_waiting_while_one_starts_is_safe(measure: FakeMeasure) -> None:
+    calibrator = Calibrator(measure, lambda _: None, None)
+    measure.let_go.set()
+    over = threading.Event()
+    errors = list[Exception]()
+
+    def wait() -> None:
+        try:
+            while not over.is_set():
+                calibrator.wait()
+        except Exception as error:
+            errors.append(error)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    for _ in range(300):
+        calibrator.start(QUICK)
+        calibrator.wait()
+    over.set()
+    waiting.join()
+
+    assert errors == []
+
+
 def test_the_last_of_many_calibrations_is_known(measure: FakeMeasure) -> None:
     calibrator = Calibrator(measure, lambda _: None, None)
     own = OwnCalibrations(calibrator)
