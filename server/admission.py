@@ -54,7 +54,7 @@ class Admission:
         if MS * (entry.expiry_s - now) >= quickest_ms:
             return entry, None
         if request.on_miss == "reject":
-            return entry, self._infeasible(request, quickest_ms)
+            return entry, self._infeasible(request, quickest_ms, now)
         return self._late(entry, quickest_ms, factor, now), None
 
     def expiry_s(self, request: Request) -> float:
@@ -99,8 +99,10 @@ class Admission:
             late=True,
         )
 
-    def _infeasible(self, request: Request, quickest_ms: float) -> Refusal:
-        least_ms = quickest_ms + self.tables.overhead_ms
+    def _infeasible(self, request: Request, quickest_ms: float, now: float) -> Refusal:
+        """Return the refusal, with the least target that would do: reading it took time, too."""
+        spent_ms = MS * max(0.0, now - request.arrival_s)
+        least_ms = spent_ms + quickest_ms + self.tables.overhead_ms
         target_ms = MS * ((request.deadline_s or math.inf) - request.arrival_s)
         return Refusal(
             "infeasible",

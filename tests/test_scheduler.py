@@ -119,6 +119,17 @@ def test_infeasible_and_reject_says_what_is_feasible() -> None:
     assert answer.min_feasible_ms == pytest.approx(1.75)
 
 
+def test_what_is_feasible_counts_the_time_that_is_gone() -> None:
+    scheduler = Scheduler(make_latencies(overhead_ms=0.5))
+
+    late = scheduler.submit(make_request(target_ms=2.0, on_miss="reject"), 0.001)
+    in_time = scheduler.submit(make_request("b", target_ms=2.76, on_miss="reject"), 0.001)
+
+    assert isinstance(late, Refusal)
+    assert late.min_feasible_ms == pytest.approx(2.75)
+    assert isinstance(in_time, Admitted)
+
+
 def test_infeasible_and_degrade_runs_at_the_fastest_point() -> None:
     scheduler = Scheduler(make_latencies())
     scheduler.submit(make_request(target_ms=1.0), 0.0)
