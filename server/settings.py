@@ -21,11 +21,11 @@ def shipped_artifact() -> Path:
 
 
 class Settings(BaseSettings):
-    """Each field is read from `MAESTRO_` + its name in capitals."""
+    """Each field is read from `MAESTRO_` + its name in capitals; one that is empty is not set."""
 
-    model_config = SettingsConfigDict(env_prefix="MAESTRO_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="MAESTRO_", env_ignore_empty=True, frozen=True)
 
-    host: str = "127.0.0.1"
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     artifact: Path = Field(default_factory=shipped_artifact)
     state_dir: Path = Field(default_factory=lambda: user_cache_path("maestro"))
@@ -59,7 +59,7 @@ class Settings(BaseSettings):
     @field_validator("admin_token", mode="before")
     @classmethod
     def _no_empty_token(cls, value: object) -> object:
-        return value or None  # as in a file of settings where nothing was filled in
+        return value or None  # given by a program that has none
 
 
 def read_settings(**given: Any) -> Settings:  # noqa: ANN401  fields of Settings
