@@ -17,6 +17,8 @@ from maestro_core.allocator import keep_freed_memory
 from server.policy_names import OURS, RESERVE, RivalName
 
 if TYPE_CHECKING:
+    import socket
+
     from server.settings import Settings
 
 app = typer.Typer(
@@ -227,34 +229,43 @@ def _serve_alone(settings: "Settings", tell: Callable[[str], None]) -> None:
     from server import running, tracing
     from server.service import Service
 
+    listeners = _listeners(settings)
     tracing.export_spans("maestro")
     with terminal.progress("calibrating", settings.log_format) as progress:
         service = Service(settings, progress)
-        name = service.artifact.manifest.name
-        tell(f"{name} on http://{settings.host}:{settings.port}; API at /docs")
-        started = running.run(service)
+        tell(f"{service.artifact.manifest.name} on {_address(settings, listeners)}; API at /docs")
+        started = running.run(service, listeners)
     if not started:
-        raise CommandError(f"the server did not start on {settings.host}:{settings.port}")
+        raise CommandError("the server did not start; its log says why")
 
 
 def _serve_with_workers(settings: "Settings", tell: Callable[[str], None]) -> None:
-    from server.processes import cores, listening
+    from server.processes import cores
     from server.processes.supervisor import WorkersError, supervise
 
     name = artifact.load(settings.artifact).manifest.name  # what is wrong with it is said once
     groups = cores.groups(settings.workers)
-    try:
-        listeners = listening.listen(settings.host, settings.port)
-    except OSError as error:
-        where = f"{settings.host}:{settings.port}"
-        raise CommandError(f"the server did not start on {where}: {error.strerror}") from error
-    port = listeners[0].getsockname()[1]
-    tell(f"{name} on http://{settings.host}:{port}, {len(groups)} workers; API at /docs")
+    listeners = _listeners(settings)
+    tell(f"{name} on {_address(settings, listeners)}, {len(groups)} workers; API at /docs")
     try:
         with terminal.progress("calibrating", settings.log_format) as progress:
             supervise(settings, groups, listeners, progress)
     except WorkersError as error:
         raise CommandError(str(error)) from error
+
+
+def _listeners(settings: "Settings") -> list["socket.socket"]:
+    from server import listening
+
+    try:
+        return listening.listen(settings.host, settings.port)
+    except OSError as error:
+        where = f"{settings.host}:{settings.port}"
+        raise CommandError(f"the server did not start on {where}: {error.strerror}") from error
+
+
+def _address(settings: "Settings", listeners: list["socket.socket"]) -> str:
+    return f"http://{settings.host}:{listeners[0].getsockname()[1]}"
 
 
 @app.command()

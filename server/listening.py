@@ -1,8 +1,9 @@
-"""The sockets that all workers accept from, opened once by the supervisor.
+"""The sockets that a server accepts from, opened before anything is loaded.
 
-Each worker inherits the same sockets. With a socket of its own for each (SO_REUSEPORT) the kernel
-deals connections out by a hash of their addresses: of few, one worker may get all, and those dealt
-to a worker that dies before it accepts them are lost. In a shared queue they wait for another one.
+Several workers inherit the same ones from their supervisor. With a socket of its own for each
+(SO_REUSEPORT) the kernel deals connections out by a hash of their addresses: of few, one worker may
+get all, and those dealt to a worker that dies before it accepts them are lost. In a shared queue
+they wait for another one.
 """
 
 import socket

@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
+import math
 import resource
 import signal
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import uvicorn
@@ -26,6 +27,11 @@ LINGER_S = 0.2
 # Then what was taken has so long to be answered: a body that trickles in must not hold the end up.
 GRACE_S = 10
 
+# A signal that comes so soon after another is that one again.
+REPEAT_S = 0.2
+# After a second one, what was taken has so long to be answered.
+STOP_S = 1.0
+
 # Connections that may wait to be accepted. One that finds no room tries again a second later, so
 # that a burst of new ones, after 40 ms in which nobody could accept, took a second.
 BACKLOG = 1024
@@ -37,12 +43,11 @@ OWN_FILES = 96
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What a worker shares with others: sockets to accept from, and how many connections each has.
+    """What a worker shares with others: how many connections each has.
 
     `connections[index]` are this one's.
     """
 
-    sockets: Sequence[socket.socket]
     connections: Row
     index: int
 
@@ -68,9 +73,9 @@ class _Sharing(_Server):
         self._shared = shared
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets or [])
+        await super().startup([])
         shared = self._shared
-        acceptor = Acceptor(shared.sockets, self._protocol, shared.connections, shared.index)
+        acceptor = Acceptor(sockets or [], self._protocol, shared.connections, shared.index)
         self.servers.append(acceptor)  # type: ignore[arg-type]  # closed as the others are
 
     def _protocol(self) -> asyncio.Protocol:
@@ -79,20 +84,19 @@ class _Sharing(_Server):
         )
 
 
-def run(service: Service, shared: Shared | None = None) -> bool:
+def run(service: Service, listeners: list[socket.socket], shared: Shared | None = None) -> bool:
     """Serve until SIGTERM or SIGINT; return whether the server ever started.
 
     On SIGTERM readiness goes first, and requests are served on for `drain_s`, so that balancers
     have time to look elsewhere; SIGINT does not wait. A second signal ends connections too, but
-    of one among several workers: those may be told to end by their supervisor and by others.
+    of one among several workers: those may be told to end by their supervisor and by others. One
+    that follows at once is the first again: timeout(1) sends each twice.
     """
     settings = service.settings
     app = create_app(settings, service)
     limits = Limits(settings.max_connections, settings.receive_timeout_s)
     config = uvicorn.Config(
         app,
-        host=settings.host,
-        port=settings.port,
         log_config=None,
         access_log=False,
         ws="none",
@@ -108,10 +112,10 @@ def run(service: Service, shared: Shared | None = None) -> bool:
     server = _Sharing(config, shared) if shared else _Server(config)
     forget_the_start()
     with (
-        contextlib.suppress(SystemExit),  # uvicorn's answer to a port that is taken; it says so
+        contextlib.suppress(SystemExit),  # uvicorn's answer to a start that failed; it says so
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        runner.run(_serve(server, service))
+        runner.run(_serve(server, service, listeners))
     return server.started
 
 
@@ -126,12 +130,18 @@ def _backlog(max_connections: int) -> int:
     return max(LEAST_BACKLOG, min(BACKLOG, room))
 
 
-async def _serve(server: _Server, service: Service) -> None:
+async def _serve(server: _Server, service: Service, listeners: list[socket.socket]) -> None:
     loop = asyncio.get_running_loop()
+    told_s = math.inf
 
     def leave(drain_s: float) -> None:
+        nonlocal told_s
+        if not service.is_leaving:
+            told_s = loop.time()
+        elif loop.time() - told_s < REPEAT_S:
+            return
         server.force_exit = service.is_leaving and not isinstance(server, _Sharing)
-        service.leave()
+        service.leave(STOP_S if server.force_exit else None)
         loop.call_later(0.0 if server.force_exit else drain_s, close)
 
     def close() -> None:
@@ -141,4 +151,6 @@ async def _serve(server: _Server, service: Service) -> None:
 
     loop.add_signal_handler(signal.SIGTERM, leave, service.settings.drain_s)
     loop.add_signal_handler(signal.SIGINT, leave, 0.0)
-    await server.serve()
+    await server.serve(listeners)
+    if server.force_exit:  # uvicorn left this out, and threads that compute must not outlive Python
+        await server.lifespan.shutdown()

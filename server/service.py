@@ -103,6 +103,7 @@ class Service:
         self._overhead_ms = 0.0
         self._serving: _Serving | None = None
         self.is_leaving = False
+        self._stop_s = DRAIN_S
         self._stopping = False
 
     # -- life --------------------------------------------------------------------------------
@@ -122,16 +123,20 @@ class Service:
             return
         log.info("no profile of this host yet: calibrating, %g s at most", effort.budget_s)
 
-    def leave(self) -> None:
-        """Be not ready from now on, and serve on until stopped."""
+    def leave(self, stop_s: float | None = None) -> None:
+        """Be not ready from now on, and serve on until stopped, which then takes so long at most.
+
+        None leaves that as it is.
+        """
         self.is_leaving = True
+        self._stop_s = self._stop_s if stop_s is None else stop_s
 
     async def stop(self) -> None:
         """Answer what was taken, then end."""
         self._stopping = True
         await self._calibrations.close()
         if self._serving:
-            await _retire(self._serving.dispatcher, DRAIN_S)
+            await _retire(self._serving.dispatcher, self._stop_s)
 
     @property
     def is_ready(self) -> bool:

@@ -13,7 +13,8 @@ import httpx2 as httpx
 import numpy as np
 
 from maestro_core.artifact import Artifact
-from tests.server_process import server_process
+from server.running import REPEAT_S
+from tests.server_process import server_process, starting_server
 
 BODY = {"inputs": np.zeros((1, 8, 8)).tolist()}
 
@@ -92,9 +93,41 @@ def test_a_second_sigterm_does_not_wait_for_the_drain(
         process.send_signal(signal.SIGTERM)
         while httpx.get(f"{address}/readyz").status_code == 200:
             time.sleep(0.01)
+        time.sleep(REPEAT_S)
         process.send_signal(signal.SIGTERM)
 
         assert process.wait(30) == 0
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(tiny_artifact: Artifact, tmp_path: Path) -> None:
+    with server_process(tmp_path, tiny_artifact.path, MAESTRO_DRAIN_S="2") as (address, process):
+        process.send_signal(signal.SIGTERM)
+        while httpx.get(f"{address}/readyz").status_code == 200:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+
+        assert httpx.post(f"{address}/infer", json=BODY).status_code == 200
+        assert process.wait(30) == 0
+
+
+def test_a_hurried_end_in_the_middle_of_a_calibration_is_clean(tmp_path: Path) -> None:
+    with starting_server(tmp_path, MAESTRO_CALIBRATION_BUDGET_S="60") as (address, process):
+        while _status(f"{address}/livez") != 200:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(REPEAT_S)
+        process.send_signal(signal.SIGTERM)
+        log = process.communicate(timeout=30)[1]
+
+    assert process.returncode == 0, log
+    assert "Traceback" not in log
+
+
+def _status(url: str) -> int:
+    try:
+        return httpx.get(url).status_code
+    except httpx.TransportError:
+        return 0
 
 
 def test_a_port_that_is_taken_is_one_clear_error(tiny_artifact: Artifact, tmp_path: Path) -> None:
@@ -114,7 +147,10 @@ def test_a_port_that_is_taken_is_one_clear_error(tiny_artifact: Artifact, tmp_pa
 
 
 def test_a_json_log_has_an_object_in_every_line(tiny_artifact: Artifact, tmp_path: Path) -> None:
-    with server_process(tmp_path / "first", tiny_artifact.path) as (address, _):
+    with server_process(tmp_path / "first", tiny_artifact.path, MAESTRO_LOG_FORMAT="json") as (
+        address,
+        process,
+    ):
         port = address.rpartition(":")[2]
         program = [sys.executable, "-c", "from maestro_core.cli import main; main()"]
         second = subprocess.run(
@@ -125,10 +161,13 @@ def test_a_json_log_has_an_object_in_every_line(tiny_artifact: Artifact, tmp_pat
             text=True,
             check=False,
         )
+        process.send_signal(signal.SIGTERM)
+        log = process.communicate(timeout=30)[1]
 
+    lines = [json.loads(line) for line in log.splitlines()]
+    assert any(f"on {address}" in line["message"] for line in lines)
     assert second.returncode == 1
     assert second.stdout == ""
     lines = [json.loads(line) for line in second.stderr.splitlines()]
     assert lines[-1]["level"] == "error"
     assert f"did not start on 127.0.0.1:{port}" in lines[-1]["message"]
-    assert any(f"on http://127.0.0.1:{port}" in line["message"] for line in lines)

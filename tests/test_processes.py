@@ -21,8 +21,9 @@ from maestro_core.host import usable_cores
 from maestro_core.locking import locked
 from maestro_core.profile import Profile
 from maestro_core.profile_store import ProfileStore
+from server import listening
 from server.answers import Inference
-from server.processes import cores, counters, listening
+from server.processes import cores, counters
 from server.processes.accepting import is_ahead
 from server.processes.channel import Answer, Channel, LostError, RemoteError, open_channel
 from server.processes.counters import ACCEPTS_NONE, Board

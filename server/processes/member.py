@@ -68,8 +68,8 @@ def _serve(place: Place, control: socket.socket) -> None:
         say(control, "why", reason=str(error))
         sys.exit(1)
     sockets = [socket.socket(fileno=number) for number in place.listeners]
-    shared = running.Shared(sockets, board.connections, place.index)
-    if not running.run(service, shared):
+    shared = running.Shared(board.connections, place.index)
+    if not running.run(service, sockets, shared):
         sys.exit(1)
 
 
