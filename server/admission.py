@@ -83,6 +83,7 @@ class Admission:
             highest,
             request.min_accuracy or 0.0,
             request.rows * self.tables.unit_ms[lowest],
+            self.tables.p50_ms[request.rows - 1][lowest],
         )
 
     def _late(self, entry: Entry, quickest_ms: float, factor: float, now: float) -> Entry:

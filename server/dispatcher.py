@@ -5,6 +5,7 @@ What runs next is the scheduler's decision; who is told what, and when, is decid
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ class Dispatcher:
         if isinstance(verdict, Refusal):
             raise refused(verdict)
         for displaced in verdict.displaced:
-            gave_way = UnavailableError("a request of higher priority came", reason="displaced")
+            gave_way = UnavailableError("a request of higher priority, or with a target, came", reason="displaced")
             self._fail(displaced.id, gave_way)
         self._callers[request.id] = _Caller(x, tell)
         self._pump_soon()
@@ -377,7 +378,7 @@ def refused(refusal: Refusal) -> ServiceError:
         members = (
             {}
             if refusal.min_feasible_ms is None
-            else {"min_feasible_ms": round(refusal.min_feasible_ms, 3)}
+            else {"min_feasible_ms": math.ceil(1e3 * refusal.min_feasible_ms) / 1e3}  # never less
         )
         return InfeasibleError(refusal.detail, reason=refusal.reason, **members)
     return UnavailableError(refusal.detail, refusal.retry_after_s or 1.0, reason=refusal.reason)

@@ -78,28 +78,59 @@ class Scheduler:
         if request.id in self._entries or request.id in self._where:
             raise ValueError(f"request id {request.id!r} is here already")
         speed = self._speed(now)
+        self._arrivals += 1
         entry, refusal = self._prepare(request, now, speed)
         if refusal is None:
             target_s = (request.deadline_s or math.inf) - request.arrival_s
             self._forecast.observe(now, request.rows, MS * target_s)
-            refusal = self._no_room(entry, now, speed)
-        displaced: tuple[Request, ...] = ()
+        victim = None
+        if refusal is None:
+            refusal, victim = self._room(entry, now, speed)
         if refusal is not None:
-            if refusal.reason in ("full", "overloaded"):
-                displaced = self._displace_for(entry, now, speed)
-            if not displaced:
-                return refusal
+            return refusal
+        if victim is not None:
+            self._waiting.remove(victim)
+            del self._entries[victim.request.id]
         self._waiting.add(entry)
         self._entries[request.id] = entry
-        return Admitted(displaced)
+        return Admitted(() if victim is None else (victim.request,))
 
     def _prepare(self, request: Request, now: float, speed: Speed) -> tuple[Entry, Refusal | None]:
         """Return the entry, and why it can be refused whatever else waits."""
-        self._arrivals += 1
         entry, refusal = self._admission.entry(request, speed[0], self._arrivals, now)
         if self._draining and (refusal is None or refusal.reason != "floor"):
             refusal = Refusal("draining", "the server is shutting down", retry_after_s=1.0)
         return entry, refusal
+
+    def _room(self, entry: Entry, now: float, speed: Speed) -> tuple[Refusal | None, Entry | None]:
+        """Return why the queue can't take the entry, or which other must leave if it does."""
+        refusal = self._no_room(entry, now, speed)
+        if refusal is None:
+            return None, None
+        victim = self._victim_of(entry)
+        if victim is None:
+            return refusal, None
+        self._waiting.remove(victim)
+        fits = self._no_room(entry, now, speed) is None
+        self._waiting.add(victim)
+        return (None, victim) if fits else (refusal, None)
+
+    def _victim_of(self, entry: Entry) -> Entry | None:
+        """Return who would wait less for being here than the entry, the last first.
+
+        That is one of lower priority, or for an entry with a target one of as much without.
+        """
+        level, timed = entry.request.level, entry.expiry_s < math.inf
+        return max(
+            (
+                other
+                for other in self._waiting
+                if other.request.level > level
+                or (timed and other.request.level == level and other.expiry_s == math.inf)
+            ),
+            key=lambda other: (other.request.level, other.expiry_s == math.inf, other.order),
+            default=None,
+        )
 
     def _no_room(self, entry: Entry, now: float, speed: Speed) -> Refusal | None:
         """Return why the queue can't take the entry, if it can't."""
@@ -113,14 +144,15 @@ class Scheduler:
             return None
         view = self._view(now, speed) if self._waiting.entries else None
         wait_ms = self._wait_ms(entry, now, view)
-        alone_ms = speed[1] * self._tables.p50_ms[entry.request.rows - 1][entry.lowest]
+        alone_ms = speed[1] * entry.alone_ms
         in_time = now + (wait_ms + alone_ms) / MS <= entry.expiry_s
         if in_time and (view is None or not self._delays(entry, view)):
             return None
+        spent_ms = MS * max(0.0, now - entry.request.arrival_s)
         return Refusal(
             "overloaded",
             f"{len(self._waiting)} requests wait; with this one, one would be late",
-            min_feasible_ms=wait_ms + alone_ms + self._tables.overhead_ms,
+            min_feasible_ms=spent_ms + wait_ms + alone_ms + self._tables.overhead_ms,
             retry_after_s=self._drain_s(now, speed),
         )
 
@@ -136,19 +168,6 @@ class Scheduler:
         )
         wait_ms = self._residual_ms(view.now) + view.drain_ms(place)
         return limit_ms < wait_ms
-
-    def _displace_for(self, entry: Entry, now: float, speed: Speed) -> tuple[Request, ...]:
-        """Give up one waiting request of lower priority, if the entry then fits."""
-        levels = [other.request.level for other in self._waiting]
-        if not levels or max(levels) <= entry.request.level:
-            return ()
-        victim = max(self._waiting, key=lambda other: (other.request.level, other.order))
-        self._waiting.remove(victim)
-        if self._no_room(entry, now, speed) is not None:
-            self._waiting.add(victim)
-            return ()
-        del self._entries[victim.request.id]
-        return (victim.request,)
 
     # -- running -----------------------------------------------------------------------------
 
@@ -253,7 +272,7 @@ class Scheduler:
         now = max(now, self._now)
         speed = self._speed(now)
         entry, refusal = self._prepare(request, now, speed)
-        refusal = refusal or self._no_room(entry, now, speed)
+        refusal = refusal or self._room(entry, now, speed)[0]
         return explained(
             entry,
             refusal,
@@ -346,27 +365,20 @@ class Scheduler:
             del self._entries[request.id]
         return requests
 
-    def _quickest_s(self, entry: Entry, speed: Speed) -> float:
-        """Return how long the entry usually takes when it runs alone and at its lowest point."""
-        return speed[1] * self._tables.p50_ms[entry.request.rows - 1][entry.lowest] / MS
-
     def _expire(self, now: float, speed: Speed) -> tuple[Request, ...]:
-        """Take out the heads that can't be on time any more."""
+        """Take out those that can't be on time any more."""
         if not self._sheds:
             return ()
-        doomed = 0
-        for entry in self._waiting.entries:
-            if now + self._quickest_s(entry, speed) <= entry.expiry_s:
-                break
-            doomed += 1
-        return self._give_up(doomed) if doomed else ()
+        doomed = self._waiting.doomed(now, speed[1])
+        if not doomed:
+            return ()
+        for entry in doomed:
+            self._waiting.remove(entry)
+        return self._forget(doomed)
 
     def _next_expiry_s(self, speed: Speed) -> float | None:
-        if not self._waiting.entries or not self._sheds:
-            return None
-        head = self._waiting.entries[0]
-        doomed_s = head.expiry_s - self._quickest_s(head, speed)
-        return doomed_s if doomed_s < math.inf else None
+        doom_s = self._waiting.next_doom_s(speed[1]) if self._sheds else math.inf
+        return doom_s if doom_s < math.inf else None
 
     def _residual_ms(self, now: float) -> float:
         """Return how long it usually takes until a slot is free."""

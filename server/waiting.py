@@ -4,9 +4,14 @@ import math
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+import numpy as np
+from numpy.typing import NDArray
 
 from server.requests import Request
+from server.tables import MS
 
 
 @dataclass(slots=True, eq=False)
@@ -17,6 +22,8 @@ class Entry:
     expiry_s: when the engine must be done with it; inf without a target.
     lowest..highest: the points that it may run at; floor: the accuracy that it must get.
     work_ms: its share of a full batch at the lowest of them, host at profiled speed.
+    alone_ms: what it usually takes in a batch of its own there.
+    kind: what those have in common that can't be on time any more in the order that they wait.
     """
 
     request: Request
@@ -26,7 +33,14 @@ class Entry:
     highest: int
     floor: float
     work_ms: float
+    alone_ms: float
     late: bool = False  # no point makes its target; served as soon as may be
+    kind: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.kind = -self.alone_ms if self.late else self.alone_ms
+        if self.expiry_s == math.inf:
+            self.kind = math.inf
 
 
 class WaitingList:
@@ -36,12 +50,25 @@ class WaitingList:
     timed: how many have a target.
     """
 
-    __slots__ = ("_orders", "entries", "expiries_s", "rows", "timed", "work_ms")
+    __slots__ = (
+        "_alone_ms",
+        "_kind",
+        "_orders",
+        "_others",
+        "entries",
+        "expiries_s",
+        "rows",
+        "timed",
+        "work_ms",
+    )
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
         self.expiries_s = array("d", [math.inf])
         self._orders: list[tuple[float, int, int]] = []
+        self._alone_ms = array("d")
+        self._kind = math.nan  # of the first that came, and how many have another
+        self._others = 0
         self.rows = 0
         self.timed = 0
         self.work_ms = 0.0
@@ -58,13 +85,17 @@ class WaitingList:
 
     def add(self, entry: Entry) -> None:
         """Put an entry in its place."""
+        if not self.entries:
+            self._kind = entry.kind
         place = bisect_left(self._orders, entry.order)
         self.entries.insert(place, entry)
         self.expiries_s.insert(place, entry.expiry_s)
         self._orders.insert(place, entry.order)
+        self._alone_ms.insert(place, entry.alone_ms)
         self.rows += entry.request.rows
         self.timed += entry.expiry_s < math.inf
         self.work_ms += entry.work_ms
+        self._others += entry.kind != self._kind
 
     def take(self, start: int, count: int) -> list[Entry]:
         """Remove and return `count` entries from place `start` on."""
@@ -73,13 +104,34 @@ class WaitingList:
         del self.entries[start:end]
         del self.expiries_s[start:end]
         del self._orders[start:end]
+        del self._alone_ms[start:end]
         for entry in taken:
             self.rows -= entry.request.rows
             self.timed -= entry.expiry_s < math.inf
             self.work_ms -= entry.work_ms
+            self._others -= entry.kind != self._kind
         if not self.entries:
             self.work_ms = 0.0  # rounding must not add up over days
         return taken
+
+    def doomed(self, now: float, level: float) -> list[Entry]:
+        """Return those that can't be on time any more; medians are `level` times the profiled."""
+        if self._others:
+            return [self.entries[i] for i in np.flatnonzero(self._latest_s(level) < now)]
+        late = takewhile(lambda e: e.expiry_s - level * e.alone_ms / MS < now, self.entries)
+        return list(late)
+
+    def next_doom_s(self, level: float) -> float:
+        """Return when the next of them can't be on time any more; inf if none ever."""
+        if self._others:
+            return float(self._latest_s(level).min())
+        if not self.entries:
+            return math.inf
+        return self.entries[0].expiry_s - level * self.entries[0].alone_ms / MS
+
+    def _latest_s(self, level: float) -> NDArray[np.float64]:
+        """Return when each must begin to be on time, (entries,)."""
+        return np.frombuffer(self.expiries_s)[:-1] - level / MS * np.frombuffer(self._alone_ms)
 
     def remove(self, entry: Entry) -> None:
         """Remove one entry that is in the list."""

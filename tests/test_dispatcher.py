@@ -176,7 +176,8 @@ def test_an_infeasible_target_is_refused_at_once_when_asked() -> None:
         with pytest.raises(InfeasibleError) as caught:
             await driver.infer(request("a", 0.001, on_miss="reject"), rows(0))
 
-        assert caught.value.members == {"reason": "infeasible", "min_feasible_ms": 2.0}
+        assert caught.value.members["reason"] == "infeasible"
+        assert 2.0 <= caught.value.members["min_feasible_ms"] < 1000.0
         assert engine.ran == []
 
     drive(scenario)

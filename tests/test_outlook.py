@@ -51,7 +51,7 @@ def make_view(dues_ms: list[float], curves: Curves, speed: float, slots: int = 1
     for i, due_ms in enumerate(dues_ms):
         due_s = due_ms / MS
         request = Request(str(i), 0.0, due_s)
-        waiting.add(Entry(request, (due_s, 2, i), due_s, 0, 1, 0.0, TABLES.unit_ms[0]))
+        waiting.add(Entry(request, (due_s, 2, i), due_s, 0, 1, 0.0, TABLES.unit_ms[0], 1.0))
     envelopes = [Envelope(target_ms, bursts) for target_ms, bursts in curves]
     expected = Expected(100.0, WINDOWS_MS, envelopes, 0.9)
     return View(0.0, waiting, TABLES, 1.1 * speed, speed, slots, 0, expected)

@@ -191,6 +191,50 @@ def test_an_equal_priority_displaces_nobody() -> None:
     assert isinstance(scheduler.submit(make_request("b", target_ms=None), 0.0), Refusal)
 
 
+def test_one_with_a_target_takes_the_place_of_the_last_without() -> None:
+    scheduler = Scheduler(make_latencies(), max_queue=2)
+    for name in ("first", "last"):
+        assert scheduler.submit(make_request(name, target_ms=None), 0.0) == Admitted()
+
+    untimed = scheduler.submit(make_request("more", target_ms=None), 0.0)
+    explanation = scheduler.explain(make_request("timed"), 0.0)
+    timed = scheduler.submit(make_request("timed"), 0.0)
+
+    assert isinstance(untimed, Refusal)
+    assert explanation.refusal is None
+    assert isinstance(timed, Admitted)
+    assert [request.id for request in timed.displaced] == ["last"]
+    assert scheduler.waiting == 2
+
+
+def test_who_would_be_taken_for_another_is_not_explained_as_refused() -> None:
+    scheduler = Scheduler(make_latencies(), max_queue=1)
+    scheduler.submit(make_request("low", priority=5), 0.0)
+
+    explanation = scheduler.explain(make_request("high", priority=1), 0.0)
+
+    assert explanation.refusal is None
+    assert scheduler.waiting == 1
+    assert scheduler.submit(make_request("high", priority=1), 0.0) != Admitted()
+
+
+def test_who_is_late_is_told_whoever_waits_before() -> None:
+    scheduler = Scheduler(make_latencies())
+    scheduler.submit(make_request("patient", target_ms=None), 0.0)
+    scheduler.submit(make_request("runs", at=9.9), 9.9)
+    assert [request.id for request in run_now(scheduler, 9.9).requests] == ["runs"]
+    for name, target_ms in (("soon", 200.0), ("later", 400.0)):
+        scheduler.submit(make_request(name, target_ms=target_ms, at=9.9), 9.9)
+
+    wakes_s = [scheduler.plan(9.91).wake_s]
+    plan = scheduler.plan(10.15)
+
+    assert [request.id for request in plan.expired] == ["soon"]
+    wakes_s.append(plan.wake_s)
+    assert wakes_s == [pytest.approx(10.1 - 1e-3), pytest.approx(10.3 - 1e-3)]
+    assert scheduler.waiting == 2
+
+
 def test_what_would_be_late_is_refused_at_once() -> None:
     scheduler = Scheduler(make_latencies())
     for i in range(100):

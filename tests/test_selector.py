@@ -30,7 +30,7 @@ def make_view(dues_ms: list[float], lowest: int = 0, tables: Tables = TABLES) ->
         request = Request(str(i), 0.0, due_ms / MS if due_ms < 1e6 else None)
         order = (due_ms / MS, 2, i)
         work_ms = TABLES.unit_ms[lowest]
-        waiting.add(Entry(request, order, due_ms / MS, lowest, 3, ACCURACY[lowest], work_ms))
+        waiting.add(Entry(request, order, due_ms / MS, lowest, 3, ACCURACY[lowest], work_ms, 1.0))
     return View(0.0, waiting, tables)
 
 
