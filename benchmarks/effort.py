@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from maestro_core.profile import Kind, Latency
 
+SEARCH_SHARE = 0.5
 _LEAST_S = 1.0
 
 
@@ -39,7 +40,9 @@ class Precision:
 class Effort:
     """How much a calibration may cost; with `search`, points for the host are looked for first.
 
-    `budget_s` is for all there is to do: choosing threads, baking, loading, and the trials.
+    `budget_s` is for all there is to do: choosing threads, baking, loading, and the trials. A
+    search takes what it needs to judge a few points, however little that is, and the trials that
+    follow have their share in any case.
     """
 
     kind: Kind
@@ -52,9 +55,15 @@ class Effort:
         """Return the effort that `dataclasses.asdict` made `fields` of."""
         return cls(**{**fields, "precision": Precision(**fields["precision"])})
 
+    @property
+    def search_s(self) -> float:
+        """Return the seconds for a search, of those for all."""
+        return SEARCH_SHARE * self.budget_s if self.search else 0.0
+
     def after(self, spent_s: float) -> "Effort":
-        """Return what is left when so much is spent; the trials get a second in any case."""
-        return replace(self, budget_s=max(_LEAST_S, self.budget_s - spent_s))
+        """Return what is left for the trials when so much is spent."""
+        least_s = self.budget_s - self.search_s if self.search else _LEAST_S
+        return replace(self, budget_s=max(least_s, self.budget_s - spent_s))
 
 
 # A process that starts, and one that writes its profile, takes the rest of 15 s and of 120 s.

@@ -140,7 +140,9 @@ class Dispatcher:
         if isinstance(verdict, Refusal):
             raise refused(verdict)
         for displaced in verdict.displaced:
-            gave_way = UnavailableError("a request of higher priority, or with a target, came", reason="displaced")
+            gave_way = UnavailableError(
+                "a request of higher priority, or with a target, came", reason="displaced"
+            )
             self._fail(displaced.id, gave_way)
         self._callers[request.id] = _Caller(x, tell)
         self._pump_soon()

@@ -20,7 +20,6 @@ from server.settings import Settings
 
 # Slots: how many batches compute at once. One: a batch has all threads of the engine.
 SLOTS = 1
-SEARCH_SHARE = 0.5  # of a calibration that looks for points first
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +102,7 @@ class HostModel:
         """Return what to serve, and its profile.
 
         That is `engine` if given, but points searched for first where the effort wants that.
-        Within the effort is all that it takes: choosing threads, search, loading, trials.
+        Within the effort is all that it takes, as far as a search allows (`Effort`).
 
         Raises:
             ArtifactError: there is nothing to search with, or the disk does not take the points.
@@ -116,7 +115,7 @@ class HostModel:
             engine = engine or self.engine(self.points().artifact)
             return engine, self._profiled(engine, effort, began_s, overhead_ms, hooks)
         measuring = Measuring(
-            effort.budget_s * SEARCH_SHARE,
+            effort.search_s,
             self.threads,
             turn=hooks.turn,
             progress=hooks.progress,

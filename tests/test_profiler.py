@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -128,6 +129,8 @@ def test_what_is_spent_before_the_trials_is_taken_from_them() -> None:
     assert QUICK.after(5.0).budget_s == QUICK.budget_s - 5.0
     assert FULL.after(5.0).precision == FULL.precision
     assert 0 < QUICK.after(60.0).budget_s <= 1.0
+    searching = replace(QUICK, search=True)
+    assert searching.search_s + searching.after(60.0).budget_s == QUICK.budget_s
 
 
 def test_batches_too_large_for_the_budget_are_left_out() -> None:
