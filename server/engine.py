@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from maestro_core.artifact import Artifact
+from maestro_core.artifact import Artifact, Tensor
 from maestro_core.host import Host
 from maestro_core.profile import ProfileKey
 from server import interrupt as interrupts
@@ -171,12 +171,31 @@ class Engine:
                 f"provider '{self.provider}' does not start here: is there a device, its driver "
                 "and its libraries? Or use provider cpu"
             )
+        self._check_graph(session, self.artifact.graph_path(point))
         return session
+
+    def _check_graph(self, session: ort.InferenceSession, path: Path) -> None:
+        for what, tensor, found in (
+            ("input", self._input, session.get_inputs()),
+            ("output", self._output, session.get_outputs()),
+        ):
+            if len(found) != 1 or not _is_as_said(found[0], tensor):
+                has = ", ".join(f"'{x.name}' {x.shape}" for x in found)
+                said = f"'{tensor.name}' {list(tensor.shape)}"
+                raise EngineError(f"{path}: its {what} is {has}; the manifest says {said}")
 
     def _size_bytes(self, points: Iterable[int]) -> int:
         if self._baked:
             return self._baked.mapped_bytes(points)
         return sum(4 * self.artifact.points[point].params for point in points)
+
+
+def _is_as_said(found: ort.NodeArg, tensor: Tensor) -> bool:
+    """Return whether a graph's tensor is the manifest's; sizes that a graph leaves open are."""
+    sizes = list(zip(found.shape[1:], tensor.shape[1:], strict=False))
+    return (found.name, len(found.shape)) == (tensor.name, len(tensor.shape)) and all(
+        size == wanted or not isinstance(size, int) for size, wanted in sizes
+    )
 
 
 def session_options(intra_op_threads: int) -> ort.SessionOptions:

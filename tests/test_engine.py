@@ -4,14 +4,16 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from onnx import numpy_helper
 
-from maestro_core.artifact import Artifact
+from maestro_core import artifact
+from maestro_core.artifact import Artifact, Tensor
 from server.engine import Engine, EngineError
-from tests.conftest import TINY_RANKS, tiny_template
+from tests.conftest import TINY_RANKS, tiny_contents, tiny_manifest, tiny_template
 
 
 @pytest.fixture(params=["artifact", "baked", "baked, one point in memory"])
@@ -92,6 +94,26 @@ def test_a_batch_of_another_type_is_refused(engine: Engine) -> None:
 def test_cuda_asked_for_and_missing_is_said(tiny_artifact: Artifact) -> None:
     with pytest.raises(EngineError, match="install onnxruntime-gpu"):
         Engine(tiny_artifact, provider="cuda")
+
+
+@pytest.mark.parametrize(
+    ("field", "tensor", "said"),
+    [
+        ("input", Tensor("image", "float32", (-1, 1, 8, 8)), "its input is 'x' .* says 'image'"),
+        ("input", Tensor("x", "float32", (-1, 1, 8, 9)), r"input is 'x' .* says 'x' .*8, 9\]"),
+        ("input", Tensor("x", "float32", (-1, 64)), "its input is"),
+        ("output", Tensor("y", "float32", (-1, 7)), r"output is 'y' .* says 'y' \[-1, 7\]"),
+    ],
+)
+def test_graphs_that_are_not_what_the_manifest_says_are_named(
+    tmp_path: Path, field: str, tensor: Tensor, said: str
+) -> None:
+    changes: dict[str, Any] = {"labels": None, field: tensor}
+    manifest = replace(tiny_manifest(), **changes)
+    model = artifact.save(tmp_path / "odd.maestro", manifest, tiny_contents())
+
+    with pytest.raises(EngineError, match=rf"points/00\.onnx: .*{said}"):
+        Engine(model)
 
 
 def test_a_graph_that_the_runtime_refuses_is_named(tiny_artifact: Artifact, tmp_path: Path) -> None:
