@@ -22,8 +22,6 @@ from server.errors import BadRequestError, InvalidError, UnsupportedMediaError
 Floats = NDArray[np.float32]
 
 MAX_PIXELS = 4096 * 4096
-_LARGE_PIXELS = 1024 * 1024
-_LARGE_JPEG_BYTES = 64 * 2**10
 MAX_DIMENSIONS = 32  # NumPy's arrays have 64 at most
 _NPY_HEADER_BYTES = 10_000
 _SIGNATURES = {
@@ -178,17 +176,6 @@ def from_image(body: bytes, tensor: Tensor) -> Floats:
     mean, std = np.asarray(wanted.mean, np.float32), np.asarray(wanted.std, np.float32)
     scaled = (pixels - mean) / std
     return np.ascontiguousarray(scaled.transpose(2, 0, 1)[None], np.float32)
-
-
-def takes_long(body: bytes) -> bool:
-    """Return whether a picture is so large that others should not wait for it, by its first bytes.
-
-    A PNG says its size there. A JPEG of so many pixels has at least so many bytes.
-    """
-    if body.startswith(b"\x89PNG"):
-        width, height = int.from_bytes(body[16:20], "big"), int.from_bytes(body[20:24], "big")
-        return width * height > _LARGE_PIXELS
-    return body.startswith(b"\xff\xd8") and len(body) > _LARGE_JPEG_BYTES
 
 
 def warm_up(tensor: Tensor) -> None:

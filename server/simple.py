@@ -11,7 +11,7 @@ from fastapi import Request, Response
 from numpy.typing import NDArray
 
 from maestro_core.artifact import Artifact
-from server import inputs, tracing
+from server import inputs, pictures, tracing
 from server.answers import Inference, infer_answer
 from server.bodies import Bodies, Body
 from server.direct import Call
@@ -60,7 +60,7 @@ def infer_call(service: Service, bodies: Bodies) -> Call:
             body = await arriving.read(request)
             if kind == FORM:
                 kind, body = await form_file(request, body)
-            if inputs.takes_long(body):  # others are served meanwhile
+            if pictures.takes_long(body):  # others are served meanwhile
                 async with decoding:
                     x, given = await asyncio.to_thread(_input, kind, body, service)
             else:
@@ -128,7 +128,7 @@ class Whole:
         arrived_s = time.monotonic()
         headers = headers_of(scope)
         kind = media_type(headers)
-        if kind == FORM or self._is_recording or inputs.takes_long(body):
+        if kind == FORM or self._is_recording or pictures.takes_long(body):
             return None
         service = self._service
         service.serving()

@@ -236,14 +236,6 @@ def test_texts_in_the_place_of_numbers_take_no_more_room_than_they_have() -> Non
     tracemalloc.stop()
 
 
-def test_large_pictures_are_known_by_their_first_bytes() -> None:
-    assert not inputs.takes_long(picture(size=(1000, 1000)))
-    assert inputs.takes_long(picture("1", (4096, 4096)))
-    assert not inputs.takes_long(picture(kind="JPEG"))
-    assert inputs.takes_long(picture(size=(4096, 4096), kind="JPEG"))
-    assert not inputs.takes_long(npy(np.zeros((1, 3, 600, 600))))
-
-
 def test_a_model_without_pictures_says_so() -> None:
     with pytest.raises(ServiceError, match="does not take pictures") as caught:
         inputs.from_image(picture(), Tensor("x", "float32", (-1, 4)))
