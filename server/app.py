@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import orjson
 from fastapi import FastAPI, Request, Response
@@ -13,12 +14,13 @@ from starlette.routing import Match
 from server import oip_routes, routes, simple
 from server.bodies import Bodies
 from server.direct import Direct, DirectCalls
-from server.errors import PROBLEM_TYPE, InvalidError, ServiceError
+from server.errors import PROBLEM_TYPE, InternalError, InvalidError, ServiceError
 from server.page import page
 from server.schemas import Problem
 from server.service import Service
 from server.settings import Settings
 from server.tracing import Tracing
+from server.unforeseen import Unforeseen
 
 _CLIENT_GONE = 499
 _METHOD_NOT_ALLOWED = 405
@@ -60,6 +62,7 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
     if not settings.access_log:  # it is the usual way's to write
         app.state.whole = simple.Whole(served, bodies)
     app.add_middleware(DirectCalls, calls=_direct(served, bodies), errors=app.exception_handlers)
+    app.add_middleware(Unforeseen, answer=partial(_failed, served))
     app.add_middleware(Tracing, access_log=settings.access_log)
     return app
 
@@ -74,26 +77,36 @@ def _direct(service: Service, bodies: Bodies) -> dict[str, Direct]:
     }
 
 
-def _add_errors(app: FastAPI, service: Service) -> None:
-    def problem(error: ServiceError) -> Response:
-        return Response(
-            orjson.dumps(error.problem()),
-            error.status,
-            headers=error.headers(),
-            media_type=PROBLEM_TYPE,
-        )
+def _problem(error: ServiceError) -> Response:
+    return Response(
+        orjson.dumps(error.problem()),
+        error.status,
+        headers=error.headers(),
+        media_type=PROBLEM_TYPE,
+    )
 
+
+def _refused(service: Service, path: str, error: ServiceError) -> Response:
+    """Return what an error is answered with, counted where an inference was asked for."""
+    if path.endswith("/infer"):
+        service.counting.refused(error.code, error.members.get("reason"))
+    return _problem(error)
+
+
+def _failed(service: Service, path: str) -> Response:
+    return _refused(service, path, InternalError("the server failed; its log says where"))
+
+
+def _add_errors(app: FastAPI, service: Service) -> None:
     @app.exception_handler(ServiceError)
     async def known(request: Request, error: ServiceError) -> Response:
-        if request.url.path.endswith("/infer"):
-            service.counting.refused(error.code, error.members.get("reason"))
-        return problem(error)
+        return _refused(service, request.scope["path"], error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"][1:])
-        return problem(InvalidError(f"{name or 'the body'}: {first['msg']}"))
+        return _problem(InvalidError(f"{name or 'the body'}: {first['msg']}"))
 
     @app.exception_handler(HTTPException)
     async def routed(request: Request, error: HTTPException) -> Response:

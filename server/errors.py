@@ -95,6 +95,12 @@ class InfeasibleError(ServiceError):
     status, code, title = 422, "infeasible", "The target cannot be met"
 
 
+class InternalError(ServiceError):
+    """An error that nobody foresaw."""
+
+    status, code, title = 500, "internal", "The server failed"
+
+
 class UnavailableError(ServiceError):
     """Not now: overload, draining, or not ready. Says when to try again."""
 
