@@ -1,6 +1,7 @@
 """Our own calls: /infer, /frontier, /profile, health and metrics."""
 
 import ipaddress
+import re
 import secrets
 from dataclasses import replace
 from typing import Annotated, Any
@@ -30,6 +31,10 @@ from server.schemas import (
 from server.service import Service
 from server.settings import Settings
 from server.simple import FORM, INFER, JSON, NPY, PICTURES, infer_call
+
+# RFC 9110, section 7.2. Names, IPv4 and IPv6 are written with these letters, and no browser sends
+# others.
+_HOST = re.compile(r"(?:(?P<name>[A-Za-z0-9._-]+)|\[(?P<ipv6>[0-9A-Fa-f:]+)\])(?::[0-9]*)?")
 
 
 def inference(service: Service, bodies: Bodies) -> APIRouter:
@@ -144,24 +149,34 @@ def check_admin(request: Request, settings: Settings) -> None:
         raise ForbiddenError("set MAESTRO_ADMIN_TOKEN to allow this call from other machines")
     elif _is_of_another_site(request):
         raise ForbiddenError("set MAESTRO_ADMIN_TOKEN to allow this call from pages of other sites")
-    elif not _names_this_machine(request.url.hostname or ""):
+    elif not _names_this_machine(request.headers.getlist("host")):
         raise ForbiddenError(
             "set MAESTRO_ADMIN_TOKEN to allow this call by a name other than localhost"
         )
 
 
-def _names_this_machine(host: str) -> bool:
-    """Return whether a page that was loaded by this name can only be ours.
+def _names_this_machine(hosts: list[str]) -> bool:
+    """Return whether a page that was loaded by this name, of the `Host` header, can only be ours.
 
-    Any other name its owner may point at this machine, and so pass for us (DNS rebinding).
+    Any other name its owner may point at this machine, and so pass for us (DNS rebinding). What
+    can't be read, or isn't there once, names nothing.
     """
-    return host == "localhost" or host.endswith(".localhost") or _is_loopback(host)
+    named = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
+    if named is None:
+        return False
+    name = (named["name"] or named["ipv6"]).lower()
+    return name == "localhost" or name.endswith(".localhost") or _is_loopback(name)
 
 
 def _is_of_another_site(request: Request) -> bool:
     """Return whether a browser sends this for a page that is not ours."""
     origin = request.headers.get("origin")
-    return origin is not None and urlsplit(origin).netloc != request.headers.get("host")
+    if origin is None:
+        return False
+    try:
+        return urlsplit(origin).netloc != request.headers.get("host")
+    except ValueError:  # "http://["
+        return True
 
 
 def _is_loopback(host: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
@@ -17,6 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from maestro_core import artifact
 from server.app import create_app
 from server.engine import Engine
+from server.errors import ForbiddenError
+from server.routes import check_admin
 from server.settings import Settings
 from tests.conftest import TINY_RANKS, tiny_contents, tiny_manifest
 
@@ -358,6 +360,61 @@ def test_calibrating_is_for_this_machine_or_for_the_token(settings: Settings) ->
         check_problem(client.post("/profile", headers=wrong), 401, "Authorization")
         right = {"authorization": "Bearer s3cret"}
         assert client.post("/profile", headers=right).status_code == 202
+
+
+HOSTS = [
+    ("localhost", True),
+    ("LOCALHOST:8000", True),
+    ("maestro.localhost:", True),
+    ("127.0.0.1:8000", True),
+    ("[::1]", True),
+    ("[::1]:8000", True),
+    ("elsewhere.example", False),
+    ("localhost.elsewhere.example", False),
+    ("[::1]x", False),
+    ("[", False),
+    ("[]", False),
+    ("[127.0.0.1]", False),
+    ("::1", False),
+    ("caf\xe9.com", False),
+    ("localhost@elsewhere.example", False),
+    ("localhost:8000:1", False),
+    ("", False),
+    (None, False),
+]
+
+
+@pytest.mark.parametrize(("host", "is_here"), HOSTS)
+def test_an_admin_call_is_for_this_machine_by_a_name_that_is_its_own(
+    host: str | None, is_here: bool
+) -> None:
+    headers = [] if host is None else [(b"host", host.encode("latin-1"))]
+
+    assert is_allowed(headers) is is_here
+    assert not is_allowed([*headers, (b"host", b"localhost"), (b"host", b"localhost")])
+
+
+@pytest.mark.parametrize("origin", ["http://[", "null", "", "http://elsewhere.example"])
+def test_an_admin_call_is_not_for_pages_of_other_sites(origin: str) -> None:
+    assert is_allowed([(b"host", b"localhost"), (b"origin", b"http://localhost")])
+    assert not is_allowed([(b"host", b"localhost"), (b"origin", origin.encode())])
+
+
+def is_allowed(headers: list[tuple[bytes, bytes]]) -> bool:
+    scope = {
+        "type": "http",
+        "scheme": "http",
+        "path": "/profile",
+        "query_string": b"",
+        "headers": headers,
+        "server": ("127.0.0.1", 8000),
+        "client": ("127.0.0.1", 50000),
+    }
+    try:
+        check_admin(Request(scope), Settings(admin_token=None))
+    except ForbiddenError:
+        return False
+    return True
 
 
 def test_a_stored_profile_makes_a_second_start_ready_at_once_and_warm(
