@@ -3,7 +3,9 @@
 import importlib
 from collections.abc import Mapping
 
+from server.errors import InvalidError
 from server.latencies import Latencies
+from server.requests import Request
 from server.scheduler import Scheduler
 from server.selector import Policy, choose, reserve
 from server.settings import OURS, PolicyName
@@ -25,3 +27,23 @@ def scheduler_of(
     rivals = importlib.import_module("benchmarks.simulator.rivals")
     policy = rivals.RIVALS[name](Tables(latencies), len(latencies.accuracy) // 2)
     return Scheduler(latencies, policy=policy, max_queue=max_queue, slots=slots, sheds=False)
+
+
+def check_kept(name: PolicyName, request: Request) -> None:
+    """Let requests pass that ask nothing of the policy `name` but to be on time.
+
+    Raises:
+        InvalidError: a rival knows no floor, no point of a request's own and no refusal.
+    """
+    if name in OWN:
+        return
+    asked = {
+        "min_accuracy": request.min_accuracy is not None,
+        "point": request.point is not None,
+        "on_miss=reject": request.on_miss == "reject",
+    }
+    unkept = [parameter for parameter, is_asked in asked.items() if is_asked]
+    if unkept:
+        raise InvalidError(
+            f"{', '.join(unkept)}: not kept by the policy '{name}'; {' and '.join(OWN)} do"
+        )

@@ -35,8 +35,9 @@ from server.errors import ConflictError, InvalidError, NotFoundError, Unavailabl
 from server.measuring import SLOTS, Hooks, HostModel, latencies_of
 from server.metrics import Metrics
 from server.overhead import overhead_ms
-from server.policies import scheduler_of
+from server.policies import check_kept, scheduler_of
 from server.processes.team import Hands, Team
+from server.requests import Request
 from server.schemas import InferParameters
 from server.settings import Settings
 from server.statistics import Statistics, private_row
@@ -184,7 +185,7 @@ class Service:
             ServiceError: it was refused, ran out of time, or the engine failed.
         """
         serving = self.serving()
-        request = parameters.request(next(self._ids), arrived_s, len(x))
+        request = self._request(parameters, arrived_s, len(x))
         return await serving.dispatcher.infer(request, x, receive)
 
     def begin(
@@ -196,7 +197,7 @@ class Service:
             ServiceError: it was refused.
         """
         dispatcher = self.serving().dispatcher
-        request = parameters.request(next(self._ids), arrived_s, len(x))
+        request = self._request(parameters, arrived_s, len(x))
         dispatcher.begin(request, x, tell)
         return partial(dispatcher.give_up, request.id)
 
@@ -208,7 +209,7 @@ class Service:
         """
         scheduler = self.serving().dispatcher.scheduler
         now = time.monotonic()  # not when this came: a question takes longer than an inference
-        request = parameters.request(next(self._ids), now, 1)
+        request = self._request(parameters, now, 1)
         try:
             return asdict(scheduler.explain(request, now))
         except ValueError as error:
@@ -291,6 +292,11 @@ class Service:
         return await self._known(self._calibrations.cancel, job_id)
 
     # -- inside ------------------------------------------------------------------------------
+
+    def _request(self, parameters: InferParameters, arrived_s: float, rows: int) -> Request:
+        request = parameters.request(next(self._ids), arrived_s, rows)
+        check_kept(self.settings.policy, request)
+        return request
 
     async def _known(self, call: Callable[[str], Awaitable[Job]], job_id: str) -> dict[str, Any]:
         try:

@@ -6,14 +6,19 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from fastapi.testclient import TestClient
 
 from benchmarks.simulator.rivals import RIVALS
-from maestro_core import cli
+from maestro_core import artifact, cli
+from server.app import create_app
+from server.errors import InvalidError
 from server.latencies import Latencies
-from server.policies import OWN, scheduler_of
+from server.policies import OWN, check_kept, scheduler_of
 from server.policy_names import OURS, PolicyName
 from server.requests import Admitted, Request
 from server.settings import Settings, read_settings
+from tests.conftest import tiny_contents, tiny_manifest
+from tests.test_app import SAMPLE, check_problem, infer, wait_until_ready
 
 P50_MS = ((1.0, 1.5), (2.0, 3.0), (4.0, 6.0))
 LATENCIES = Latencies((0.7, 0.8, 0.9), P50_MS, P50_MS)
@@ -51,6 +56,53 @@ def test_no_policy_fills_a_batch_with_more_rows_than_it_holds(name: PolicyName) 
 
     assert plan.batch is not None
     assert plan.batch.rows == 2
+
+
+ASKED = [
+    (Request("a", 0.0, min_accuracy=0.0), "min_accuracy"),
+    (Request("a", 0.0, point=0), "point"),
+    (Request("a", 0.0, 0.1, on_miss="reject"), "on_miss=reject"),
+    (Request("a", 0.0, min_accuracy=0.5, point=1), "min_accuracy, point"),
+]
+
+
+@pytest.mark.parametrize("name", get_args(PolicyName))
+@pytest.mark.parametrize(("asking", "named"), ASKED)
+def test_what_a_policy_does_not_keep_is_refused(
+    name: PolicyName, asking: Request, named: str
+) -> None:
+    check_kept(name, Request("a", 0.0, 0.1, priority=1))
+    if name in OWN:
+        check_kept(name, asking)
+        return
+
+    with pytest.raises(InvalidError, match=f"^{named}: not kept .* '{name}'; maestro and reserve"):
+        check_kept(name, asking)
+
+
+def test_a_server_with_a_rival_refuses_what_it_does_not_keep(tmp_path: Path) -> None:
+    artifact.save(tmp_path / "tiny.maestro", tiny_manifest(), tiny_contents())
+    settings = Settings(
+        artifact=tmp_path / "tiny.maestro",
+        state_dir=tmp_path,
+        threads=1,
+        max_batch=1,
+        calibration_budget_s=0.5,
+        policy="smallest",
+    )
+    floor = {"min_accuracy": 0.9}
+    with TestClient(create_app(settings)) as client:
+        wait_until_ready(client)
+        tensor = {"name": "x", "shape": [1, 1, 8, 8], "datatype": "FP32", "data": SAMPLE.tolist()}
+        answers = [
+            client.post("/infer", json={"inputs": SAMPLE.tolist(), **floor}),
+            client.post("/v2/models/tiny/infer", json={"inputs": [tensor], "parameters": floor}),
+            client.post("/explain", json=floor),
+        ]
+        infer(client, "?max_latency_ms=1000&top_k=2")
+
+    for answer in answers:
+        check_problem(answer, 422, "min_accuracy: not kept by the policy 'smallest'")
 
 
 @pytest.mark.parametrize(("name", "point"), [("largest", 2), ("middle", 1), ("smallest", 0)])
