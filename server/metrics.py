@@ -4,6 +4,7 @@ Decisions take less; their buckets begin at 5 µs. The modes of gauges say what 
 come to together (`server.processes.counters`).
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Literal
 
@@ -26,78 +27,56 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._requests = Counter(
-            "maestro_requests",
+        self._requests = self._counter(
+            "requests",
             "Inference requests by outcome (ok, late, or the error's code) and point.",
-            ["outcome", "point"],
-            registry=self.registry,
+            "outcome",
+            "point",
         )
-        self._missed = Counter(
-            "maestro_missed",
-            "Answers later than their target, by what made them late.",
-            ["cause"],
-            registry=self.registry,
+        self._missed = self._counter(
+            "missed", "Answers later than their target, by what made them late.", "cause"
         )
-        self._shed = Counter(
-            "maestro_shed",
-            "Requests refused or given up so that others are on time, by reason.",
-            ["reason"],
-            registry=self.registry,
+        self._shed = self._counter(
+            "shed", "Requests refused or given up so that others are on time, by reason.", "reason"
         )
-        self._decision = Histogram(
-            "maestro_decision_seconds",
-            "To decide what to run next.",
-            buckets=_DECISION,
-            registry=self.registry,
+        self._decision = self._histogram(
+            "decision_seconds", "To decide what to run next.", _DECISION
         )
-        self._latency = self._seconds("latency", "From arrival to the answer's hand-over.")
-        self._queue = self._seconds("queue", "From arrival to the start of the batch.")
-        self._compute = self._seconds("compute", "One batch in the engine.", ["point"])
-        self._error = Histogram(
-            "maestro_prediction_ratio",
-            "Measured over predicted tail latency of a batch.",
-            buckets=_RATIO,
-            registry=self.registry,
+        self._latency = self._histogram(
+            "latency_seconds", "From arrival to the answer's hand-over.", _SECONDS
         )
+        self._queue = self._histogram(
+            "queue_seconds", "From arrival to the start of the batch.", _SECONDS
+        )
+        self._compute = self._histogram(
+            "compute_seconds", "One batch in the engine.", _SECONDS, "point"
+        )
+        self._error = self._histogram(
+            "prediction_ratio", "Measured over predicted tail latency of a batch.", _RATIO
+        )
+        self._target = self._histogram(
+            "target_ratio",
+            "Latency over target, of answers to requests that have one; late above 1.",
+            _TARGET,
+        )
+        self._batch = self._histogram("batch_size", "Samples per batch.", _BATCH)
+        self.queue_depth = self._gauge("queue_depth", "Requests that wait.", "livesum")
+        self.slowdown = self._gauge("slowdown", "Measured over profiled latency, now.", "livemax")
+        self.ready = self._gauge("ready", "1 when requests are served.", "livemin")
         # Children by their labels: to look one up in the library costs more than to count.
         self._request_of = cache(lambda outcome, point: self._requests.labels(outcome, str(point)))
         self._compute_of = cache(lambda point: self._compute.labels(str(point)))
-        self._target = Histogram(
-            "maestro_target_ratio",
-            "Latency over target, of answers to requests that have one; late above 1.",
-            buckets=_TARGET,
-            registry=self.registry,
-        )
-        self._batch = Histogram(
-            "maestro_batch_size", "Samples per batch.", buckets=_BATCH, registry=self.registry
-        )
-        self.queue_depth = Gauge(
-            "maestro_queue_depth",
-            "Requests that wait.",
-            registry=self.registry,
-            multiprocess_mode="livesum",
-        )
-        self.slowdown = Gauge(
-            "maestro_slowdown",
-            "Measured over profiled latency, now.",
-            registry=self.registry,
-            multiprocess_mode="livemax",
-        )
-        self.ready = Gauge(
-            "maestro_ready",
-            "1 when requests are served.",
-            registry=self.registry,
-            multiprocess_mode="livemin",
-        )
 
-    def _seconds(self, name: str, text: str, labels: list[str] | None = None) -> Histogram:
-        return Histogram(
-            f"maestro_{name}_seconds",
-            text,
-            labels or [],
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"maestro_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+        return Histogram(f"maestro_{name}", text, labels, buckets=buckets, registry=self.registry)
+
+    def _gauge(
+        self, name: str, text: str, together: Literal["livesum", "livemax", "livemin"]
+    ) -> Gauge:
+        return Gauge(f"maestro_{name}", text, registry=self.registry, multiprocess_mode=together)
 
     def answered(self, inference: Inference, total_ms: float, target_ms: float | None) -> None:
         """Count an answer."""
