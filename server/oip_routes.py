@@ -31,12 +31,6 @@ def protocol_v2(service: Service, bodies: Bodies) -> APIRouter:
     router = APIRouter(tags=["Open Inference Protocol v2"])
     manifest = service.artifact.manifest
 
-    def check(model: str, version: str | None = None) -> None:
-        if model != manifest.name:
-            raise NotFoundError(f"there is no model '{model}'; this is '{manifest.name}'")
-        if version not in (None, manifest.version):
-            raise NotFoundError(f"there is no version '{version}'; this is '{manifest.version}'")
-
     @router.get("/v2", summary="The server")
     async def server() -> Response:
         return Json(
@@ -51,43 +45,26 @@ def protocol_v2(service: Service, bodies: Bodies) -> APIRouter:
     @router.get("/v2/models/{model}/versions/{version}", include_in_schema=False)
     @router.get("/v2/models/{model}", summary="The model")
     async def metadata(model: str, version: str | None = None) -> Response:
-        check(model, version)
-        return Json(
-            {
-                "name": manifest.name,
-                "versions": [manifest.version],
-                "platform": PLATFORM,
-                "inputs": [_metadata(manifest.input)],
-                "outputs": [_metadata(manifest.output)],
-            }
-        )
+        _check(manifest, model, version)
+        return Json(_metadata(manifest))
 
     @router.get("/v2/models/{model}/versions/{version}/ready", include_in_schema=False)
     @router.get("/v2/models/{model}/ready", summary="Whether the model is served")
     async def ready(model: str, version: str | None = None) -> Response:
-        check(model, version)
+        _check(manifest, model, version)
         status = 200 if service.is_ready else 503
         return Json({"name": manifest.name, "ready": service.is_ready}, status)
 
     @router.get("/v2/models/{model}/versions/{version}/config", include_in_schema=False)
     @router.get("/v2/models/{model}/config", summary="The model's configuration")
     async def config(model: str, version: str | None = None) -> Response:
-        check(model, version)
-        return Json(
-            {
-                "name": manifest.name,
-                "platform": PLATFORM,
-                "backend": "onnxruntime",
-                "max_batch_size": service.max_batch,
-                "input": [_configuration(manifest.input)],
-                "output": [_configuration(manifest.output)],
-            }
-        )
+        _check(manifest, model, version)
+        return Json(_configuration(manifest, service.max_batch))
 
     @router.get("/v2/models/{model}/versions/{version}/stats", include_in_schema=False)
     @router.get("/v2/models/{model}/stats", summary="What has been served")
     async def stats(model: str, version: str | None = None) -> Response:
-        check(model, version)
+        _check(manifest, model, version)
         return Json(service.statistics.answer(manifest.name, manifest.version))
 
     call = infer_call(service, bodies)
@@ -95,7 +72,7 @@ def protocol_v2(service: Service, bodies: Bodies) -> APIRouter:
     @router.post("/v2/models/{model}/versions/{version}/infer", include_in_schema=False)
     @router.post(INFER, summary="Infer", openapi_extra=_description(manifest))
     async def infer(request: Request, model: str, version: str | None = None) -> Response:
-        check(model, version)
+        _check(manifest, model, version)
         return await call(request)
 
     return router
@@ -134,12 +111,38 @@ def infer_call(service: Service, bodies: Bodies) -> Call:
     return infer
 
 
-def _metadata(tensor: Tensor) -> dict[str, Any]:
-    return {"name": tensor.name, "datatype": "FP32", "shape": tensor.shape}
+def _check(manifest: Manifest, model: str, version: str | None) -> None:
+    if model != manifest.name:
+        raise NotFoundError(f"there is no model '{model}'; this is '{manifest.name}'")
+    if version not in (None, manifest.version):
+        raise NotFoundError(f"there is no version '{version}'; this is '{manifest.version}'")
 
 
-def _configuration(tensor: Tensor) -> dict[str, Any]:
-    return {"name": tensor.name, "data_type": "TYPE_FP32", "dims": tensor.shape[1:]}
+def _metadata(manifest: Manifest) -> dict[str, Any]:
+    def described(tensor: Tensor) -> dict[str, Any]:
+        return {"name": tensor.name, "datatype": "FP32", "shape": tensor.shape}
+
+    return {
+        "name": manifest.name,
+        "versions": [manifest.version],
+        "platform": PLATFORM,
+        "inputs": [described(manifest.input)],
+        "outputs": [described(manifest.output)],
+    }
+
+
+def _configuration(manifest: Manifest, max_batch: int) -> dict[str, Any]:
+    def described(tensor: Tensor) -> dict[str, Any]:
+        return {"name": tensor.name, "data_type": "TYPE_FP32", "dims": tensor.shape[1:]}
+
+    return {
+        "name": manifest.name,
+        "platform": PLATFORM,
+        "backend": "onnxruntime",
+        "max_batch_size": max_batch,
+        "input": [described(manifest.input)],
+        "output": [described(manifest.output)],
+    }
 
 
 def _description(manifest: Manifest) -> dict[str, Any]:

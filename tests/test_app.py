@@ -492,6 +492,27 @@ def test_metrics_are_readable_and_count(client: Client) -> None:
     assert after[decisions] >= before[decisions] + 2
 
 
+@pytest.mark.parametrize("path", ["/v2/models/tiny", "/v2/models/tiny/versions/1"])
+def test_the_model_is_described_as_the_protocol_has_it(client: Client, path: str) -> None:
+    assert client.get(path).json() == {
+        "name": "tiny",
+        "versions": ["1"],
+        "platform": "onnxruntime_onnx",
+        "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 1, 8, 8]}],
+        "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 10]}],
+    }
+    assert client.get(f"{path}/config").json() == {
+        "name": "tiny",
+        "platform": "onnxruntime_onnx",
+        "backend": "onnxruntime",
+        "max_batch_size": 4,
+        "input": [{"name": "x", "data_type": "TYPE_FP32", "dims": [1, 8, 8]}],
+        "output": [{"name": "y", "data_type": "TYPE_FP32", "dims": [10]}],
+    }
+    check_problem(client.get(path.replace("tiny", "other")), 404, "no model 'other'")
+    check_problem(client.get("/v2/models/tiny/versions/2"), 404, "no version '2'")
+
+
 def test_openapi_describes_the_calls(client: Client) -> None:
     paths = client.get("/openapi.json").json()["paths"]
 
