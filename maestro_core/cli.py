@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -27,6 +28,23 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(metadata.version("maestro-serve"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Take what goes before a command."""
+
 
 BENCHES = {
     "engine": "memory, speed against each point alone, switching",
@@ -75,7 +93,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (CommandError, ServiceError, ValueError, OSError) as error:
-        terminal.errors.print(f"maestro: {error}", style="red", markup=False)
+        terminal.errors.print(f"maestro: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
 
 

@@ -68,7 +68,7 @@ class Admission:
         if request.point is not None and request.point >= len(tables.best):
             raise ValueError(f"point must be in 0..{len(tables.best) - 1}, not {request.point}")
         if request.rows > tables.max_batch:
-            raise ValueError(f"rows must be in 1..{tables.max_batch}, not {request.rows}")
+            raise ValueError(f"a request has 1..{tables.max_batch} samples, not {request.rows}")
 
     def _between(self, request: Request, lowest: int, highest: int, number: int) -> Entry:
         expiry_s = self.expiry_s(request)

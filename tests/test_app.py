@@ -239,7 +239,7 @@ def test_a_bad_parameter_gets_one_clear_error(client: Client, query: str, text: 
 def test_more_samples_than_a_batch_are_refused_with_the_limit(client: Client) -> None:
     response = client.post("/infer", json={"inputs": [SAMPLE.tolist()] * 5})
 
-    check_problem(response, 422, "rows must be in 1..4, not 5")
+    check_problem(response, 422, "a request has 1..4 samples, not 5")
 
 
 def test_a_huge_body_is_refused_before_it_is_read(client: Client) -> None:

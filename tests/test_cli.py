@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ def maestro(environment: dict[str, str], *arguments: str) -> "subprocess.Complet
 
 def check_error(finished: "subprocess.CompletedProcess[str]", text: str) -> None:
     assert finished.returncode != 0
-    assert text in finished.stderr.replace("\n", " ")
+    assert any(text in line for line in finished.stderr.splitlines())
     assert "Traceback" not in finished.stderr
 
 
@@ -102,6 +103,8 @@ def test_wrong_calls_get_one_line(
 
     check_error(maestro(environment, "show", str(tmp_path)), "manifest.json: No such file")
     check_error(maestro(environment, "show", "none.maestro"), "no such artifact directory")
+    long = "n" * 200 + ".maestro"
+    check_error(maestro(environment, "show", long), f"{long}: no such artifact directory")
     check_error(maestro(environment, "infer", path, "none.png"), "No such file")
     check_error(maestro(environment, "infer", path, str(tmp_path / "x.txt")), "give a .png")
     check_error(maestro(environment, "infer", path, str(tmp_path / "x.png")), "neither a PNG")
@@ -111,6 +114,10 @@ def test_wrong_calls_get_one_line(
     check_error(maestro(environment, "serve", str(tmp_path)), "manifest.json: No such file")
     odd = environment | {"MAESTRO_PORT": "many"}
     check_error(maestro(odd, "serve", path), "MAESTRO_PORT: Input should be a valid integer")
+
+
+def test_it_says_its_version(environment: dict[str, str]) -> None:
+    assert maestro(environment, "--version").stdout.strip() == version("maestro-serve")
 
 
 def test_train_names_what_is_missing(environment: dict[str, str], tmp_path: Path) -> None:

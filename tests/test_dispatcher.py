@@ -199,7 +199,7 @@ def test_a_full_queue_says_when_to_come_back() -> None:
 
 def test_too_many_rows_are_refused_with_the_limit() -> None:
     async def scenario(driver: Dispatcher, _engine: FakeEngine) -> None:
-        with pytest.raises(InvalidError, match=r"rows must be in 1\.\.4, not 5"):
+        with pytest.raises(InvalidError, match=r"1\.\.4 samples, not 5"):
             await driver.infer(request("a", n=5), rows(0, 5))
 
     drive(scenario)
