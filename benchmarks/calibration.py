@@ -9,8 +9,8 @@ import random
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks import arguments, networks, profiler, report
-from benchmarks.effort import FULL, Effort
+from benchmarks.effort import FULL, CancelledError, Effort
 from maestro_core.profile import Profile
 from server.engine import Engine
 from server.interrupt import Interrupt
 from server.worker import Turns
 
 POINT = 3
-BATCH_SIZES = (1, 2)
+BATCH_SIZES = (1, 2, 4, 8)
 _WINDOW_S = 1.0
 
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--load", type=arguments.positive, default=0.2, help="share of time spent serving"
     )
-    parser.add_argument("--seconds", type=arguments.positive, default=60.0, help="of serving")
+    parser.add_argument("--seconds", type=arguments.positive, default=120.0, help="of serving")
     parser.add_argument("--out", type=Path, default=report.RESULTS / "calibration.json")
     chosen = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
@@ -59,15 +59,21 @@ def compared(engine: Engine, load: float, seconds: float) -> dict[str, Any]:
     rate = load / (quiet.row(POINT)[0].p50_ms / 1e3)
     turns, gate, ended = Turns(), threading.Event(), threading.Event()
     busy: list[Profile] = []
+    trials = {"finished": 0, "interrupted": 0}
 
-    def gated(expected_s: float) -> AbstractContextManager[Interrupt]:
+    @contextmanager
+    def gated(expected_s: float) -> Iterator[Interrupt]:
         gate.wait()
-        return turns.trial(expected_s)
+        with turns.trial(expected_s) as interrupt:
+            yield interrupt
+        trials["interrupted" if interrupt.is_set else "finished"] += 1
 
     def calibrate() -> None:
         effort = Effort("full", seconds, FULL.precision)
-        while not ended.is_set():
-            busy.append(_calibrated(engine, effort, gated))
+        busy.append(_calibrated(engine, effort, gated))
+        with suppress(CancelledError):
+            while True:
+                _calibrated(engine, effort, gated, ended.is_set)
 
     thread = threading.Thread(target=calibrate)
     thread.start()
@@ -82,6 +88,7 @@ def compared(engine: Engine, load: float, seconds: float) -> dict[str, Any]:
         "requests_per_s": round(rate, 1),
         "alone": _quantiles(alone_ms),
         "beside_a_calibration": _quantiles(beside_ms),
+        "trials": trials,
         "longest_trial_p50_ms": round(max(x.p50_ms for x in quiet.latencies), 2),
         "profile_under_load_over_quiet": {
             "batch_sizes": busy[0].batch_sizes,
@@ -93,8 +100,13 @@ def compared(engine: Engine, load: float, seconds: float) -> dict[str, Any]:
     }
 
 
-def _calibrated(engine: Engine, effort: Effort, turn: profiler.Turn) -> Profile:
-    return profiler.profile(engine, effort, batch_sizes=BATCH_SIZES, turn=turn)
+def _calibrated(
+    engine: Engine,
+    effort: Effort,
+    turn: profiler.Turn,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Profile:
+    return profiler.profile(engine, effort, batch_sizes=BATCH_SIZES, turn=turn, cancelled=cancelled)
 
 
 def _served(
