@@ -14,6 +14,8 @@ from server.waiting import Entry
 # A request without a target is in no hurry, but not behind everybody for ever: it takes its place
 # as if it had this long, times its priority level.
 PATIENCE_S = 5.0
+# And one that can only be late is waited for at least so long.
+LATE_MS = 100.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +91,10 @@ class Admission:
     def _late(self, entry: Entry, quickest_ms: float, factor: float, now: float) -> Entry:
         """Return the entry for a target that no point makes: as soon as may be, at its lowest.
 
-        It may have to wait for one running batch, the longest there is, before its own.
+        It may have to wait for one running batch, the longest there is, before its own; or for a
+        trial of a calibration.
         """
-        longest_ms = factor * self.tables.tail_ms[-1][-1]
+        longest_ms = max(LATE_MS, factor * self.tables.tail_ms[-1][-1])
         return replace(
             entry,
             order=(now + quickest_ms / MS, *entry.order[1:]),

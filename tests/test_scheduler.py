@@ -218,6 +218,16 @@ def test_who_would_be_taken_for_another_is_not_explained_as_refused() -> None:
     assert scheduler.submit(make_request("high", priority=1), 0.0) != Admitted()
 
 
+def test_one_that_can_only_be_late_is_waited_for_but_not_forever() -> None:
+    scheduler = Scheduler(make_latencies())
+    scheduler.submit(make_request("runs"), 0.0)
+    run_now(scheduler)
+    scheduler.submit(make_request("late", target_ms=1e-6), 0.0)
+
+    assert scheduler.plan(0.09).expired == ()
+    assert [request.id for request in scheduler.plan(0.2).expired] == ["late"]
+
+
 def test_who_is_late_is_told_whoever_waits_before() -> None:
     scheduler = Scheduler(make_latencies())
     scheduler.submit(make_request("patient", target_ms=None), 0.0)
