@@ -31,7 +31,7 @@ from maestro_core import graph, held_out
 from maestro_core.artifact import Artifact, Layer, Score
 from maestro_core.frontier import RankTable, nested_chain, pareto, spread
 from maestro_core.held_out import ErrorTable, Samples
-from server import interrupt
+from server.interrupt import Interrupt
 
 Ranks = tuple[int, ...]
 
@@ -187,7 +187,7 @@ class Network:
         starts = range(0, len(self.samples), _BATCH)
         parts = [slice(start, start + _BATCH) for start in starts]
         feeds = ({name: self.samples.x[part]} for part in parts)
-        runs = (partial(interrupt.run, session, None, feed) for feed in feeds)
+        runs = (partial(Interrupt.run, session=session, names=None, feed=feed) for feed in feeds)
         return sum(
             int((output.argmax(-1) == self.samples.labels[part]).sum())
             for part, (output,) in zip(parts, measuring.in_turns(runs), strict=True)

@@ -23,7 +23,6 @@ from benchmarks.profiler import Turn, alone, measure
 from benchmarks.smoothing import isotonic
 from maestro_core import graph
 from maestro_core.artifact import Layer
-from server import interrupt
 from server.engine import session_options
 from server.interrupt import Interrupt, InterruptedRunError
 
@@ -162,7 +161,7 @@ def runner(model: ModelProto, folder: Path, measuring: Measuring) -> Call[object
     (spec,) = model.graph.input
     sizes = [dim.dim_value or measuring.batch for dim in spec.type.tensor_type.shape.dim]
     feed = {spec.name: np.random.default_rng(0).standard_normal(sizes, np.float32)}
-    return partial(interrupt.run, session, None, feed)
+    return partial(Interrupt.run, session=session, names=None, feed=feed)
 
 
 def session_of(model: ModelProto, folder: Path, intra_op_threads: int) -> ort.InferenceSession:

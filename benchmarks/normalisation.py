@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from benchmarks.layer_latencies import Measuring, session_of
-from server import interrupt
+from server.interrupt import Interrupt
 
 Floats = NDArray[np.float32]
 
@@ -89,7 +89,8 @@ def _gathered(
     input_name = model.graph.input[0].name
     sums = [np.zeros(1, np.float32)] * len(names)
     parts = np.array_split(x, batches)
-    runs = (partial(interrupt.run, session, names, {input_name: part}) for part in parts)
+    feeds = ({input_name: part} for part in parts)
+    runs = (partial(Interrupt.run, session=session, names=names, feed=feed) for feed in feeds)
     for found in measuring.in_turns(runs):
         sums = [total + value for total, value in zip(sums, found, strict=True)]
     return {name: total / np.float32(batches) for name, total in zip(names, sums, strict=True)}

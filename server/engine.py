@@ -15,7 +15,6 @@ import onnxruntime as ort
 from maestro_core.artifact import Artifact, Tensor
 from maestro_core.host import Host
 from maestro_core.profile import ProfileKey
-from server import interrupt as interrupts
 from server.baking import LAYOUT, Baked, BakeError, bake
 from server.interrupt import Interrupt
 from server.residency import Residency
@@ -99,7 +98,7 @@ class Engine:
         if interrupt is None:
             (output,) = session.run(names, feed)
         else:
-            (output,) = interrupts.run(session, names, feed, interrupt)
+            (output,) = interrupt.run(session, names, feed)
         return np.asarray(output, dtype=np.float32)
 
     def profile_key(self, compute_threads: int, workers: int = 1) -> ProfileKey:

@@ -11,37 +11,33 @@ class InterruptedRunError(Exception):
 
 
 class Interrupt:
-    """Ends one run early, or as soon as it begins."""
+    """Ends the run that it is given to, or any that it is given to later, before it is done."""
 
-    __slots__ = ("options",)
+    __slots__ = ("_options",)
 
     def __init__(self) -> None:
-        self.options = ort.RunOptions()
+        self._options = ort.RunOptions()
 
     @property
     def is_set(self) -> bool:
         """Return whether the run is to end."""
-        return bool(self.options.terminate)
+        return bool(self._options.terminate)
 
     def set(self) -> None:
         """End the run; one that has its outputs already keeps them."""
-        self.options.terminate = True
+        self._options.terminate = True
 
+    def run(
+        self, session: ort.InferenceSession, names: Sequence[str] | None, feed: Mapping[str, Any]
+    ) -> list[Any]:
+        """Return the outputs of these names, or all.
 
-def run(
-    session: ort.InferenceSession,
-    names: Sequence[str] | None,
-    feed: Mapping[str, Any],
-    interrupt: Interrupt,
-) -> list[Any]:
-    """Return the outputs of these names, or all.
-
-    Raises:
-        InterruptedRunError: it was ended before it had them.
-    """
-    try:
-        return list(session.run(names, feed, interrupt.options))
-    except Exception as error:
-        if interrupt.is_set:
-            raise InterruptedRunError from error
-        raise
+        Raises:
+            InterruptedRunError: it was ended before it had them.
+        """
+        try:
+            return list(session.run(names, feed, self._options))
+        except Exception as error:
+            if self.is_set:
+                raise InterruptedRunError from error
+            raise
