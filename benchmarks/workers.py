@@ -1,13 +1,17 @@
 """`maestro bench workers`: several processes on one port against one that has all the cores.
 
-Memory is the proportional set size of all processes of a server: a page that k of them map counts
-once. Both servers are up all along, and rounds of load go to them in random order. The sender runs
-on the same cores, so the network has to be large beside what it costs to ask.
+Both servers are up all along, and rounds of load go to them in random order. The sender runs on the
+same cores, so the network has to be large beside what it costs to ask. Memory is then that of each
+server up alone, after load: the proportional set size of all its processes, where a page that k of
+them map counts once. Beside it stands that of as many processes that have imported the server and
+load no model.
 """
 
 import argparse
 import asyncio
 import random
+import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -53,7 +57,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
         calls = {number: call(model, address) for number, (address, _) in started.items()}
         per_s = throughput(calls, chosen.connections, chosen.seconds, chosen.rounds)
-        mib = {number: tree_mib(pid) for number, (_, pid) in started.items()}
+        stack.close()
+        mib: dict[int, dict[str, float]] = {}
+        for number in started:
+            with serving(model, Path(folder), cores, workers=number) as (address, pid):
+                throughput({number: call(model, address)}, chosen.connections, 1.0, 1)
+                mib[number] = tree_mib(pid)
+        imported = imported_mib(chosen.workers)
     one, several = per_s[1], per_s[chosen.workers]
     result: dict[str, Any] = {
         **report.conditions(),
@@ -65,7 +75,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "rounds": chosen.rounds,
         "cores_used_by_others_and_us": elsewhere.share(),
         "memory_mib": {str(number): found for number, found in mib.items()},
+        "imported_mib": imported,
         "memory_over_one": round(mib[chosen.workers]["pss"] / mib[1]["pss"], 3),
+        "memory_over_one_and_imported": round(
+            mib[chosen.workers]["pss"] / (mib[1]["pss"] + imported), 3
+        ),
         "per_s": {"1": median(one), str(chosen.workers): median(several)},
         "per_s_over_one": round(median(b / a for a, b in zip(one, several, strict=True)), 3),
     }
@@ -97,6 +111,22 @@ def tree_mib(pid: int) -> dict[str, float]:
     pids = [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
     found = [mapped_mib(one) for one in pids]
     return {name: round(sum(one[name] for one in found), 1) for name in ("pss", "private")}
+
+
+def imported_mib(processes: int) -> float:
+    """Return the memory of so many processes that have imported the server, and wait, in MiB."""
+    program = "import sys, server.running; print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", program]
+    with ExitStack() as stack:
+        started = [
+            stack.enter_context(
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603
+            )
+            for _ in range(processes)
+        ]
+        for process in started:
+            process.stdout.readline()  # type: ignore[union-attr]  # it is a pipe
+        return round(sum(mapped_mib(process.pid)["pss"] for process in started), 1)
 
 
 def _resnet(folder: Path) -> Artifact:

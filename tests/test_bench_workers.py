@@ -32,6 +32,13 @@ def test_memory_is_that_of_a_process_and_its_children() -> None:
     assert found["pss"] < 150
 
 
+def test_processes_that_load_no_model_share_what_they_import() -> None:
+    one, three = workers.imported_mib(1), workers.imported_mib(3)
+
+    assert one > 50  # numpy, ONNX Runtime and FastAPI are in it
+    assert one < three < 3 * one
+
+
 @pytest.mark.parametrize(
     "wrong", [["--workers", "1"], ["--workers", "999"], ["--seconds", "0"], ["--rounds", "0"]]
 )
