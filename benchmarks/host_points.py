@@ -40,7 +40,7 @@ _WHOLE_POINTS = 20  # for the correction
 _LEAST_SAMPLES = 200
 _LEAST_TRIES = 8
 _INPUTS = 4  # one in so many samples sets normalisation, the others judge
-_BATCH = 16  # as large as what requests wait for anyway
+_BATCH = 4  # short, so that few requests meet one; larger ones take no less for a sample
 # Factors with more MACs than that, over those of the dense layer, are not tried.
 _MOST_MACS = 1.25
 
