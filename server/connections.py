@@ -107,6 +107,7 @@ class LimitedProtocol(HttpToolsProtocol):
     _is_at_head = False
     _held: tuple[RequestResponseCycle, Any] | None = None  # until its body is here
     _under_way: UnderWay | None = None
+    _answered: RequestResponseCycle | None = None  # the one that is, or was last
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -121,10 +122,17 @@ class LimitedProtocol(HttpToolsProtocol):
         self._is_lost = True
         self._stop_watching()
         super().connection_lost(exc)
+        self.pipeline.clear()
+        cycle = self._answered
+        if cycle is not None and not cycle.response_complete:
+            # uvicorn tells the request that came last, which may wait for this one.
+            cycle.disconnected = True
+            cycle.message_event.set()
         if self._held is not None:
             self._hand_on(*self._held)
-        if self._under_way is not None:
-            self._under_way.give_up()
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.give_up()
         self._on_count(len(self.connections))
 
     def data_received(self, data: bytes) -> None:
@@ -190,6 +198,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:  # noqa: ANN401
         scope = cycle.scope
+        self._answered = cycle
         if (
             self._whole is not None
             and self._is_at_head  # else it has waited for those before it on its connection

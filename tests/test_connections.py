@@ -28,10 +28,12 @@ class FakeTransport(asyncio.Transport):
     def __init__(self) -> None:
         super().__init__()
         self.written: list[bytes] = []
-        self.is_closed = False
+        self.is_closed = self.is_broken = False
         self.aborted = asyncio.Event()
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
+        if self.is_broken:  # as uvloop's
+            raise RuntimeError("the handler is closed")
         self.written.append(bytes(data))
 
     def is_closing(self) -> bool:
@@ -84,10 +86,14 @@ class Whole:
 
 
 class Driven:
-    """A connection whose transport is a fake; `asked` is what came to the application."""
+    """A connection whose transport is a fake; `asked` is what came to the application.
+
+    /slow is answered once it `may_answer`.
+    """
 
     def __init__(self, receive_timeout_s: float) -> None:
         self.is_leaving = False
+        self.may_answer = asyncio.Event()
         self.whole, self.transport = Whole(), FakeTransport()
         self.asked: list[tuple[str, bytes, Exception | None]] = []
         config = uvicorn.Config(self._app, interface="asgi3", log_config=None, lifespan="off")
@@ -116,6 +122,8 @@ class Driven:
                 break
             message = await receive()
         self.asked.append((scope["path"], body, scope["state"].get(FAILED)))
+        if scope["path"] == "/slow":
+            await self.may_answer.wait()
         headers = [(b"content-length", b"3")]
         await send({"type": "http.response.start", "status": 299, "headers": headers})
         await send({"type": "http.response.body", "body": b"app"})
@@ -246,6 +254,41 @@ def test_a_client_that_hangs_up_gives_its_request_up() -> None:
         assert driven.transport.written == []
 
     drive(scenario)
+
+
+@pytest.mark.parametrize("first", [SEVEN, SEVEN.replace(b"/infer", b"/slow")])
+def test_a_client_that_hangs_up_is_gone_for_the_request_that_others_wait_for(
+    first: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(driven: Driven) -> None:
+        await driven.receive(first + SEVEN + SEVEN)
+        driven.transport.is_broken = True
+        driven.protocol.connection_lost(ConnectionResetError())
+        driven.may_answer.set()
+        await turns()
+
+        assert [begun.is_given_up for begun in driven.whole.begun] == [True] * (first == SEVEN)
+        assert [path for path, *_ in driven.asked] == ["/slow"] * (first != SEVEN)
+        assert not driven.protocol.tasks
+
+    drive(scenario)
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("outcome", [b"done", ValueError("wrong")])
+def test_an_outcome_is_late_for_a_client_that_hung_up(
+    outcome: bytes | Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(driven: Driven) -> None:
+        await driven.receive(SEVEN + SEVEN)
+        driven.transport.is_broken = True
+        driven.protocol.connection_lost(ConnectionResetError())
+        await driven.finish(outcome)
+
+        assert driven.asked == []
+
+    drive(scenario)
+    assert caplog.records == []
 
 
 def test_requests_sent_ahead_are_answered_in_their_order() -> None:
