@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+import orjson
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
@@ -17,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 
 from server.direct import FAILED
+from server.errors import PROBLEM_TYPE, BadRequestError
 
 # A request's line and headers; the parser itself has no limit.
 HEAD_BYTES = 64 * 2**10
@@ -92,7 +94,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     A request whose body is small waits for it here, and is begun by `_whole` where that takes it:
     without a task, without coroutines, and answered with one write: the application takes
-    longer. It has all others, and errors are its to answer.
+    longer. It has all others, and errors are its to answer, but for what is no request: that is
+    refused here, once those before it are answered, and ends the connection.
     """
 
     _limits: Limits
@@ -108,6 +111,7 @@ class LimitedProtocol(HttpToolsProtocol):
     _held: tuple[RequestResponseCycle, Any] | None = None  # until its body is here
     _under_way: UnderWay | None = None
     _answered: RequestResponseCycle | None = None  # the one that is, or was last
+    _refusal: str | None = None  # why nothing more is read
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -136,14 +140,16 @@ class LimitedProtocol(HttpToolsProtocol):
         self._on_count(len(self.connections))
 
     def data_received(self, data: bytes) -> None:
+        if self._refusal is not None:
+            return
         self._framing_bytes += len(data)
         super().data_received(data)
         if self.cycle is not None and self.cycle.more_body:
-            self._limit_framing(self.cycle)
+            self._limit_framing()
         if self._head_bytes is not None:
             self._head_bytes += len(data)
             if self._head_bytes > HEAD_BYTES:
-                self.send_400_response("The request's headers are over 64 KiB.")
+                self.send_400_response("the request's headers are over 64 KiB")
         if self._held is not None and not _is_small(self._held[0].scope):
             self._hand_on(*self._held)
         self._watch()
@@ -164,7 +170,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._head_bytes = None
         self._framing_bytes = 0
         if len(self.pipeline) >= MOST_PIPELINED:
-            raise ValueError("too many pipelined requests")  # the parser ends the connection
+            self.send_400_response(f"over {MOST_PIPELINED} requests wait on this connection")
+            raise ValueError("too many pipelined requests")  # the parser stops
         self._is_at_head = True
         super().on_headers_complete()
         self._is_at_head = False
@@ -173,12 +180,34 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
+        self.cycle.more_body = False  # uvicorn leaves it where the answer came first
         if self._held is not None:
             self._begin(*self._held)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self._refuse_in_turn()
         self._watch()
+
+    def send_400_response(self, msg: str) -> None:
+        """Read nothing more; say why once the requests before it are answered."""
+        if self._refusal is not None:
+            return
+        self._refusal = msg
+        if self.pipeline and self.pipeline[0][0].more_body:
+            self.pipeline.popleft()
+        self._refuse_in_turn()
+
+    def _refuse_in_turn(self) -> None:
+        cycle = self._answered
+        if self._refusal is None or self.transport.is_closing():
+            return
+        is_broken = cycle is not None and cycle.more_body  # what is refused is the rest of it
+        if cycle is not None and is_broken and cycle.response_started:
+            self.transport.abort()
+        elif cycle is None or is_broken or cycle.response_complete:
+            self.transport.write(_refused(self._refusal))
+            self.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -188,13 +217,9 @@ class LimitedProtocol(HttpToolsProtocol):
         super().resume_writing()
         self._watch()
 
-    def _limit_framing(self, cycle: RequestResponseCycle) -> None:
-        if self._framing_bytes <= HEAD_BYTES:
-            return
-        if cycle.response_started:
-            self.transport.abort()
-        else:
-            self.send_400_response("The request's trailers are over 64 KiB.")
+    def _limit_framing(self) -> None:
+        if self._framing_bytes > HEAD_BYTES:
+            self.send_400_response("the request's trailers are over 64 KiB")
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:  # noqa: ANN401
         scope = cycle.scope
@@ -268,6 +293,13 @@ def _is_small(scope: Mapping[str, Any]) -> bool:
         if name == b"content-length":
             return value.isdigit() and int(value[:20]) <= SMALL_BYTES
     return False
+
+
+def _refused(why: str) -> bytes:
+    """Return the answer to what is no request."""
+    body = orjson.dumps(BadRequestError(why).problem())
+    head = b"content-type: %b\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+    return STATUS_LINE[400] + head % (PROBLEM_TYPE.encode(), len(body)) + body
 
 
 def _write(

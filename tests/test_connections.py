@@ -88,7 +88,7 @@ class Whole:
 class Driven:
     """A connection whose transport is a fake; `asked` is what came to the application.
 
-    /slow is answered once it `may_answer`.
+    /slow is answered once it `may_answer`, /early before its body is here.
     """
 
     def __init__(self, receive_timeout_s: float) -> None:
@@ -115,12 +115,11 @@ class Driven:
         await turns()
 
     async def _app(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        message, body = await receive(), b""
-        while message["type"] == "http.request":
-            body += message["body"]
-            if not message["more_body"]:
-                break
+        body, more = b"", scope["path"] != "/early"
+        while more:
             message = await receive()
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
         self.asked.append((scope["path"], body, scope["state"].get(FAILED)))
         if scope["path"] == "/slow":
             await self.may_answer.wait()
@@ -337,10 +336,87 @@ def test_too_many_requests_ahead_end_the_connection() -> None:
         await driven.receive(SEVEN)
         await driven.receive((MOST_PIPELINED + 2) * (HEAD + b"content-length: 0\r\n\r\n"))
 
+        assert driven.transport.written == []
+        await driven.finish()
+        await driven.receive(*[SEVEN] * MOST_PIPELINED)  # passed over
+
+        assert [path for path, *_ in driven.asked] == ["/infer"] * MOST_PIPELINED
         assert driven.transport.is_closed
-        assert b" 400 " in driven.transport.written[-1]
+        check_refused(driven.transport.written, "over 64 requests wait on this connection")
 
     drive(scenario)
+
+
+NOT_HTTP = [
+    pytest.param(b"GARBAGE\r\n\r\n", id="no method"),
+    pytest.param("POST /é HTTP/1.1\r\nhost: x\r\n\r\n".encode(), id="not ASCII"),
+    pytest.param(
+        HEAD.replace(b"infer", b"slow") + b"transfer-encoding: chunked\r\n\r\nno\r\n", id="no chunk"
+    ),
+    pytest.param(HEAD + b"content-length: 7\r\ncontent-length: 8\r\n\r\n", id="two lengths"),
+]
+
+
+@pytest.mark.parametrize("broken", NOT_HTTP)
+def test_what_is_no_request_is_refused_with_a_problem(broken: bytes) -> None:
+    async def scenario(driven: Driven) -> None:
+        await driven.receive(broken)
+
+        assert driven.transport.is_closed
+        assert len(driven.transport.written) == 1
+        check_refused(driven.transport.written, "Invalid HTTP request received.")
+
+    drive(scenario)
+
+
+@pytest.mark.parametrize("broken", NOT_HTTP)
+def test_what_came_before_is_answered_before_the_refusal(broken: bytes) -> None:
+    async def scenario(driven: Driven) -> None:
+        await driven.receive(SEVEN + SEVEN + broken)
+        assert driven.transport.written == []
+        await driven.finish()
+
+        assert b"done" in driven.transport.written[0]
+        assert [path for path, *_ in driven.asked] == ["/infer"]
+        assert driven.transport.is_closed
+        check_refused(driven.transport.written, "Invalid HTTP request received.")
+
+    drive(scenario)
+
+
+def test_an_answer_before_the_body_is_whole_leaves_the_connection_in_order() -> None:
+    async def scenario(driven: Driven) -> None:
+        head = HEAD.replace(b"infer", b"early") + b"transfer-encoding: chunked\r\n\r\n"
+        await driven.receive(head, b"1\r\na\r\n0\r\n\r\n", b"GARBAGE\r\n\r\n")
+        assert driven.transport.is_closed
+        check_refused(driven.transport.written, "Invalid HTTP request received.")
+
+    drive(scenario)
+
+
+def test_a_body_that_breaks_after_its_answer_ends_the_connection() -> None:
+    async def scenario(driven: Driven) -> None:
+        head = HEAD.replace(b"infer", b"early") + b"transfer-encoding: chunked\r\n\r\n"
+        await driven.receive(head, b"no\r\n")
+
+        assert driven.transport.aborted.is_set()
+        assert b"400" not in b"".join(driven.transport.written)
+
+    drive(scenario)
+
+
+def check_refused(written: list[bytes], why: str) -> None:
+    head, _, body = written[-1].partition(b"\r\n\r\n")
+    status, *headers = head.split(b"\r\n")
+    assert status == b"HTTP/1.1 400 Bad Request"
+    assert set(headers) == {
+        b"content-type: application/problem+json",
+        b"content-length: %d" % len(body),
+        b"connection: close",
+    }
+    problem = json.loads(body)
+    assert (problem["type"], problem["status"]) == ("urn:maestro:bad-request", 400)
+    assert problem["error"] == problem["detail"] == why
 
 
 def test_both_ways_answer_alike(tiny_artifact: Artifact, tmp_path: Path) -> None:
