@@ -1,11 +1,11 @@
 """The application: routes, and errors turned into answers. Every decision is made elsewhere."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 
 import orjson
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -53,12 +53,16 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
         responses={"default": {"model": Problem, "content": {PROBLEM_TYPE: {}}}},
     )
     bodies = Bodies(settings.max_body_bytes, settings.max_bodies_bytes)
-    app.include_router(routes.inference(served, bodies))
-    app.include_router(routes.calibration(served, bodies))
-    app.include_router(routes.health(served))
-    app.include_router(oip_routes.protocol_v2(served, bodies))
-    app.include_router(page(served.artifact.manifest))
-    _add_errors(app, served)
+    routers = (
+        routes.inference(served, bodies),
+        routes.calibration(served, bodies),
+        routes.health(served),
+        oip_routes.protocol_v2(served, bodies),
+        page(served.artifact.manifest),
+    )
+    for router in routers:
+        app.include_router(router)
+    _add_errors(app, served, [app.router, *routers])
     if not settings.access_log:  # it is the usual way's to write
         app.state.whole = simple.Whole(served, bodies)
     app.add_middleware(DirectCalls, calls=_direct(served, bodies), errors=app.exception_handlers)
@@ -97,7 +101,7 @@ def _failed(service: Service, path: str) -> Response:
     return _refused(service, path, InternalError("the server failed; its log says where"))
 
 
-def _add_errors(app: FastAPI, service: Service) -> None:
+def _add_errors(app: FastAPI, service: Service, routers: Sequence[APIRouter]) -> None:
     @app.exception_handler(ServiceError)
     async def known(request: Request, error: ServiceError) -> Response:
         return _refused(service, request.scope["path"], error)
@@ -112,7 +116,7 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     async def routed(request: Request, error: HTTPException) -> Response:
         headers = error.headers
         if error.status_code == _METHOD_NOT_ALLOWED:  # a route knows of its own methods only
-            headers = {"Allow": ", ".join(_methods(app, request))}
+            headers = {"Allow": ", ".join(_methods(routers, request))}
         detail = str(error.detail)
         content = {
             "type": "about:blank",
@@ -129,10 +133,13 @@ def _add_errors(app: FastAPI, service: Service) -> None:
         return Response(status_code=_CLIENT_GONE)
 
 
-def _methods(app: FastAPI, request: Request) -> list[str]:
-    """Return the methods that some route takes at this path."""
+def _methods(routers: Sequence[APIRouter], request: Request) -> list[str]:
+    """Return the methods that some route takes at this path.
+
+    What an application keeps of the routers that it includes has no methods.
+    """
     found: set[str] = set()
-    for route in app.routes:
+    for route in (route for router in routers for route in router.routes):
         if route.matches(request.scope)[0] is not Match.NONE:
             found |= getattr(route, "methods", None) or set()
     return sorted(found)

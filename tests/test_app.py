@@ -324,6 +324,28 @@ def test_unknown_paths_and_methods_are_problems_too(client: Client) -> None:
     check_problem(client.get("/infer"), 405, "Method Not Allowed")
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/infer", "POST"),
+        ("PUT", "/profile", "GET, POST"),
+        ("POST", "/profile/jobs/1", "DELETE, GET"),
+        ("POST", "/livez", "GET, HEAD"),
+        ("GET", "/v2/models/tiny/infer", "POST"),
+        ("PUT", "/v2/models/other/versions/1/infer", "POST"),
+        ("POST", "/", "GET, HEAD"),
+        ("POST", "/openapi.json", "GET, HEAD"),
+    ],
+)
+def test_a_wrong_method_is_answered_with_those_allowed(
+    client: Client, method: str, path: str, allowed: str
+) -> None:
+    response = client.request(method, path)
+
+    check_problem(response, 405, "Method Not Allowed")
+    assert response.headers["allow"] == allowed
+
+
 def test_what_to_calibrate_is_checked(client: Client) -> None:
     for wrong, text in (
         (b'{"kind": "endless"}', "kind: "),
