@@ -6,7 +6,7 @@ from typing import Self
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from server.errors import TooLargeError, UnavailableError
+from server.errors import TooLargeError, UnavailableError, UnsupportedEncodingError
 
 
 class Bodies:
@@ -54,6 +54,7 @@ class Body:
         """Return the body. One that is refused is not read to its end.
 
         Raises:
+            UnsupportedEncodingError: it is coded.
             TooLargeError: it is larger than a body may be.
             UnavailableError: with those of others it is more than may be held.
             ClientDisconnect: the client hung up.
@@ -61,6 +62,8 @@ class Body:
         for name, declared in request.scope["headers"]:
             if name == b"content-length" and declared.isdigit():
                 self._check(int(declared[:20]))
+            elif name == b"content-encoding":
+                _check_encoding(declared.decode("latin-1").strip())
         parts, more = [], True
         while more:  # not request.stream(): a generator takes longer
             message = await request.receive()
@@ -92,3 +95,8 @@ class Body:
             )
         self._bytes += size
         bodies.held_bytes += size
+
+
+def _check_encoding(encoding: str) -> None:
+    if encoding.lower() not in ("", "identity"):
+        raise UnsupportedEncodingError(encoding)

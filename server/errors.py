@@ -83,6 +83,20 @@ class UnsupportedMediaError(ServiceError):
     status, code, title = 415, "unsupported-media-type", "This type of body is not served"
 
 
+class UnsupportedEncodingError(ServiceError):
+    """A body that is compressed, or coded in another way."""
+
+    status, code, title = 415, "unsupported-encoding", "This coding of bodies is not served"
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__(
+            f"content-encoding '{encoding[:40]}' is not served; send the body as it is"
+        )
+
+    def headers(self) -> dict[str, str]:
+        return {"Accept-Encoding": "identity"}  # RFC 9110, section 15.5.16
+
+
 class InvalidError(ServiceError):
     """Readable, but not what the model or the parameters take."""
 

@@ -128,7 +128,8 @@ class Whole:
         arrived_s = time.monotonic()
         headers = headers_of(scope)
         kind = media_type(headers)
-        if kind == FORM or self._is_recording or pictures.takes_long(body):
+        is_odd = kind == FORM or b"content-encoding" in headers
+        if is_odd or self._is_recording or pictures.takes_long(body):
             return None
         service = self._service
         service.serving()

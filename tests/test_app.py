@@ -1,5 +1,6 @@
 """The HTTP interface, in process: every call, and every way to get it wrong."""
 
+import gzip
 import io
 import json
 import time
@@ -215,6 +216,25 @@ def test_a_bad_body_gets_one_clear_error(
 
     check_problem(response, status, text)
     infer(client)
+
+
+@pytest.mark.parametrize("path", ["/infer", "/explain", "/profile", "/v2/models/tiny/infer"])
+@pytest.mark.parametrize("encoding", ["gzip", "identity, br"])
+def test_a_body_that_is_coded_is_refused_by_its_coding(
+    client: Client, path: str, encoding: str
+) -> None:
+    response = client.post(
+        path, content=gzip.compress(b"{}"), headers={"content-encoding": encoding}
+    )
+
+    check_problem(response, 415, f"content-encoding '{encoding}' is not served")
+    assert response.headers["accept-encoding"] == "identity"
+
+
+def test_a_body_that_is_said_not_to_be_coded_is_read(client: Client) -> None:
+    headers = {"content-type": "image/png", "content-encoding": "Identity"}
+
+    assert client.post("/infer", content=png(), headers=headers).status_code == 200
 
 
 @pytest.mark.parametrize(

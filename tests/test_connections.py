@@ -438,6 +438,8 @@ def test_both_ways_answer_alike(tiny_artifact: Artifact, tmp_path: Path) -> None
 
             assert begun == usual
             statuses.add(begun[0][:12])
+        coded = asked(address, b"/infer", b"content-encoding: br\r\ncontent-length: 2\r\n\r\n{}")
+        assert coded[0][9:12] == b"415"
     assert statuses == {b"HTTP/1.1 200", b"HTTP/1.1 422"}
 
 
