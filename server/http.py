@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Any
 
 import orjson
@@ -16,6 +15,10 @@ from server.errors import BadRequestError, InvalidError
 
 Header = tuple[bytes, bytes]
 Headers = Mapping[bytes, bytes]
+Pairs = tuple[tuple[str, str], ...]
+
+# The targets that headers may hold: the client's own, and what a gateway waits.
+_OWN_TARGET, _GATEWAY_TARGET = b"x-max-latency-ms", b"x-envoy-expected-rq-timeout-ms"
 
 
 def to_json(content: Any) -> bytes:  # noqa: ANN401  any JSON
@@ -42,18 +45,26 @@ class Inferred(Response):
 
 
 @lru_cache(maxsize=128)
-def _query(text: bytes) -> Mapping[str, str]:
-    return MappingProxyType(dict(QueryParams(text)))
+def _query(text: bytes) -> Pairs:
+    return tuple(QueryParams(text).multi_items())
 
 
-def query_of(scope: Mapping[str, Any]) -> Mapping[str, str]:
-    """Return the last value of each name in the query; a client sends the same over and over."""
+def query_of(scope: Mapping[str, Any]) -> Pairs:
+    """Return the names in the query with their values; a client sends the same over and over."""
     return _query(scope["query_string"])
 
 
 def headers_of(scope: Mapping[str, Any]) -> Headers:
-    """Return the first header of each name. A request's own search the list each time."""
-    return dict(reversed(scope["headers"]))
+    """Return the first header of each name, and of a target all, joined by commas (RFC 9110, 5.3).
+
+    A request's own search the list each time.
+    """
+    sent = scope["headers"]
+    found = dict(reversed(sent))
+    if len(found) < len(sent):
+        for name in found.keys() & {_OWN_TARGET, _GATEWAY_TARGET}:
+            found[name] = b",".join(value for each, value in sent if each == name)
+    return found
 
 
 def media_type(headers: Headers) -> str:
@@ -61,8 +72,8 @@ def media_type(headers: Headers) -> str:
     return headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
 
 
-async def form_file(request: Request, body: bytes) -> tuple[str, bytes]:
-    """Return the type and the bytes of the one file in a form.
+async def form_file(request: Request, body: bytes) -> tuple[str, bytes, Pairs]:
+    """Return the type and the bytes of the one file in a form, and its other fields.
 
     Raises:
         BadRequestError: the form cannot be read.
@@ -78,7 +89,8 @@ async def form_file(request: Request, body: bytes) -> tuple[str, bytes]:
             files = [part for part in form.values() if isinstance(part, UploadFile)]
             if not files:
                 raise InvalidError("the form holds no file; send one: curl -F file=@picture.png")
-            return (files[0].content_type or "").lower(), await files[0].read()
+            fields = tuple((k, part) for k, part in form.multi_items() if isinstance(part, str))
+            return (files[0].content_type or "").lower(), await files[0].read(), fields
     except (MultiPartException, HTTPException, ValueError) as error:
         text = getattr(error, "message", None) or str(getattr(error, "detail", error))
         raise BadRequestError(f"the form cannot be read: {text}") from error
@@ -93,13 +105,13 @@ def _form_type(request: Request) -> bytes:
 
 
 def header_targets_ms(headers: Headers) -> list[str | float]:
-    """Return the targets in a request's headers: the client's own, and what a gateway waits.
+    """Return the targets in a request's headers: the client's own, and what gateways wait.
 
     A gateway's header that is no positive number is left out: the client cannot mend it.
     """
-    own = headers.get(b"x-max-latency-ms")
-    gateway = headers.get(b"x-envoy-expected-rq-timeout-ms", b"")
-    targets: list[str | float] = [] if own is None else [own.decode("latin-1")]
-    if gateway.isdigit() and int(gateway[:10]) > 0:
-        targets.append(min(float(gateway[:10]), 3_600_000.0))
+    own, gateways = headers.get(_OWN_TARGET), headers.get(_GATEWAY_TARGET)
+    targets: list[str | float] = [] if own is None else [*own.decode("latin-1").split(",")]
+    if gateways is not None:
+        waited = [ms[:10] for ms in map(bytes.strip, gateways.split(b",")) if ms.isdigit()]
+        targets += [min(float(ms), 3_600_000.0) for ms in waited if int(ms) > 0]
     return targets

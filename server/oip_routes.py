@@ -12,8 +12,8 @@ from server.answers import infer_answer
 from server.bodies import Bodies
 from server.direct import Call
 from server.errors import NotFoundError
-from server.http import Json, header_targets_ms, headers_of
-from server.schemas import parse_parameters
+from server.http import Json, header_targets_ms, headers_of, query_of
+from server.schemas import InferParameters, parse_parameters
 from server.service import Service
 from server.tracing import ANSWER, ARRIVED
 
@@ -90,8 +90,9 @@ def infer_call(service: Service, bodies: Bodies) -> Call:
             length = request.headers.get(protocol.JSON_LENGTH)
             wanted = protocol.read(body, length, manifest.input, manifest.output)
             targets_ms = [*header_targets_ms(headers_of(request.scope)), wanted.timeout_ms]
-            given = {**wanted.parameters, "priority": wanted.priority}
-            parameters = parse_parameters({}, given, targets_ms)
+            query = query_of(request.scope)
+            protocol.check_names(name for name, _ in query)
+            parameters = parse_parameters(query, wanted.parameters, targets_ms)
             served = service.artifact  # a search may replace it meanwhile
             result = await service.infer(wanted.x, parameters, arrived_s, request.receive)
         content = infer_answer(served, parameters, result, time.monotonic() - arrived_s)
@@ -146,7 +147,7 @@ def _configuration(manifest: Manifest, max_batch: int) -> dict[str, Any]:
 
 
 def _description(manifest: Manifest) -> dict[str, Any]:
-    """Return what OpenAPI says of an inference's body."""
+    """Return what OpenAPI says of an inference: its parameters in the query, and its body."""
     size = prod(manifest.input.shape[1:])
     example = {
         "inputs": [
@@ -160,4 +161,10 @@ def _description(manifest: Manifest) -> dict[str, Any]:
         "parameters": {"max_latency_ms": 5},
     }
     schema = {"type": "object", "required": ["inputs"], "example": example}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    fields = InferParameters.model_json_schema()["properties"]
+    return {
+        "parameters": [
+            {"name": name, "in": "query", "schema": fields[name]} for name in protocol.PARAMETERS
+        ],
+        "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
+    }

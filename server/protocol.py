@@ -5,7 +5,7 @@ classification and schedule policy.
 """
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, cast
@@ -38,8 +38,8 @@ _DTYPES = {
     "FP64": "<f8",
 }
 _NOT_IN_JSON = ("FP16",)
-# Parameters of the protocol itself, or of its clients: not ours to check.
-_OURS = ("max_latency_ms", "min_accuracy", "on_miss", "point")
+# Those of a request that are ours. Others are the protocol's, or its clients': not ours to check.
+PARAMETERS = ("max_latency_ms", "min_accuracy", "on_miss", "point", "priority")
 _MAX_TIMEOUT_US = 2**63
 
 
@@ -51,7 +51,6 @@ class Wanted:
     x: Floats  # (n, …)
     parameters: dict[str, Any]  # ours
     timeout_ms: float | None
-    priority: int
     is_binary: bool
     classes: int  # 0: the output itself; else the k most likely classes
 
@@ -67,22 +66,30 @@ def read(body: bytes, json_length: str | None, tensor: Tensor, output: Tensor) -
     """
     text, binary = _split(body, json_length)
     if json_length is not None and not text:
-        return Wanted("", _raw(binary, tensor), {}, None, 0, is_binary=True, classes=0)
+        return Wanted("", _raw(binary, tensor), {}, None, is_binary=True, classes=0)
     request = json_object(text)
     given = _mapping(request, "parameters")
-    if "top_k" in given:
-        raise InvalidError("top_k: is of /infer; here the output takes `classification`")
+    check_names(given)
     x = _input(request, binary, tensor)
     is_binary, classes = _output(request, given, output)
     return Wanted(
         id=_text(request, "id"),
         x=x,
-        parameters={name: given[name] for name in _OURS if name in given},
+        parameters=_ours(given),
         timeout_ms=_timeout_ms(given),
-        priority=_whole(given, "priority", 2**32 - 1),
         is_binary=is_binary,
         classes=classes,
     )
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuse a parameter that the protocol has another way for.
+
+    Raises:
+        InvalidError: there is one.
+    """
+    if "top_k" in names:
+        raise InvalidError("top_k: is of /infer; here the output takes `classification`")
 
 
 def write(
@@ -160,6 +167,14 @@ def _whole(holder: Mapping[str, Any], name: str, largest: int) -> int:
     if type(value) is not int or not 0 <= value <= largest:
         raise InvalidError(f"{name}: must be a whole number in 0..{largest}, not {value!r:.40}")
     return value
+
+
+def _ours(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters that are ours. Priority 0 says nothing: it is the default."""
+    ours = {name: given[name] for name in PARAMETERS if name in given}
+    if _whole(given, "priority", 2**32 - 1) == 0:
+        ours.pop("priority", None)
+    return ours
 
 
 def _timeout_ms(given: Mapping[str, Any]) -> float | None:

@@ -220,10 +220,16 @@ def _infer_description(service: Service) -> dict[str, Any]:
         "additionalProperties": False,
         "example": {"inputs": example, "max_latency_ms": 5},
     }
+    as_form = {
+        "type": "object",
+        "required": ["file"],
+        "properties": {"file": file, **schema},
+        "additionalProperties": False,
+    }
     content = {
         JSON: {"schema": as_json},
         **{kind: {"schema": file} for kind in (*PICTURES[:2], NPY[0])},
-        FORM: {"schema": {"type": "object", "required": ["file"], "properties": {"file": file}}},
+        FORM: {"schema": as_form},
     }
     return {
         "parameters": [

@@ -3,7 +3,7 @@
 Tensor data never passes through these: a model per number would cost more than the network does.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, TypeAdapter, Vali
 
 from server.errors import InvalidError
 from server.requests import Request
+
+Pair = tuple[str, str]
 
 MAX_LATENCY_MS = 3_600_000.0
 # Shorter targets are missed as surely, and clocks don't tell them apart.
@@ -52,37 +54,70 @@ class InferParameters(BaseModel):
 
 
 _PARAMETERS = TypeAdapter(InferParameters)
+_TARGET = "max_latency_ms"
 
 
 def parse_parameters(
-    query: Mapping[str, str],
+    query: Collection[Pair],
     body: Mapping[str, Any],
     targets_ms: Iterable[str | float | None] = (),
+    form: Collection[Pair] = (),
 ) -> InferParameters:
     """Return the parameters of one request. The body wins over the query, except for the target:
     of all that are given, those of headers and of the protocol included, the smallest binds.
 
+    form: the fields beside a file, which win over the query, and the file's own over them.
+
     Raises:
-        InvalidError: a parameter is unknown, or out of its range.
+        InvalidError: a parameter is unknown, out of its range, or given twice with other values.
     """
-    own = [_validate_query(tuple(query.items()))] if query else []
+    own = [_validate_query(tuple(query))] if query else []
+    if form:
+        own.append(_validate_texts(form))
     if body:
         own.append(_validate(body))
-    given = own + [_validate({"max_latency_ms": ms}) for ms in targets_ms if ms is not None]
+    return _together(own, [_target(ms) for ms in targets_ms if ms is not None])
+
+
+def _together(own: list[InferParameters], targets: list[InferParameters]) -> InferParameters:
+    """Return parameters of which later ones win, and the smallest of all targets."""
+    given = own + targets
     if len(given) <= 1:
         return given[0] if given else _NOTHING
     fields: dict[str, Any] = {}
     for parameters in own:
         fields |= parameters.model_dump(exclude_unset=True)
-    targets = [p.max_latency_ms for p in given if p.max_latency_ms is not None]
-    fields["max_latency_ms"] = min(targets, default=None)
+    found = [p.max_latency_ms for p in given if p.max_latency_ms is not None]
+    fields["max_latency_ms"] = min(found, default=None)
     return InferParameters.model_construct(None, **fields)
 
 
 @lru_cache(maxsize=128)
-def _validate_query(items: tuple[tuple[str, str], ...]) -> InferParameters:
+def _validate_query(query: tuple[Pair, ...]) -> InferParameters:
     """Return what a query asks; a client asks the same over and over."""
-    return _validate(dict(items))
+    return _validate_texts(query)
+
+
+def _validate_texts(pairs: Collection[Pair]) -> InferParameters:
+    own = _validate(_single(pair for pair in pairs if pair[0] != _TARGET))
+    return _together([own], [_target(text) for name, text in pairs if name == _TARGET])
+
+
+def _single(pairs: Iterable[Pair]) -> dict[str, str]:
+    """Return the value of each name.
+
+    Raises:
+        InvalidError: a name has two that differ.
+    """
+    given: dict[str, str] = {}
+    for name, value in pairs:
+        if given.setdefault(name, value) != value:
+            raise InvalidError(f"{name}: given as {given[name][:40]!r} and as {value[:40]!r}")
+    return given
+
+
+def _target(ms: str | float) -> InferParameters:
+    return _validate({_TARGET: ms})
 
 
 def _validate(values: Mapping[str, Any]) -> InferParameters:

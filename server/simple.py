@@ -20,6 +20,7 @@ from server.errors import ServiceError, UnsupportedMediaError
 from server.http import (
     Header,
     Inferred,
+    Pairs,
     form_file,
     header_targets_ms,
     headers_of,
@@ -56,16 +57,18 @@ def infer_call(service: Service, bodies: Bodies) -> Call:
         arrived_s: float = scope[tracing.ARRIVED]
         headers = headers_of(scope)
         kind = media_type(headers)
+        form: Pairs = ()
         with bodies.one() as arriving:
             body = await arriving.read(request)
             if kind == FORM:
-                kind, body = await form_file(request, body)
+                kind, body, form = await form_file(request, body)
             if pictures.takes_long(body):  # others are served meanwhile
                 async with decoding:
                     x, given = await asyncio.to_thread(_input, kind, body, service)
             else:
                 x, given = _input(kind, body, service)
-            parameters = parse_parameters(query_of(scope), given, header_targets_ms(headers))
+            targets_ms = header_targets_ms(headers)
+            parameters = parse_parameters(query_of(scope), given, targets_ms, form)
             served = service.artifact  # a search may replace it meanwhile
             result = await service.infer(x, parameters, arrived_s, request.receive)
         answer, content = _answer(service, served, parameters, result, arrived_s)

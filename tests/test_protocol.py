@@ -67,8 +67,8 @@ def test_parameters_of_others_are_left_alone() -> None:
 
     wanted = read(orjson.dumps(json_request(parameters=parameters)))
 
-    assert (wanted.timeout_ms, wanted.priority) == (25.0, 1)
-    assert wanted.parameters == {"max_latency_ms": 30}
+    assert wanted.timeout_ms == 25.0
+    assert wanted.parameters == {"max_latency_ms": 30, "priority": 1}
 
 
 def test_answers_in_json_and_binary_hold_the_same_numbers() -> None:
@@ -245,6 +245,27 @@ def test_the_smallest_target_binds(
     answer = client.post(PATH, json=request, headers=headers).json()
 
     assert answer["parameters"]["max_latency_ms"] == target_ms
+
+
+def test_parameters_may_come_by_the_query_and_those_of_the_body_win(client: TestClient) -> None:
+    named = json_request(parameters={"point": 1, "max_latency_ms": 700, "priority": 0})
+
+    plain = client.post(f"{PATH}?point=2&max_latency_ms=900&priority=1", json=json_request())
+    both = client.post(f"{PATH}?point=2&max_latency_ms=600&max_latency_ms=650", json=named)
+    raw = client.post(
+        f"{PATH}?point=3", content=X[:1].tobytes(), headers={protocol.JSON_LENGTH: "0"}
+    )
+
+    answers = [response.json()["parameters"] for response in (plain, both)]
+    assert [(a["point"], a["max_latency_ms"]) for a in answers] == [(2, 900), (1, 600)]
+    assert raw.status_code == 200, raw.text
+    for query, text in (
+        ("foo=abc", "unknown parameter 'foo'"),
+        ("point=1&point=2", "point: given as"),
+        ("priority=-1", "priority: "),
+        ("top_k=2", "top_k: is of /infer"),
+    ):
+        check_problem(client.post(f"{PATH}?{query}", json=json_request()), 422, text)
 
 
 def test_errors_are_for_clients_of_the_protocol_too(client: TestClient) -> None:

@@ -12,17 +12,38 @@ def test_nothing_given_means_no_target() -> None:
 
 
 def test_the_smallest_target_binds() -> None:
-    query, body = {"max_latency_ms": "20"}, {"max_latency_ms": 7.5}
+    query, body = [("max_latency_ms", "20")], {"max_latency_ms": 7.5}
 
     assert parse_parameters(query, body, ["30", None]).max_latency_ms == 7.5
     assert parse_parameters(query, {}, ["30", None]).max_latency_ms == 20
     assert parse_parameters({}, body, ["3", 8.0]).max_latency_ms == 3
+    assert parse_parameters(query, body, form=[("max_latency_ms", "5")]).max_latency_ms == 5
+
+
+@pytest.mark.parametrize("targets", [("5", "50"), ("50", "5"), ("50", "5", "5.0")])
+def test_the_smallest_target_binds_of_those_given_in_one_place(targets: tuple[str, ...]) -> None:
+    pairs = [("point", "1"), *(("max_latency_ms", ms) for ms in targets)]
+
+    for parameters in (parse_parameters(pairs, {}), parse_parameters([], {}, form=pairs)):
+        assert (parameters.max_latency_ms, parameters.point) == (5, 1)
+
+
+def test_a_parameter_is_not_given_twice_with_different_values() -> None:
+    same = parse_parameters([("point", "1"), ("point", "1")], {})
+    assert same.point == 1
+
+    with pytest.raises(InvalidError, match="point: given as '1' and as '2'"):
+        parse_parameters([("point", "1"), ("point", "2")], {})
+    with pytest.raises(InvalidError, match=r"max_latency_ms: .*not '-1'"):
+        parse_parameters([("max_latency_ms", "-1"), ("max_latency_ms", "5")], {})
 
 
 def test_the_body_wins_over_the_query_elsewhere() -> None:
-    parameters = parse_parameters({"point": "1", "top_k": "2"}, {"point": 3})
+    query, form = [("point", "1"), ("top_k", "2"), ("priority", "1")], [("top_k", "4")]
 
-    assert (parameters.point, parameters.top_k) == (3, 2)
+    parameters = parse_parameters(query, {"point": 3}, form=form)
+
+    assert (parameters.point, parameters.top_k, parameters.priority) == (3, 4, 1)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +64,7 @@ def test_the_body_wins_over_the_query_elsewhere() -> None:
 )
 def test_a_wrong_parameter_is_named(query: dict[str, str], message: str) -> None:
     with pytest.raises(InvalidError, match=message):
-        parse_parameters(query, {})
+        parse_parameters(query.items(), {})
 
 
 def test_a_wrong_header_is_named() -> None:
