@@ -10,7 +10,6 @@ from urllib.parse import urlsplit
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import PlainTextResponse
-from pydantic import BaseModel
 
 from benchmarks.effort import FULL, QUICK
 from server import inputs
@@ -83,14 +82,15 @@ def calibration(service: Service, bodies: Bodies) -> APIRouter:
         "/profile",
         status_code=202,
         response_model=Job,
-        openapi_extra=_body_description(ProfileRequest),
+        openapi_extra=_profile_description(),
         summary="Start a calibration; an admin call",
     )
     async def calibrate(request: Request) -> Response:
         check_admin(request, service.settings)  # before anything is read
         with bodies.one() as arriving:
             body = await arriving.read(request)
-        wanted = parse_profile_request(inputs.json_object(body) if body else {})
+        given = inputs.json_object(body) if body else {}
+        wanted = parse_profile_request(query_of(request.scope), given)
         effort = QUICK if wanted.kind == "quick" else FULL
         job = await service.start_calibration(replace(effort, search=wanted.search))
         return Json(job, 202, {"Location": f"/profile/jobs/{job['id']}"})
@@ -186,9 +186,17 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _body_description(model: type[BaseModel]) -> dict[str, Any]:
-    schema = {**model.model_json_schema(), "example": {}}
-    return {"requestBody": {"content": {JSON: {"schema": schema}}}}
+def _profile_description() -> dict[str, Any]:
+    """Return what OpenAPI says of what to calibrate, in the query or in a JSON body."""
+    schema = ProfileRequest.model_json_schema()
+    return {
+        "parameters": _in_query(schema["properties"]),
+        "requestBody": {"content": {JSON: {"schema": {**schema, "example": {}}}}},
+    }
+
+
+def _in_query(fields: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"name": name, "in": "query", "schema": field} for name, field in fields.items()]
 
 
 def _explain_description() -> dict[str, Any]:
@@ -201,9 +209,7 @@ def _explain_description() -> dict[str, Any]:
         "example": {"max_latency_ms": 5},
     }
     return {
-        "parameters": [
-            {"name": name, "in": "query", "schema": field} for name, field in schema.items()
-        ],
+        "parameters": _in_query(schema),
         "requestBody": {"content": {JSON: {"schema": as_json}}},
     }
 
@@ -232,9 +238,7 @@ def _infer_description(service: Service) -> dict[str, Any]:
         FORM: {"schema": as_form},
     }
     return {
-        "parameters": [
-            {"name": name, "in": "query", "schema": field} for name, field in schema.items()
-        ],
+        "parameters": _in_query(schema),
         "requestBody": {"required": True, "content": content},
     }
 

@@ -183,6 +183,9 @@ class Problem(BaseModel):
     error: str
 
 
+_TRUTHS: Mapping[str, Any] = {"true": True, "false": False}
+
+
 class ProfileRequest(BaseModel):
     """What to calibrate."""
 
@@ -192,14 +195,16 @@ class ProfileRequest(BaseModel):
     search: StrictBool = Field(False, description="First look for points that suit this host")
 
 
-def parse_profile_request(values: Mapping[str, Any]) -> ProfileRequest:
-    """Return what to calibrate.
+def parse_profile_request(query: Iterable[Pair], body: Mapping[str, Any]) -> ProfileRequest:
+    """Return what to calibrate. The body wins over the query.
 
     Raises:
-        InvalidError: a field is unknown, or out of its range.
+        InvalidError: a field is unknown, out of its range, or twice in the query with other values.
     """
+    asked = {name: _TRUTHS.get(text, text) for name, text in _single(query).items()}
     try:
-        return ProfileRequest.model_validate(values)
+        ProfileRequest.model_validate(asked)  # the body may hide what is wrong with it
+        return ProfileRequest.model_validate({**asked, **body})
     except ValidationError as error:
         raise _invalid(error) from error
 

@@ -407,6 +407,14 @@ def test_what_to_calibrate_is_checked(client: Client) -> None:
         (b"[]", "must be a JSON object"),
     ):
         check_problem(client.post("/profile", content=wrong), 422, text)
+    for query, text in (
+        ("kind=endless", "kind: "),
+        ("search=1", "search: "),
+        ("kind=quick&kind=full", "kind: given as 'quick' and as 'full'"),
+        ("budget=1", "budget: "),
+    ):
+        response = client.post(f"/profile?{query}", json={"kind": "quick", "search": False})
+        check_problem(response, 422, text)
     check_problem(client.post("/profile", content=b"{"), 400, "not JSON")
     check_problem(client.post("/profile", content=bytes(LIMIT_BYTES + 1)), 413, "bytes")
 

@@ -1,7 +1,7 @@
 import pytest
 
 from server.errors import InvalidError, ServiceError, UnavailableError
-from server.schemas import parse_parameters
+from server.schemas import parse_parameters, parse_profile_request
 
 
 def test_nothing_given_means_no_target() -> None:
@@ -65,6 +65,16 @@ def test_the_body_wins_over_the_query_elsewhere() -> None:
 def test_a_wrong_parameter_is_named(query: dict[str, str], message: str) -> None:
     with pytest.raises(InvalidError, match=message):
         parse_parameters(query.items(), {})
+
+
+def test_what_to_calibrate_is_in_the_query_and_in_the_body_which_wins() -> None:
+    query = [("kind", "quick"), ("search", "true")]
+
+    asked = parse_profile_request(query, {})
+    assert (asked.kind, asked.search) == ("quick", True)
+    both = parse_profile_request(query, {"search": False})
+    assert (both.kind, both.search) == ("quick", False)
+    assert parse_profile_request([], {}).kind == "full"
 
 
 def test_a_wrong_header_is_named() -> None:
