@@ -208,6 +208,11 @@ def _input(request: Mapping[str, Any], binary: bytes, tensor: Tensor) -> Floats:
         raise InvalidError(f"inputs: shape has {len(shape)} dimensions; {MAX_DIMENSIONS} at most")
     size = _mapping(entry, "parameters").get("binary_data_size")
     if size is None:
+        if binary:
+            raise BadRequestError(
+                f"inputs: {len(binary)} bytes follow the JSON, "
+                f"but '{tensor.name}' has no binary_data_size"
+            )
         return shaped(_from_json(entry, datatype, shape), tensor)
     if type(size) is not int or size != len(binary):
         raise BadRequestError(
@@ -224,7 +229,20 @@ def _from_json(entry: Mapping[str, Any], datatype: str, shape: list[int]) -> NDA
     values = numbers(entry["data"], "inputs: data")
     if values.size != prod(shape):
         raise InvalidError(f"inputs: shape {shape} does not hold {values.size} numbers")
+    if np.dtype(_DTYPES[datatype]).kind != "f":
+        _check_whole(values, datatype, entry["name"])
     return values.reshape(shape)
+
+
+def _check_whole(values: NDArray[Any], datatype: str, name: str) -> None:
+    """Refuse numbers that a type of whole numbers doesn't hold. 2.0 is whole: JSON has one kind."""
+    ends = np.iinfo(_DTYPES[datatype])
+    fits = (values >= ends.min) & (values <= ends.max) & (values % 1 == 0)
+    if not fits.all():
+        raise InvalidError(
+            f"inputs: data of '{name}' is {datatype}, whole numbers in {ends.min}..{ends.max}, "
+            f"not {values[~fits].item(0)}"
+        )
 
 
 def _from_bytes(binary: bytes, datatype: str, shape: list[int]) -> NDArray[Any]:

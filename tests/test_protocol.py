@@ -29,6 +29,11 @@ def json_request(**fields: Any) -> dict[str, Any]:
     return {"inputs": [entry | fields.pop("entry", {})], **fields}
 
 
+def whole(datatype: str, number: float) -> dict[str, Any]:
+    """Return a request with whole numbers but for the last."""
+    return json_request(entry={"datatype": datatype, "data": [1] * 127 + [number]})
+
+
 def binary_request(data: bytes, datatype: str = "FP32", **fields: Any) -> tuple[bytes, str]:
     entry = {
         "name": "x",
@@ -53,6 +58,30 @@ def test_json_and_binary_are_one_input() -> None:
     for wanted in (by_json, by_nested, by_bytes, by_doubles):
         np.testing.assert_array_equal(wanted.x, X)
     assert by_json.id == "a"
+
+
+@pytest.mark.parametrize(
+    ("datatype", "least", "largest"),
+    [("UINT8", 0, 255), ("INT8", -128, 127), ("INT64", -(2**63), 2**63 - 1)],
+)
+def test_whole_numbers_are_taken_up_to_the_ends_of_their_type(
+    datatype: str, least: int, largest: int
+) -> None:
+    data = [least, largest, 2.0, *[0] * 125]
+
+    wanted = read(orjson.dumps(json_request(entry={"datatype": datatype, "data": data})))
+
+    np.testing.assert_array_equal(wanted.x.ravel(), np.asarray(data, np.float32))
+
+
+@pytest.mark.parametrize("data", [X.ravel().tolist(), None])
+def test_bytes_that_no_input_claims_are_refused(data: list[float] | None) -> None:
+    text = orjson.dumps(json_request(entry={"data": data} if data else {}))
+
+    with pytest.raises(ServiceError, match="4 bytes follow the JSON, but 'x' has no bin") as caught:
+        read(text + b"1234", str(len(text)))
+
+    assert caught.value.status == 400
 
 
 def test_a_raw_binary_request_is_one_sample() -> None:
@@ -130,6 +159,14 @@ def test_classification_gives_score_index_and_label(is_binary: bool) -> None:
         (json_request(entry={"data": [[1], [2, 3]]}), 422, "ragged"),
         (json_request(entry={"data": ["a"] * 128}), 422, "numbers only"),
         (json_request(entry={"parameters": {"binary_data_size": 9}}), 400, "0 bytes follow"),
+        (whole("UINT8", 300.5), 422, "data of 'x' is UINT8, whole numbers in 0..255, not 300.5"),
+        (whole("UINT8", -1), 422, "UINT8, whole numbers in 0..255, not -1"),
+        (whole("UINT8", 256), 422, "not 256"),
+        (whole("INT8", -129), 422, "INT8, whole numbers in -128..127, not -129"),
+        (whole("INT32", 0.5), 422, "not 0.5"),
+        (whole("UINT64", -1), 422, "not -1"),
+        (whole("INT64", 2.0**64), 422, "not 1.8446744073709552e+19"),
+        (whole("UINT64", 1e20), 422, "not 1e+20"),
         (json_request(parameters=[1]), 422, "parameters: must be an object"),
         (json_request(parameters={"timeout": -1}), 422, "timeout: must be a whole number"),
         (json_request(parameters={"priority": "high"}), 422, "priority: must be a whole"),
