@@ -186,7 +186,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._refuse_in_turn()
+        if self._refusal is not None:
+            self._refuse_in_turn()
         self._watch()
 
     def send_400_response(self, msg: str) -> None:
