@@ -5,13 +5,13 @@ from collections.abc import Mapping
 
 from server.errors import InvalidError
 from server.latencies import Latencies
+from server.policy_names import OURS, RESERVE, PolicyName
 from server.requests import Request
 from server.scheduler import Scheduler
 from server.selector import Policy, choose, reserve
-from server.settings import OURS, PolicyName
 from server.tables import Tables
 
-OWN: Mapping[str, Policy] = {OURS: choose, "reserve": reserve}
+OWN: Mapping[str, Policy] = {OURS: choose, RESERVE: reserve}
 
 
 def scheduler_of(

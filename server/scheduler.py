@@ -116,9 +116,10 @@ class Scheduler:
         return (None, victim) if fits else (refusal, None)
 
     def _victim_of(self, entry: Entry) -> Entry | None:
-        """Return who would wait less for being here than the entry, the last first.
+        """Return who gives up its place if the entry needs one: the last of the lowest priority.
 
-        That is one of lower priority, or for an entry with a target one of as much without.
+        It is of lower priority than the entry; or of the same, without a target where the entry has
+        one.
         """
         level, timed = entry.request.level, entry.expiry_s < math.inf
         return max(

@@ -8,8 +8,7 @@ from platformdirs import user_cache_path
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from server.policy_names import OURS as OURS
-from server.policy_names import PolicyName as PolicyName
+from server.policy_names import OURS, PolicyName
 
 SHIPPED = "cifar10-small.maestro"
 LARGEST_BATCH = 1024

@@ -36,8 +36,8 @@ class Worker:
 class Turns:
     """Who computes now: serving first, and one trial of a calibration at a time in between.
 
-    A request that comes during a trial interrupts it. One that has been tried for so long runs to
-    its end: a server that is never idle still gets calibrated, by a trial a second.
+    A request that comes during a trial interrupts it. A trial that has been tried for PATIENCE_S
+    runs to its end: a server that is never idle still gets calibrated, by a trial a second.
     """
 
     PATIENCE_S = 1.0

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,9 @@ class FakeHost:
         assert expected_s >= 0
 
 
-def measured(host: FakeHost, budget_s: float = 60.0, precision: Precision = LOOSE) -> Measured:
+def measured(
+    host: FakeHost, budget_s: float = 60.0, precision: Precision = LOOSE, **options: Any
+) -> Measured:
     return measure(
         host.run,
         range(4),
@@ -70,7 +73,7 @@ def measured(host: FakeHost, budget_s: float = 60.0, precision: Precision = LOOS
         precision=precision,
         rng=random.Random(0),
         clock=host.clock,
-        turn=host.turn,
+        **{"turn": host.turn, **options},
     )
 
 
@@ -186,16 +189,7 @@ def test_a_trial_that_is_interrupted_is_made_again_and_not_counted() -> None:
                 host.now_s += 1e-4
             yield interrupt
 
-    found = measure(
-        host.run,
-        range(4),
-        BATCHES,
-        budget_s=60,
-        precision=LOOSE,
-        rng=random.Random(0),
-        clock=host.clock,
-        turn=turn,
-    )
+    found = measured(host, turn=turn)
 
     assert interrupted > len(host.ran) / 2
     for x in found.latencies:
@@ -217,16 +211,7 @@ def test_waiting_for_turns_is_not_taken_for_computing() -> None:
     host = FakeHost()
     busy_s = 2 * 1e-3 * sum(p * b for p in range(1, 5) for b in BATCHES)
 
-    found = measure(
-        host.run,
-        range(4),
-        BATCHES,
-        budget_s=40 * busy_s,
-        precision=LOOSE,
-        rng=random.Random(0),
-        clock=host.clock,
-        turn=waits(host, 9.0),
-    )
+    found = measured(host, 40 * busy_s, turn=waits(host, 9.0))
 
     assert {x.batch for x in found.latencies} == set(BATCHES)
     assert host.now_s <= 41 * busy_s
@@ -236,16 +221,7 @@ def test_a_calibration_that_would_leave_out_batches_in_use_fails() -> None:
     host = FakeHost()
 
     with pytest.raises(TooLittleTimeError, match="batches of 4, which are in use"):
-        measure(
-            host.run,
-            range(4),
-            BATCHES,
-            budget_s=0.12,
-            precision=LOOSE,
-            rng=random.Random(0),
-            clock=host.clock,
-            largest_in_use=4,
-        )
+        measured(host, 0.12, largest_in_use=4)
 
 
 def test_progress_rises_to_the_total() -> None:
@@ -271,16 +247,7 @@ def test_cancelling_stops_before_the_next_trial() -> None:
     host = FakeHost()
 
     with pytest.raises(CancelledError):
-        measure(
-            host.run,
-            range(4),
-            BATCHES,
-            budget_s=60,
-            precision=LOOSE,
-            rng=random.Random(0),
-            clock=host.clock,
-            cancelled=lambda: len(host.ran) >= 10,
-        )
+        measured(host, cancelled=lambda: len(host.ran) >= 10)
     assert len(host.ran) == 10
 
 
