@@ -153,27 +153,21 @@ def limits_behind_ms(
     n = len(waiting.entries)
     if counts[0] >= n:
         return [math.inf] * len(counts)
-    level, factor, mean_rows = view.level, view.factor, waiting.rows / n
-    scale = level * view.dearer
-    shares_ms = [scale * share_ms / view.slots for share_ms in tables.shares_ms]  # of a row
-    batches_ms = [scale * batch_ms for batch_ms in tables.batches_ms]
+    scale = view.level * view.dearer
+    shares_ms = scale / view.slots * tables.shares_ms  # of a row, (sizes, 1)
+    batches_ms = scale * tables.batches_ms
     if tail:
-        batches_ms = [
-            scale * batch_ms + factor * tail_ms - level * batch_ms
-            for batch_ms, tail_ms in zip(tables.batches_ms, tables.batch_tails_ms, strict=True)
-        ]
-    spare_ms = due.ms - np.array(shares_ms)[:, None] * (due.rows + extra_rows)
+        batches_ms = batches_ms + (
+            view.factor * tables.batch_tails_ms - view.level * tables.batches_ms
+        )
+    spare_ms = due.ms - shares_ms * (due.rows + extra_rows)
     spare_ms = np.minimum.accumulate(spare_ms[:, ::-1], axis=1)  # (sizes, blocks + 1)
     blocks, single = len(due.firsts), tables.max_batch  # places up to `single` are blocks
     at = [blocks - (c + 1 if c <= single else bisect_right(due.firsts, c)) for c in counts]
-    served = [mean_rows * count for count in counts]
-    limits_ms = [
-        [spare + share_ms * rows - batch_ms for spare, rows in zip(spares, served, strict=True)]
-        for share_ms, batch_ms, spares in zip(
-            shares_ms, batches_ms, spare_ms.take(at, axis=1).tolist(), strict=True
-        )
-    ]
-    return [max(column) for column in zip(*limits_ms, strict=True)]
+    served = np.array(counts) * (waiting.rows / n)
+    limits_ms = spare_ms.take(at, axis=1) + shares_ms * served - batches_ms
+    limits: list[float] = np.maximum.reduce(limits_ms).tolist()
+    return limits
 
 
 def burst_limits_ms(view: View, rows: Sequence[int], limits_ms: Sequence[float]) -> list[float]:

@@ -1,6 +1,10 @@
 """Latencies laid out for look-up by the selector. Pure data, made once per profile."""
 
 import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from server.latencies import Latencies
 
@@ -58,9 +62,9 @@ class Tables:
         self.full_batch = [-rows for _, rows in units]
         uniform = [1 << k for k in range(self.full_batch[0].bit_length())]
         chosen = sorted({*uniform, self.full_batch[0]})
-        self.batches_ms = [latencies.p50_ms[0][rows - 1] for rows in chosen]
-        self.batch_tails_ms = [latencies.tail_ms[0][rows - 1] for rows in chosen]
-        self.shares_ms = [self.batches_ms[k] / rows for k, rows in enumerate(chosen)]
+        self.batches_ms = _column([latencies.p50_ms[0][rows - 1] for rows in chosen])
+        self.batch_tails_ms = _column([latencies.tail_ms[0][rows - 1] for rows in chosen])
+        self.shares_ms = self.batches_ms / _column(chosen)
         self.prices = _prices(latencies.accuracy, self.unit_ms)
         self.drains_ms = [self._work_off_ms(rows) for rows in range(TABULATED + 1)]
 
@@ -75,6 +79,11 @@ class Tables:
         batches, rest = divmod(rows, full)
         last_ms = self.p50_ms[rest - 1][0] if rest else 0.0
         return batches * full * self.unit_ms[0] + last_ms
+
+
+def _column(values: Sequence[float]) -> NDArray[np.float64]:
+    """Return values (n,) as a column (n, 1)."""
+    return np.array(values, dtype=np.float64)[:, None]
 
 
 def _prices(accuracy: tuple[float, ...], unit_ms: list[float]) -> list[float]:
