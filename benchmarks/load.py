@@ -3,11 +3,11 @@
 A server of each policy runs in a process of its own, kept from the core that sends, and is started
 anew for each load: it remembers bursts. All answer the same requests, one server at a time, in
 random order in each round. Latency counts from when a request should have been sent. The simulator
-draws from the profile that the servers use, and counts two things that are measured before: what
-that server's event loop took for a request, in a run of others at the same load, and how much
-slower the host is than when it was profiled, by lone requests just before each run. Beside it
-stands what it says without either. Rows whose requests went out too late to be that load say so,
-and are not compared.
+draws from the profile that the servers use, and is told what serving took of the cores
+(`benchmarks.demand`) in the very run that it is set beside: the host's speed changes within
+minutes. Beside it stands what it says by what was measured before: at the same load, with other
+requests, and by lone requests just before each run; without the event loop; and by the profile as
+it was. Rows whose requests went out too late to be that load say so, and are not compared.
 """
 
 import argparse
@@ -29,19 +29,19 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks import arguments, report
+from benchmarks.demand import Demand, Taken, demand
 from benchmarks.open_loop import Sent, send_all
 from benchmarks.own_server import Server, cores_apart, npy_sample, profiled, server
 from benchmarks.simulator import scenarios, workloads
 from benchmarks.simulator.events import Outcome
 from benchmarks.simulator.figures import Figures, figures, over_seeds
-from benchmarks.simulator.host import Quantiles, SlowSpell
+from benchmarks.simulator.host import Quantiles, SlowSpell, mean_ms
 from benchmarks.simulator.rivals import RIVALS
 from benchmarks.simulator.scenarios import ARRIVALS, Scenario
 from benchmarks.simulator.workloads import Workload
 from maestro_core import artifact
 from maestro_core.host import Elsewhere
 from maestro_core.profile import Profile
-from server.dispatcher import INLINE_MS
 from server.policies import OWN
 from server.policy_names import PolicyName
 from server.settings import shipped_artifact
@@ -49,9 +49,9 @@ from server.tables import Tables
 
 POLICIES = (*OWN, "largest", "smallest", "slackfit", "infaas")
 # Lone requests: so many. They warm a server up and tell what the way there and back takes; closer
-# together, by so many times the longest latency, they tell how fast the host is.
+# together, by so many times the longest latency, what one takes that shares its batch with none.
 LONE, APART_S, CLOSE = 100, 0.02, 1.7
-# Seed of the requests by which is measured what receiving and answering them takes of a core.
+# Seed of the requests by which is measured beforehand what serving takes.
 BEFOREHAND = 10**6
 AGREE = 0.02  # of targets met, live and simulated
 # A row is compared where all but a hundredth were sent within so much of their target.
@@ -151,24 +151,26 @@ class Bench:
     def compared(self, case: Scenario, rounds: int) -> list[Row]:
         """Return a row per policy: live and simulated figures over the rounds."""
         live: dict[str, list[Figures]] = {}
-        simulated: dict[str, list[Figures]] = {}
-        without_loop: dict[str, list[Figures]] = {}
-        as_profiled: dict[str, list[Figures]] = {}
-        loop_ms = {policy: self._loop_ms(case, policy) for policy in self._servers}
+        simulated: dict[str, dict[str, list[Figures]]] = {}
+        before = {policy: self._taken(case, policy, BEFOREHAND) for policy in self._servers}
         for seed in range(rounds):
             order = list(self._servers)
             random.Random(f"{seed}/{case.name}").shuffle(order)
             for policy in order:
-                slower = self._slower(policy)
-                found = {**self._live(case, policy, seed), "slower_before": slower}
-                live.setdefault(policy, []).append(found)
-                for runs, taken_ms, times in (
-                    (simulated, loop_ms[policy], slower),
-                    (without_loop, 0.0, slower),
-                    (as_profiled, loop_ms[policy], 1.0),
-                ):
-                    said = self._simulated(case, policy, seed, taken_ms, times)
-                    runs.setdefault(policy, []).append(said)
+                lone = self._lone_taken(policy)
+                found, taken = self._live(case, policy, seed)
+                meanwhile = demand(taken, lone)
+                live.setdefault(policy, []).append({**found, **asdict(meanwhile)})
+                told = {
+                    "simulated": meanwhile,
+                    "beforehand": replace(demand(before[policy], lone), slower=lone.slower),
+                    "without_loop": replace(meanwhile, request_ms=0.0, batch_ms=0.0),
+                    "as_profiled": replace(meanwhile, slower=1.0),
+                }
+                runs = simulated.setdefault(policy, {})
+                for name, demanded in told.items():
+                    said = self._simulated(case, policy, seed, demanded)
+                    runs.setdefault(name, []).append(said)
         return [
             {
                 "arrivals": case.arrivals,
@@ -176,15 +178,16 @@ class Bench:
                 "policy": policy,
                 "way_ms": self.way_ms,
                 "live": over_seeds(live[policy]),
-                "loop_ms": loop_ms[policy],
-                "simulated": over_seeds(simulated[policy]),
-                "difference": _difference(live[policy], simulated[policy], "met"),
-                "difference_without_loop": _difference(live[policy], without_loop[policy], "met"),
-                "difference_as_profiled": _difference(live[policy], as_profiled[policy], "met"),
-                "accuracy_difference": _difference(live[policy], simulated[policy], "accuracy"),
+                "simulated": over_seeds(runs["simulated"]),
+                "difference": _difference(live[policy], runs["simulated"], "met"),
+                **{
+                    f"difference_{name}": _difference(live[policy], runs[name], "met")
+                    for name in ("beforehand", "without_loop", "as_profiled")
+                },
+                "accuracy_difference": _difference(live[policy], runs["simulated"], "accuracy"),
                 "kept_up": _mean(live[policy], "sent_late_of_target") <= KEPT_UP,
             }
-            for policy in live
+            for policy, runs in simulated.items()
         ]
 
     def _lone(self, server: Server, apart_s: float) -> list[Sent]:
@@ -205,68 +208,62 @@ class Bench:
         )
         return asyncio.run(sending)
 
-    def _sent(self, server: Server, workload: Workload) -> tuple[list[Sent], float]:
-        """Return what became of a workload, and what a request took of the event loop's core."""
+    def _sent(self, server: Server, workload: Workload) -> tuple[list[Sent], Taken]:
+        """Return what became of a workload, and what serving it took."""
+        before = server.core_time()
         arrivals_s, targets_ms = workload.arrivals_s.tolist(), workload.targets_ms.tolist()
-        before_s = server.loop_s()
         sent = self._send(server.address, arrivals_s, targets_ms)
-        took_ms = 1e3 * (server.loop_s() - before_s)
-        return sent, max(0.0, took_ms - _computed_on_loop_ms(sent)) / len(sent)
+        return sent, Taken.of(sent, server.core_time() - before, self._mean_ms)
 
-    def _loop_ms(self, case: Scenario, policy: str) -> float:
-        """Return what a request takes of the core of a server's event loop at such a load."""
-        workload = case.workload(self._latencies, self._requests, BEFOREHAND, self._trace)
+    def _taken(self, case: Scenario, policy: str, seed: int) -> Taken:
+        """Return what serving takes at such a load."""
+        workload = case.workload(self._latencies, self._requests, seed, self._trace)
         return self._sent(self._servers[policy], workload)[1]
 
-    def _slower(self, policy: str) -> float:
-        """Return how many times as long lone requests compute as when the host was profiled."""
-        apart_s = CLOSE * self._latencies.p50_ms[-1][0] / 1e3
-        return self._of_profiled(self._lone(self._servers[policy], apart_s))
+    def _lone_taken(self, policy: str) -> Taken:
+        """Return what serving requests takes that share their batches with none."""
+        server, apart_s = self._servers[policy], CLOSE * self._latencies.p50_ms[-1][0] / 1e3
+        before = server.core_time()
+        sent = self._lone(server, apart_s)
+        return Taken.of(sent, server.core_time() - before, self._mean_ms)
 
-    def _of_profiled(self, sent: Sequence[Sent]) -> float:
-        """Return what computing took over its profiled median, in the median; NaN for none."""
-        ratios = [
-            one.compute_ms / self._profile.quantile_ms(one.point, one.rows, 50)
-            for one in sent
-            if one.rows
-        ]
-        return median(ratios) if ratios else math.nan
+    def _mean_ms(self, point: int, rows: int) -> float:
+        return mean_ms(*(self._profile.quantile_ms(point, rows, q) for q in (50, 90, 95, 99)))
 
-    def _live(self, case: Scenario, policy: str, seed: int) -> Figures:
+    def _live(self, case: Scenario, policy: str, seed: int) -> tuple[Figures, Taken]:
         workload = case.workload(self._latencies, self._requests, seed, self._trace)
-        sent, loop_ms = self._sent(self._servers[policy], workload)
+        sent, taken = self._sent(self._servers[policy], workload)
         outcome = Outcome(
             replace(workload, targets_ms=workload.targets_ms + self.way_ms),
             np.array([one.latency_ms for one in sent]),
             np.array([one.accuracy for one in sent]),
         )
         late_ms = np.array([one.late_ms for one in sent])
-        return {
+        found = {
             **figures(outcome, self._latencies),
             "sent_late_p50_ms": float(np.quantile(late_ms, 0.5)),
             "sent_late_p99_ms": float(np.quantile(late_ms, 0.99)),
             "sent_late_of_target": float(np.quantile(late_ms / workload.targets_ms, 0.99)),
-            "loop_ms": loop_ms,
-            "compute_of_profiled": self._of_profiled(sent),
+            "batch": taken.requests / taken.batches if taken.batches else math.nan,
         }
+        return found, taken
 
-    def _simulated(
-        self, case: Scenario, policy: str, seed: int, loop_ms: float, slower: float
-    ) -> Figures:
+    def _simulated(self, case: Scenario, policy: str, seed: int, taken: Demand) -> Figures:
         workload = case.workload(self._latencies, self._requests, seed, self._trace)
         tables = Tables(self._latencies)
         chosen = OWN.get(policy) or RIVALS[policy](tables, len(tables.unit_ms) // 2)
-        always = SlowSpell(0.0, math.inf, slower)
         outcome = scenarios.run(
-            self._quantiles, workload, chosen, seed, spell=always, request_ms=loop_ms
+            self._quantiles,
+            workload,
+            chosen,
+            seed,
+            spell=SlowSpell(0.0, math.inf, taken.slower),
+            request_ms=taken.request_ms,
+            batch_ms=taken.batch_ms,
         )
-        own = replace(workload, targets_ms=workload.targets_ms + loop_ms)  # as clients do with way
+        # As clients do with the way.
+        own = replace(workload, targets_ms=workload.targets_ms + taken.request_ms)
         return figures(replace(outcome, workload=own), self._latencies)
-
-
-def _computed_on_loop_ms(sent: Sequence[Sent]) -> float:
-    """Return for how long the thread of the event loop computed: it does short batches itself."""
-    return sum(one.compute_ms / one.rows for one in sent if one.predicted_ms <= INLINE_MS)
 
 
 def _mean(runs: Sequence[Figures], name: str) -> float:

@@ -23,16 +23,32 @@ START_S = 180.0
 
 
 @dataclass(frozen=True, slots=True)
+class CoreTime:
+    """For how long the threads of a server have had a core: that of its event loop, the others."""
+
+    loop_s: float
+    others_s: float
+
+    def __sub__(self, earlier: "CoreTime") -> "CoreTime":
+        return CoreTime(self.loop_s - earlier.loop_s, self.others_s - earlier.others_s)
+
+
+@dataclass(frozen=True, slots=True)
 class Server:
     """A live server: where it answers, and the number of its process."""
 
     address: str
     pid: int
 
-    def loop_s(self) -> float:
-        """Return for how long its first thread, that of the event loop, has had a core."""
-        path = Path(f"/proc/{self.pid}/task/{self.pid}/schedstat")
-        return int(path.read_text(encoding="ascii").split()[0]) / 1e9
+    def core_time(self) -> CoreTime:
+        """Return for how long its threads have had a core. The event loop's is the first."""
+        threads = Path(f"/proc/{self.pid}/task")
+        took_s = {
+            thread.name: int((thread / "schedstat").read_text(encoding="ascii").split()[0]) / 1e9
+            for thread in threads.iterdir()
+        }
+        loop_s = took_s.pop(str(self.pid))
+        return CoreTime(loop_s, sum(took_s.values()))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.simulator import reach
 from benchmarks.simulator.events import Outcome, Replica, simulate
 from benchmarks.simulator.figures import figures, over_seeds
-from benchmarks.simulator.host import Host, Quantiles, SlowSpell
+from benchmarks.simulator.host import Host, Quantiles, SlowSpell, mean_ms
 from benchmarks.simulator.rivals import fixed
 from benchmarks.simulator.scenarios import Scenario, policies, run
 from benchmarks.simulator.workloads import Workload, one_target, poisson
@@ -64,6 +64,16 @@ def test_receiving_and_answering_delay_the_engine_by_what_they_take() -> None:
     assert outcome.latency_ms.tolist() == pytest.approx([9.5, 17.0])
 
 
+def test_a_batch_takes_of_the_same_core_before_and_after_it_computes() -> None:
+    alone = replica(quantiles(1.0, overhead_ms=0.5), point=2)
+
+    outcome = simulate(workload([0, 1], 60), [replace(alone, request_ms=1.0, batch_ms=2.0)])
+
+    # Half a ms to receive the first, one to hand it on; 8 to compute, and half more for receiving
+    # the second; one to take the result, half to answer. The second: one, eight, one, half.
+    assert outcome.latency_ms.tolist() == pytest.approx([11.5, 21.0])
+
+
 def test_the_next_batch_is_planned_once_the_last_is_answered() -> None:
     alone = replica(quantiles(1.0, overhead_ms=0.5))
 
@@ -102,6 +112,16 @@ def test_draws_follow_the_quantiles_that_they_are_made_from() -> None:
     assert np.quantile(drawn, 0.9) == pytest.approx(9.6, rel=0.01)
     assert np.quantile(drawn, 0.99) == pytest.approx(11.52, rel=0.02)
     assert drawn.min() > 0
+
+
+def test_the_mean_of_what_a_host_draws_is_known_beforehand() -> None:
+    spread = quantiles(1.2)
+    host = Host(spread, np.random.default_rng(0))
+
+    drawn_ms = [host.draw_ms(1, 4, 0.0) for _ in range(40_000)]
+
+    at = [table[1][2] for table in (spread.p50_ms, spread.p90_ms, spread.p95_ms, spread.p99_ms)]
+    assert np.mean(drawn_ms) == pytest.approx(mean_ms(*at), rel=0.003)
 
 
 def test_a_slow_spell_is_slow_only_while_it_lasts() -> None:

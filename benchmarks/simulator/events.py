@@ -48,12 +48,15 @@ class Replica:
 
     request_ms: what a request takes of the core that receives and answers, half of it before it is
     taken in, half after its batch. While a batch computes, that is taken from it.
+    batch_ms: what a batch takes there, half of it before it computes, half after. With both 0,
+    answers take the profile's overhead.
     """
 
     scheduler: Scheduler
     host: Host
     latencies: Latencies
     request_ms: float = 0.0
+    batch_ms: float = 0.0
 
 
 def shortest_queue(schedulers: Sequence[Scheduler]) -> int:
@@ -79,13 +82,18 @@ def simulate(
 class _Front:
     """What receives and answers at one replica."""
 
-    half_s: float  # of a request
+    request_s: float  # half of one
+    batch_s: float  # half of one
     free_s: float = -math.inf
     taken_s: float = 0.0  # from the batch that computes, and not yet added to its end
 
-    def busy_until(self, now: float) -> float:
-        """Return when half a request that comes now is done."""
-        self.free_s = max(now, self.free_s) + self.half_s
+    @property
+    def counts(self) -> bool:
+        return self.request_s > 0 or self.batch_s > 0
+
+    def busy_until(self, now: float, work_s: float) -> float:
+        """Return when work that comes now is done."""
+        self.free_s = max(now, self.free_s) + work_s
         return self.free_s
 
 
@@ -105,7 +113,7 @@ class _Run:
         self._schedulers = [replica.scheduler for replica in replicas]
         self._balance = balance
         self._clock = clock
-        self._fronts = [_Front(replica.request_ms / 2e3) for replica in replicas]
+        self._fronts = [_Front(r.request_ms / 2e3, r.batch_ms / 2e3) for r in replicas]
         self._heap: list[tuple[float, int, int, int, float]] = []
         self._events = 0
         self._running: dict[tuple[int, int], float] = {}
@@ -119,12 +127,14 @@ class _Run:
             while heap and heap[0][0] <= arrival_s:
                 self._finish(*heapq.heappop(heap))
             at = self._balance(self._schedulers) if len(self._schedulers) > 1 else 0
-            if not self._replicas[at].request_ms:
+            front = self._fronts[at]
+            if not front.counts:
                 self._submit(at, i, target_ms, arrival_s)
                 continue
             if self._schedulers[at].running:
-                self._fronts[at].taken_s += self._fronts[at].half_s
-            self._push(self._fronts[at].busy_until(arrival_s), at, _RECEIVED - i, target_ms)
+                front.taken_s += front.request_s
+            received_s = front.busy_until(arrival_s, front.request_s)
+            self._push(received_s, at, _RECEIVED - i, target_ms)
         while heap:
             self._finish(*heapq.heappop(heap))
         self._result.latency_ms = np.asarray(self._latency_ms)
@@ -160,10 +170,12 @@ class _Run:
     def _answer(self, at: int, batch_id: int, measured_ms: float, now: float) -> None:
         accuracy = self._running.pop((at, batch_id))
         replica, arrivals_s = self._replicas[at], self._result.workload.arrivals_s
+        front = self._fronts[at]
+        front.busy_until(now, front.batch_s)
         for request in replica.scheduler.done(batch_id, measured_ms, now):
             i = int(request.id)
-            if replica.request_ms:
-                answered_s = self._fronts[at].busy_until(now)
+            if front.counts:
+                answered_s = front.busy_until(now, front.request_s)
                 self._latency_ms[i] = 1e3 * (answered_s - float(arrivals_s[i]))
             else:
                 overhead_ms = replica.latencies.overhead_ms
@@ -183,7 +195,8 @@ class _Run:
             self._result.batch_rows.append(batch.rows)
             took_ms = replica.host.draw_ms(batch.point, batch.rows, now)
             self._running[at, batch.id] = replica.latencies.accuracy[batch.point]
-            began_s = max(now, self._fronts[at].free_s)  # what came is received before
+            front = self._fronts[at]
+            began_s = front.busy_until(now, front.batch_s)  # what came is received before
             self._push(began_s + took_ms / 1e3, at, batch.id, took_ms)
 
     def _planned(self, scheduler: Scheduler, now: float) -> Plan:

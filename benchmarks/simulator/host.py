@@ -4,6 +4,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -78,8 +79,8 @@ class Host:
             for table in (quantiles.p50_ms, quantiles.p90_ms, quantiles.p95_ms, quantiles.p99_ms)
         ]
         self._knots = [
-            [(2 * p50 - min(p90, 1.1 * p50), p50, p90, p95, p99) for p50, p90, p95, p99 in cells]
-            for cells in (zip(*rows, strict=True) for rows in zip(*tables, strict=True))
+            [_knots(*cell) for cell in zip(*rows, strict=True)]
+            for rows in zip(*tables, strict=True)
         ]
 
     def draw_ms(self, point: int, rows: int, now: float) -> float:
@@ -93,10 +94,27 @@ class Host:
             share = (u - LEVELS[right - 1]) / (LEVELS[right] - LEVELS[right - 1])
             drawn_ms = knots[right - 1] + share * (knots[right] - knots[right - 1])
         else:
-            scale_ms = (knots[4] - knots[3]) / math.log(5)
-            drawn_ms = knots[4] + scale_ms * math.log(0.01 / (1 - u))
+            drawn_ms = knots[4] + _scale_ms(knots) * math.log(0.01 / (1 - u))
         return float(drawn_ms * self._slow(now))
 
     def _slow(self, now: float) -> float:
         spell = self._spell
         return spell.factor if spell is not None and spell.start_s <= now < spell.end_s else 1.0
+
+
+def mean_ms(p50_ms: float, p90_ms: float, p95_ms: float, p99_ms: float) -> float:
+    """Return the mean of what a `Host` with these quantiles draws."""
+    knots = _knots(p50_ms, p90_ms, p95_ms, p99_ms)
+    parts = zip(pairwise(LEVELS), pairwise(knots), strict=True)
+    below_ms = sum((to - since) * (low + high) / 2 for (since, to), (low, high) in parts)
+    return below_ms + (1 - LEVELS[-1]) * (knots[-1] + _scale_ms(knots))
+
+
+def _knots(p50_ms: float, p90_ms: float, p95_ms: float, p99_ms: float) -> tuple[float, ...]:
+    """Return the quantiles at LEVELS."""
+    return 2 * p50_ms - min(p90_ms, 1.1 * p50_ms), p50_ms, p90_ms, p95_ms, p99_ms
+
+
+def _scale_ms(knots: Sequence[float]) -> float:
+    """Return the scale of the exponential beyond p99."""
+    return (knots[4] - knots[3]) / math.log(5)

@@ -73,17 +73,19 @@ def run(
     *,
     spell: SlowSpell | None = None,
     request_ms: float = 0.0,
+    batch_ms: float = 0.0,
     clock: Clock | None = None,
 ) -> Outcome:
     """Return what becomes of a workload on one host. Rivals give up only what is late already.
 
-    request_ms: what receiving and answering take (`events.Replica`). clock: times decisions.
+    request_ms, batch_ms: what receiving and answering take (`events.Replica`). clock: times
+    decisions.
     """
     latencies = quantiles.latencies()
     host = Host(quantiles, np.random.default_rng(1000 + seed), spell)
     sheds = policy in OWN.values()
     scheduler = Scheduler(latencies, policy=policy, max_queue=MAX_QUEUE, sheds=sheds)
-    replica = Replica(scheduler, host, latencies, request_ms)
+    replica = Replica(scheduler, host, latencies, request_ms, batch_ms)
     return simulate(workload, [replica], clock=clock)
 
 
