@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Any
 
 import orjson
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -50,7 +51,7 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
         redoc_url=None,
         # Spans are made in server.tracing; FastAPI would look for its own at every request.
         telemetry={"tracing": False, "metrics": False, "logs": False},
-        responses={"default": {"model": Problem, "content": {PROBLEM_TYPE: {}}}},
+        responses={"default": _any_error()},
     )
     bodies = Bodies(settings.max_body_bytes, settings.max_bodies_bytes)
     routers = (
@@ -78,6 +79,14 @@ def _direct(service: Service, bodies: Bodies) -> dict[str, Direct]:
         oip_routes.INFER.format(model=name): Direct(
             oip_routes.INFER, oip_routes.infer_call(service, bodies)
         ),
+    }
+
+
+def _any_error() -> dict[str, Any]:
+    """Return what OpenAPI says of errors; a model would be described as of each call's own type."""
+    return {
+        "description": "An error (RFC 9457); Retry-After comes with 503",
+        "content": {PROBLEM_TYPE: {"schema": Problem.model_json_schema()}},
     }
 
 

@@ -20,6 +20,19 @@ Pairs = tuple[tuple[str, str], ...]
 # The targets that headers may hold: the client's own, and what a gateway waits.
 _OWN_TARGET, _GATEWAY_TARGET = b"x-max-latency-ms", b"x-envoy-expected-rq-timeout-ms"
 
+# What OpenAPI says of a probe's 503: its body is that of 200, and no problem.
+NOT_READY: dict[int | str, dict[str, Any]] = {
+    503: {"description": "Not ready", "content": {"application/json": {"schema": {}}}}
+}
+
+
+def in_query(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what OpenAPI says of parameters in the query, from their schemas by name."""
+    return [
+        {"name": name, "in": "query", "description": field["description"], "schema": field}
+        for name, field in fields.items()
+    ]
+
 
 def to_json(content: Any) -> bytes:  # noqa: ANN401  any JSON
     """Return JSON, arrays included."""

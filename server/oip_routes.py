@@ -12,7 +12,7 @@ from server.answers import infer_answer
 from server.bodies import Bodies
 from server.direct import Call
 from server.errors import NotFoundError
-from server.http import Json, header_targets_ms, headers_of, query_of
+from server.http import NOT_READY, Json, header_targets_ms, headers_of, in_query, query_of
 from server.schemas import InferParameters, parse_parameters
 from server.service import Service
 from server.tracing import ANSWER, ARRIVED
@@ -44,35 +44,37 @@ def protocol_v2(service: Service, bodies: Bodies) -> APIRouter:
 
     @router.get("/v2/models/{model}/versions/{version}", include_in_schema=False)
     @router.get("/v2/models/{model}", summary="The model")
-    async def metadata(model: str, version: str | None = None) -> Response:
-        _check(manifest, model, version)
+    async def metadata(request: Request, model: str) -> Response:
+        _check(manifest, model, request)
         return Json(_metadata(manifest))
 
     @router.get("/v2/models/{model}/versions/{version}/ready", include_in_schema=False)
-    @router.get("/v2/models/{model}/ready", summary="Whether the model is served")
-    async def ready(model: str, version: str | None = None) -> Response:
-        _check(manifest, model, version)
+    @router.get(
+        "/v2/models/{model}/ready", responses=NOT_READY, summary="Whether the model is served"
+    )
+    async def ready(request: Request, model: str) -> Response:
+        _check(manifest, model, request)
         status = 200 if service.is_ready else 503
         return Json({"name": manifest.name, "ready": service.is_ready}, status)
 
     @router.get("/v2/models/{model}/versions/{version}/config", include_in_schema=False)
     @router.get("/v2/models/{model}/config", summary="The model's configuration")
-    async def config(model: str, version: str | None = None) -> Response:
-        _check(manifest, model, version)
+    async def config(request: Request, model: str) -> Response:
+        _check(manifest, model, request)
         return Json(_configuration(manifest, service.max_batch))
 
     @router.get("/v2/models/{model}/versions/{version}/stats", include_in_schema=False)
     @router.get("/v2/models/{model}/stats", summary="What has been served")
-    async def stats(model: str, version: str | None = None) -> Response:
-        _check(manifest, model, version)
+    async def stats(request: Request, model: str) -> Response:
+        _check(manifest, model, request)
         return Json(service.statistics.answer(manifest.name, manifest.version))
 
     call = infer_call(service, bodies)
 
     @router.post("/v2/models/{model}/versions/{version}/infer", include_in_schema=False)
     @router.post(INFER, summary="Infer", openapi_extra=_description(manifest))
-    async def infer(request: Request, model: str, version: str | None = None) -> Response:
-        _check(manifest, model, version)
+    async def infer(request: Request, model: str) -> Response:
+        _check(manifest, model, request)
         return await call(request)
 
     return router
@@ -112,7 +114,13 @@ def infer_call(service: Service, bodies: Bodies) -> Call:
     return infer
 
 
-def _check(manifest: Manifest, model: str, version: str | None) -> None:
+def _check(manifest: Manifest, model: str, request: Request) -> None:
+    """Refuse another model, and another version where the path names one.
+
+    The version is no argument of the handlers: where a path has none, FastAPI would describe it as
+    a parameter of the query.
+    """
+    version = request.path_params.get("version")
     if model != manifest.name:
         raise NotFoundError(f"there is no model '{model}'; this is '{manifest.name}'")
     if version not in (None, manifest.version):
@@ -163,8 +171,6 @@ def _description(manifest: Manifest) -> dict[str, Any]:
     schema = {"type": "object", "required": ["inputs"], "example": example}
     fields = InferParameters.model_json_schema()["properties"]
     return {
-        "parameters": [
-            {"name": name, "in": "query", "schema": fields[name]} for name in protocol.PARAMETERS
-        ],
+        "parameters": in_query({name: fields[name] for name in protocol.PARAMETERS}),
         "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
     }

@@ -15,7 +15,7 @@ from benchmarks.effort import FULL, QUICK
 from server import inputs
 from server.bodies import Bodies
 from server.errors import ForbiddenError, UnauthorizedError
-from server.http import Json, header_targets_ms, headers_of, query_of
+from server.http import NOT_READY, Json, header_targets_ms, headers_of, in_query, query_of
 from server.schemas import (
     Explained,
     Frontier,
@@ -64,7 +64,9 @@ def inference(service: Service, bodies: Bodies) -> APIRouter:
         return Json(service.explain(parameters))
 
     @router.get("/frontier", response_model=Frontier, summary="The points, as measured here")
-    async def frontier(batch: Annotated[int, Query(ge=1)] = 1) -> Response:
+    async def frontier(
+        batch: Annotated[int, Query(ge=1, description="Samples that run together")] = 1,
+    ) -> Response:
         return Json(service.frontier(batch))
 
     return router
@@ -117,7 +119,9 @@ def health(service: Service) -> APIRouter:
         return Json({"live": True, "ready": service.is_ready})
 
     @router.api_route("/readyz", methods=["GET", "HEAD"], include_in_schema=False)
-    @router.get("/v2/health/ready", summary="200 when requests are served, else 503")
+    @router.get(
+        "/v2/health/ready", responses=NOT_READY, summary="200 when requests are served, else 503"
+    )
     async def ready() -> Response:
         status = 200 if service.is_ready else 503
         return Json({"live": True, "ready": service.is_ready, **service.progress()}, status)
@@ -190,13 +194,9 @@ def _profile_description() -> dict[str, Any]:
     """Return what OpenAPI says of what to calibrate, in the query or in a JSON body."""
     schema = ProfileRequest.model_json_schema()
     return {
-        "parameters": _in_query(schema["properties"]),
+        "parameters": in_query(schema["properties"]),
         "requestBody": {"content": {JSON: {"schema": {**schema, "example": {}}}}},
     }
-
-
-def _in_query(fields: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{"name": name, "in": "query", "schema": field} for name, field in fields.items()]
 
 
 def _explain_description() -> dict[str, Any]:
@@ -209,7 +209,7 @@ def _explain_description() -> dict[str, Any]:
         "example": {"max_latency_ms": 5},
     }
     return {
-        "parameters": _in_query(schema),
+        "parameters": in_query(schema),
         "requestBody": {"content": {JSON: {"schema": as_json}}},
     }
 
@@ -238,7 +238,7 @@ def _infer_description(service: Service) -> dict[str, Any]:
         FORM: {"schema": as_form},
     }
     return {
-        "parameters": _in_query(schema),
+        "parameters": in_query(schema),
         "requestBody": {"required": True, "content": content},
     }
 

@@ -24,12 +24,24 @@ class InferParameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    max_latency_ms: Annotated[float, Field(gt=0, le=MAX_LATENCY_MS)] | None = None
-    min_accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
-    on_miss: Literal["degrade", "reject"] = "degrade"
-    point: Annotated[int, Field(ge=0)] | None = None
-    priority: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
-    top_k: Annotated[int, Field(ge=1, le=1000)] | None = None
+    max_latency_ms: Annotated[float, Field(gt=0, le=MAX_LATENCY_MS)] | None = Field(
+        None, description="The target, also as header x-max-latency-ms; the smallest binds"
+    )
+    min_accuracy: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="A floor: never answered below it"
+    )
+    on_miss: Literal["degrade", "reject"] = Field(
+        "degrade", description="Where no point makes the target: the fastest answers, or an error"
+    )
+    point: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="This point, whatever its latency"
+    )
+    priority: Annotated[int, Field(ge=0, le=2**32 - 1)] = Field(
+        0, description="1 is the highest; 0 counts as 2. Given up last when there is too much to do"
+    )
+    top_k: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        None, description="The k most likely labels with their shares"
+    )
 
     def request(self, request_id: str, arrived_s: float, rows: int) -> Request:
         """Return what the scheduler is asked for `rows` samples that arrived at `arrived_s`.
@@ -191,7 +203,7 @@ class ProfileRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    kind: Literal["quick", "full"] = "full"
+    kind: Literal["quick", "full"] = Field("full", description="12 seconds, or two minutes at most")
     search: StrictBool = Field(False, description="First look for points that suit this host")
 
 

@@ -19,6 +19,7 @@ from maestro_core import artifact
 from server.app import create_app
 from server.engine import Engine
 from server.errors import ForbiddenError
+from server.protocol import PARAMETERS
 from server.routes import check_admin
 from server.settings import Settings
 from tests.conftest import TINY_RANKS, tiny_contents, tiny_manifest
@@ -603,6 +604,33 @@ def test_openapi_describes_the_calls(client: Client) -> None:
     names = [parameter["name"] for parameter in paths["/infer"]["post"]["parameters"]]
     assert names == ["max_latency_ms", "min_accuracy", "on_miss", "point", "priority", "top_k"]
     assert client.get("/docs").status_code == 200
+
+
+def test_openapi_describes_errors_as_they_are_answered(client: Client) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    wrong = client.get("/frontier?batch=0")
+    (described,) = paths["/frontier"]["get"]["responses"]["default"]["content"].items()
+
+    assert described[0] == wrong.headers["content-type"]
+    assert set(described[1]["schema"]["required"]) <= wrong.json().keys()
+    for calls in paths.values():
+        for call in calls.values():
+            assert call["responses"]["default"]["content"].keys() == {described[0]}
+
+
+def test_openapi_says_what_each_parameter_is_for_and_names_none_that_is_refused(
+    client: Client,
+) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+
+    for calls in paths.values():
+        for call in calls.values():
+            for parameter in call.get("parameters", []):
+                assert parameter["in"] == "path" or parameter["description"]
+    infer = paths["/v2/models/{model}/infer"]["post"]["parameters"]
+    assert [p["name"] for p in infer] == ["model", *PARAMETERS]
+    (model,) = paths["/v2/models/{model}"]["get"]["parameters"]
+    assert model["name"] == "model"
 
 
 def test_the_app_is_made_without_side_effects(settings: Settings) -> None:
