@@ -1,7 +1,7 @@
 """`maestro bench calibration`: serving while calibrating, and calibrating while serving.
 
 Requests arrive at random (open loop, from the intended time) at one worker that shares turns with
-a calibration, as in the server. It is held back every other second; that is compared.
+a calibration, as in the server. It is held back for five seconds in every ten; both are compared.
 """
 
 import argparse

@@ -346,7 +346,7 @@ def bench(
     if list_ or name not in BENCHES:
         for known, what in BENCHES.items():
             terminal.console.print(f"{known}: {what}")
-        if name is not None:
+        if name not in (None, "--help"):
             raise CommandError(f"bench: there is no '{name}'")
         return
     _train_side(f"benchmarks.{name}").main(context.args)

@@ -120,6 +120,16 @@ def test_it_says_its_version(environment: dict[str, str]) -> None:
     assert maestro(environment, "--version").stdout.strip() == version("maestro-serve")
 
 
+@pytest.mark.parametrize("options", [(), ("--help",), ("--list",)])
+def test_bench_lists_what_it_compares(
+    environment: dict[str, str], options: tuple[str, ...]
+) -> None:
+    listed = maestro(environment, "bench", *options)
+
+    assert listed.returncode == 0, listed.stderr
+    assert "overhead: " in listed.stdout
+
+
 def test_train_names_what_is_missing(environment: dict[str, str], tmp_path: Path) -> None:
     listed = maestro(environment, "train", "--list")
     assert listed.stdout.startswith("mnist-lenet: ")
