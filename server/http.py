@@ -1,15 +1,15 @@
 """What every route needs of HTTP: JSON answers, types of bodies, targets from headers."""
 
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from functools import lru_cache
 from typing import Any
 
 import orjson
 from fastapi import Request, Response
 from python_multipart.multipart import parse_options_header
+from starlette.datastructures import Headers as HttpHeaders
 from starlette.datastructures import QueryParams, UploadFile
-from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from server.errors import BadRequestError, InvalidError
 
@@ -85,6 +85,12 @@ def media_type(headers: Headers) -> str:
     return headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
 
 
+class _InMemory(MultiPartParser):
+    """Reads a form whose body is in memory already: its file is written to no disk."""
+
+    spool_max_size = 0  # never
+
+
 async def form_file(request: Request, body: bytes) -> tuple[str, bytes, Pairs]:
     """Return the type and the bytes of the one file in a form, and its other fields.
 
@@ -93,20 +99,23 @@ async def form_file(request: Request, body: bytes) -> tuple[str, bytes, Pairs]:
         InvalidError: there is no file in it.
     """
 
-    async def replay() -> dict[str, Any]:
-        return {"type": "http.request", "body": body, "more_body": False}
+    async def replay() -> AsyncGenerator[bytes, None]:
+        yield body
 
-    scope = {**request.scope, "headers": [(b"content-type", _form_type(request))]}
+    headers = HttpHeaders(raw=[(b"content-type", _form_type(request))])
     try:
-        async with Request(scope, replay).form(max_files=1, max_fields=8) as form:
-            files = [part for part in form.values() if isinstance(part, UploadFile)]
-            if not files:
-                raise InvalidError("the form holds no file; send one: curl -F file=@picture.png")
-            fields = tuple((k, part) for k, part in form.multi_items() if isinstance(part, str))
-            return (files[0].content_type or "").lower(), await files[0].read(), fields
-    except (MultiPartException, HTTPException, ValueError) as error:
-        text = getattr(error, "message", None) or str(getattr(error, "detail", error))
+        form = await _InMemory(headers, replay(), max_files=1, max_fields=8).parse()
+    except (MultiPartException, ValueError) as error:
+        text = getattr(error, "message", None) or str(error)
         raise BadRequestError(f"the form cannot be read: {text}") from error
+    try:
+        files = [part for part in form.values() if isinstance(part, UploadFile)]
+        if not files:
+            raise InvalidError("the form holds no file; send one: curl -F file=@picture.png")
+        fields = tuple((k, part) for k, part in form.multi_items() if isinstance(part, str))
+        return (files[0].content_type or "").lower(), await files[0].read(), fields
+    finally:
+        await form.close()
 
 
 def _form_type(request: Request) -> bytes:

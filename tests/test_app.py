@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -211,6 +212,20 @@ def test_the_times_are_a_header_too(client: Client) -> None:
     assert {name: float(ms) for name, ms in timing.items()} == {
         name: answer[f"{name}_ms"] for name in ("queue", "compute", "total")
     }
+
+
+def test_the_file_of_a_form_is_written_to_no_disk(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    body = json.dumps({"inputs": SAMPLE.tolist()}).encode() + b" " * 2**21
+    larger = settings.model_copy(update={"max_body_bytes": 2 * len(body)})
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+
+    with TestClient(create_app(larger), raise_server_exceptions=False) as client:
+        wait_until_ready(client)
+        answer = client.post("/infer", files={"file": ("x.json", body, "application/json")})
+
+    assert answer.status_code == 200, answer.text
 
 
 def test_a_form_is_read_in_utf8_whatever_its_client_says(client: Client) -> None:
