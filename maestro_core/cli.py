@@ -201,7 +201,10 @@ def profile(
 
 @app.command()
 def serve(
-    path: Annotated[Path | None, typer.Argument(metavar="[ARTIFACT]")] = None,
+    path: Annotated[
+        Path | None,
+        typer.Argument(metavar="ARTIFACT", help="Else MAESTRO_ARTIFACT, or the model that ships."),
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Else MAESTRO_HOST, or 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="Else MAESTRO_PORT, or 8000.")] = None,
     workers: Annotated[
@@ -217,7 +220,7 @@ def serve(
         ),
     ] = None,
 ) -> None:
-    """Start the server; without ARTIFACT, for the model that ships with the project."""
+    """Start the server."""
     from server import logs
     from server.errors import ServiceError
     from server.settings import read_settings

@@ -116,6 +116,13 @@ def test_wrong_calls_get_one_line(
     check_error(maestro(odd, "serve", path), "MAESTRO_PORT: Input should be a valid integer")
 
 
+def test_what_serve_takes_names_the_setting_that_it_stands_for(environment: dict[str, str]) -> None:
+    shown = maestro(environment, "serve", "--help").stdout
+
+    for setting in ("ARTIFACT", "HOST", "PORT", "WORKERS", "POLICY"):
+        assert f"MAESTRO_{setting}" in shown
+
+
 def test_it_says_its_version(environment: dict[str, str]) -> None:
     assert maestro(environment, "--version").stdout.strip() == version("maestro-serve")
 
