@@ -67,6 +67,19 @@ def test_the_image_installs_from_the_locks_and_runs_as_nobody_much() -> None:
     assert re.search(r"^USER maestro$", recipe, re.MULTILINE)
 
 
+def test_licences_of_what_is_vendored_go_with_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = {path for pattern in project["license-files"] for path in ROOT.glob(pattern)}
+    static = ROOT / "server" / "static"
+    vendored = {path.parent for path in static.glob("*-*.*.*/*.js")}
+
+    assert len(vendored) == 2
+    for folder in vendored:
+        notices = {path for path in folder.iterdir() if re.search("LICENSE|NOTICE", path.name)}
+        assert notices
+        assert notices <= listed
+
+
 def documents(path: Path) -> list[dict[str, Any]]:
     return [document for document in yaml.safe_load_all(path.read_text()) if document]
 
