@@ -1,6 +1,7 @@
 """What ships: pinned dependencies, the image's recipe, and manifests that their schemas accept."""
 
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -11,10 +12,12 @@ from typing import Any
 
 import pytest
 
+from maestro_core.artifact import Artifact
 from server.metrics import Metrics
 from server.running import GRACE_S
 from server.service import DRAIN_S
 from server.settings import Settings, read_settings
+from tests.server_process import running_server
 
 yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
 
@@ -65,6 +68,32 @@ def test_the_image_installs_from_the_locks_and_runs_as_nobody_much() -> None:
     for line in installs:
         assert "--require-hashes -r" in line or "--no-deps" in line, line
     assert re.search(r"^USER maestro$", recipe, re.MULTILINE)
+
+
+def health(port: str) -> "subprocess.CompletedProcess[str]":
+    """Run the image's health check where the setting of the port is this."""
+    (text,) = re.findall(
+        r"^HEALTHCHECK .*?CMD (\[.*?\])$",
+        (ROOT / "Dockerfile").read_text(),
+        re.DOTALL | re.MULTILINE,
+    )
+    _, *arguments = json.loads(text)
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | {"MAESTRO_PORT": port},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_image_is_healthy_while_it_is_ready_on_the_port_of_its_settings(
+    tmp_path: Path, tiny_artifact: Artifact
+) -> None:
+    with running_server(tmp_path, tiny_artifact.path, MAESTRO_CALIBRATION_BUDGET_S="1") as address:
+        assert health(address.rpartition(":")[2]).returncode == 0
+    # An empty variable is not set, as for the server itself: what the check finds there is its own.
+    assert "ValueError" not in health("").stderr
 
 
 def test_licences_of_what_is_vendored_go_with_the_package() -> None:
