@@ -15,6 +15,7 @@ from PIL import Image
 
 from maestro_core import artifact
 from maestro_core.artifact import Artifact
+from server.metrics import Metrics
 from tests.conftest import tiny_contents, tiny_manifest
 from tests.server_process import running_server
 
@@ -164,6 +165,17 @@ def test_a_network_of_ones_own_becomes_an_artifact_that_has_learnt(folder: Path)
     made: Artifact = artifact.load(folder / "out" / "bars.maestro")
     assert made.points[-1].score.value > 0.9
     assert made.points[0].macs < 0.5 * made.manifest.dense_macs, "nothing was cut"
+
+
+def test_every_metric_and_no_other_is_in_the_guide_for_operators() -> None:
+    named = set(re.findall(r"`(maestro_\w+)`", (ROOT / "docs" / "operations.md").read_text()))
+    text = Metrics().text().decode()
+    exported = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
+
+    # Of a histogram the sum is named too; the library adds when each series began.
+    assert {name.removesuffix("_sum") for name in named} == {
+        name for name in exported if not name.endswith("_created")
+    }
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
