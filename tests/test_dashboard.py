@@ -64,6 +64,11 @@ def test_what_is_grouped_by_is_a_label(query: str) -> None:
     assert grouped <= known
 
 
+def test_no_quantile_is_taken_of_whole_numbers() -> None:
+    """Prometheus interpolates from 0 to 1: half a sample, where every batch has one."""
+    assert not [query for query in queries() if re.search("quantile.*batch_size", query)]
+
+
 def test_panels_have_names_of_their_own_and_do_not_overlap() -> None:
     panels: list[dict[str, Any]] = DASHBOARD["panels"]
     places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels]
