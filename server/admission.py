@@ -48,7 +48,7 @@ class Admission:
         if lowest > top:
             return self._between(request, top, top, number), _below_floor(request, tables.accuracy)
         if request.deadline_s is None and request.point is None:
-            lowest = tables.best[top]
+            lowest = highest = tables.best[top]
         entry = self._between(request, lowest, highest, number)
         if request.deadline_s is None or not self.sheds:
             return entry, None

@@ -102,6 +102,22 @@ def test_without_a_target_the_most_accurate_point_runs() -> None:
     assert run_now(scheduler).point == 3
 
 
+def test_without_a_target_a_dearer_point_that_is_less_accurate_does_not_run() -> None:
+    ms = ((1.0, 1.0), (2.0, 2.0), (4.0, 4.0))
+    scheduler = Scheduler(Latencies((0.6, 0.8, 0.7), ms, ms))
+    for i in range(50):  # so many come that time is dear, and batches are to be large
+        scheduler.submit(make_request(f"gone {i}", None), 0.0)
+        scheduler.cancel(f"gone {i}", 0.0)
+    scheduler.submit(make_request("named", None, point=2), 0.0)
+    scheduler.submit(make_request("any", None), 0.0)
+
+    named = run_now(scheduler)
+    scheduler.done(named.id, 4.0, 0.004)
+
+    assert [request.id for request in named.requests] == ["named"]
+    assert run_now(scheduler, 0.004).point == 1
+
+
 def test_a_named_point_is_used() -> None:
     scheduler = Scheduler(make_latencies())
     scheduler.submit(make_request(point=1), 0.0)
