@@ -5,6 +5,8 @@ runs where, and who is told, is the caller's business.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from server.admission import Admission
@@ -78,8 +80,8 @@ class Scheduler:
         if request.id in self._entries or request.id in self._where:
             raise ValueError(f"request id {request.id!r} is here already")
         speed = self._speed(now)
-        self._arrivals += 1
         entry, refusal = self._prepare(request, now, speed)
+        self._arrivals += 1
         if refusal is None:
             target_s = (request.deadline_s or math.inf) - request.arrival_s
             self._forecast.observe(now, request.rows, MS * target_s)
@@ -97,7 +99,7 @@ class Scheduler:
 
     def _prepare(self, request: Request, now: float, speed: Speed) -> tuple[Entry, Refusal | None]:
         """Return the entry, and why it can be refused whatever else waits."""
-        entry, refusal = self._admission.entry(request, speed[0], self._arrivals, now)
+        entry, refusal = self._admission.entry(request, speed[0], self._arrivals + 1, now)
         if self._draining and (refusal is None or refusal.reason != "floor"):
             refusal = Refusal("draining", "the server is shutting down", retry_after_s=1.0)
         return entry, refusal
@@ -272,19 +274,23 @@ class Scheduler:
         """
         now = max(now, self._now)
         speed = self._speed(now)
+        waiting = len(self._waiting)
         entry, refusal = self._prepare(request, now, speed)
-        refusal = refusal or self._room(entry, now, speed)[0]
-        return explained(
-            entry,
-            refusal,
-            self._tables.latencies,
-            expiry_s=self._admission.expiry_s(request),
-            planned=None if refusal else self._planned(entry, now, speed),
-            wait_ms=self._wait_ms(entry, now, self._view(now, speed)),
-            slowdown=speed[0],
-            waiting=len(self._waiting),
-            now=now,
-        )
+        victim = None
+        if refusal is None:
+            refusal, victim = self._room(entry, now, speed)
+        with self._without([] if victim is None else [victim]):
+            return explained(
+                entry,
+                refusal,
+                self._tables.latencies,
+                expiry_s=self._admission.expiry_s(request),
+                planned=None if refusal else self._planned(entry, now, speed),
+                wait_ms=self._wait_ms(entry, now, self._view(now, speed)),
+                slowdown=speed[0],
+                waiting=waiting,
+                now=now,
+            )
 
     # -- inside ------------------------------------------------------------------------------
 
@@ -296,15 +302,28 @@ class Scheduler:
         if self._policy not in (choose, reserve):
             return None
         then = now + self._residual_ms(now) / MS
-        self._waiting.add(entry)
-        try:
-            view = self._view(then, speed)
-            view.running = min(view.running, self._slots - 1)
-            choice = self._policy(view)
-            place = self._waiting.place(entry.order) - choice.drop - choice.start
-        finally:
-            self._waiting.remove(entry)
+        gone = self._waiting.doomed(then, speed[1]) if self._sheds else []
+        with self._without(gone):
+            self._waiting.add(entry)
+            try:
+                view = self._view(then, speed)
+                view.running = min(view.running, self._slots - 1)
+                choice = self._policy(view)
+                place = self._waiting.place(entry.order) - choice.drop - choice.start
+            finally:
+                self._waiting.remove(entry)
         return choice.point if 0 <= place < choice.count else None
+
+    @contextmanager
+    def _without(self, entries: list[Entry]) -> Iterator[None]:
+        """Have these entries not wait, inside."""
+        for entry in entries:
+            self._waiting.remove(entry)
+        try:
+            yield
+        finally:
+            for entry in entries:
+                self._waiting.add(entry)
 
     def _tick(self, now: float) -> float:
         if self._now < now < math.inf:

@@ -450,6 +450,35 @@ def test_explain_names_the_point_that_runs_for_the_sake_of_others() -> None:
     assert scheduler.waiting == 4 - batch.rows
 
 
+def test_explain_takes_its_place_behind_those_of_the_same_deadline() -> None:
+    scheduler = Scheduler(make_latencies())
+    scheduler.submit(make_request("runs", None), 0.0)
+    run_now(scheduler)
+    scheduler.submit(make_request("before", rows=4), 0.0)
+
+    explanation = scheduler.explain(make_request("behind"), 0.0)
+
+    assert explanation.wait_ms == pytest.approx(8 + 2.5)
+
+
+def test_explain_counts_neither_who_gives_way_nor_who_will_be_too_late() -> None:
+    scheduler = Scheduler(make_latencies(), max_queue=2)
+    scheduler.submit(make_request("runs", None), 0.0)
+    running = run_now(scheduler)
+    scheduler.submit(make_request("too late", 9.5), 0.0)
+    scheduler.submit(make_request("gives way", 13.0, priority=3), 0.0)
+    request = make_request("first", 12.0, 0.0086, priority=1)
+
+    explanation = scheduler.explain(request, 0.0086)
+    scheduler.submit(request, 0.0086)
+    scheduler.done(running.id, 8.6, 0.0086)
+    batch = run_now(scheduler, 0.0086)
+
+    assert batch.requests == (request,)
+    assert explanation.point == batch.point == 3
+    assert explanation.waiting == 2
+
+
 def test_explain_says_why_not() -> None:
     scheduler = Scheduler(make_latencies())
 
