@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from benchmarks import host_artifact, profiler
@@ -147,7 +147,11 @@ class HostModel:
 
 def latencies_of(artifact: Artifact, profile: Profile, max_batch: int) -> Latencies:
     """Return what the selector needs to know of the points on this host, up to `max_batch`."""
-    sizes = [size for size in profile.batch_sizes if size <= max_batch]
-    p50_ms, p99_ms = ([row[: len(sizes)] for row in profile.table(q)] for q in (50, 99))
     accuracy = [point.score.value for point in artifact.points]
-    return Latencies.from_quantiles(accuracy, sizes, p50_ms, p99_ms, profile.overhead_ms)
+    every = Latencies.from_quantiles(
+        accuracy, profile.batch_sizes, profile.table(50), profile.table(99), profile.overhead_ms
+    )
+    p50_ms, tail_ms = (
+        tuple(row[:max_batch] for row in table) for table in (every.p50_ms, every.tail_ms)
+    )
+    return replace(every, p50_ms=p50_ms, tail_ms=tail_ms)

@@ -380,7 +380,7 @@ class Service:
         self._serving = _Serving(dispatcher, profile, source)
         most = profile.batch_sizes[-1]
         if most < self.settings.max_batch:
-            log.warning("batches of %d at most: the profile has no larger, for want of time", most)
+            log.warning("batches of %d at most: the profile has no larger; another may", most)
         log.info("ready; profile %s, of %s", source, profile.measured_at)
         if before is not None:
             self._retiring = asyncio.create_task(_retire(before.dispatcher, None))
