@@ -274,4 +274,9 @@ def _output(
     wishes = _mapping(entry, "parameters")
     if "binary_data" in wishes:
         is_binary = wishes["binary_data"] is True
-    return is_binary, _whole(wishes, "classification", 1000)
+    classes = _whole(wishes, "classification", 1000)
+    if classes and len(output.shape) != 2:
+        raise InvalidError(
+            f"classification: '{output.name}' has shape {list(output.shape)}, and no classes"
+        )
+    return is_binary, classes

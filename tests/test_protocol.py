@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import given, settings, strategies
 from maestro_core import artifact
 from server import protocol
 from server.app import create_app
-from server.errors import ServiceError
+from server.errors import InvalidError, ServiceError
 from server.settings import Settings
 from tests.conftest import tiny_contents, tiny_manifest
 from tests.test_app import check_problem, wait_until_ready
@@ -138,6 +139,15 @@ def test_classification_gives_score_index_and_label(is_binary: bool) -> None:
     else:
         texts = orjson.loads(body)["outputs"][0]["data"]
     assert [text.split(":")[1:] for text in texts] == [["4", "e"], ["6", "g"]]
+
+
+@pytest.mark.parametrize("shape", [(-1,), (-1, 4, 10)])
+def test_classification_of_what_are_no_classes_is_refused(shape: tuple[int, ...]) -> None:
+    wish = {"name": "y", "parameters": {"classification": 2}}
+    body = orjson.dumps(json_request(outputs=[wish]))
+
+    with pytest.raises(InvalidError, match="classification: 'y' has shape"):
+        protocol.read(body, None, MANIFEST.input, replace(MANIFEST.output, shape=shape))
 
 
 @pytest.mark.parametrize(
