@@ -39,8 +39,8 @@ class Request:
     def __post_init__(self) -> None:
         if not math.isfinite(self.arrival_s):
             raise ValueError(f"arrival_s must be finite, not {self.arrival_s!r}")
-        if self.deadline_s is not None and not (
-            0 < self.deadline_s - self.arrival_s <= MAX_TARGET_S
+        if self.deadline_s is not None and not (  # a difference would be rounded
+            self.arrival_s < self.deadline_s <= self.arrival_s + MAX_TARGET_S
         ):
             target_ms = 1e3 * (self.deadline_s - self.arrival_s)
             raise ValueError(f"the target must be in (0, {1e3 * MAX_TARGET_S:g}] ms: {target_ms:g}")

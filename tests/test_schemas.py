@@ -46,6 +46,14 @@ def test_the_body_wins_over_the_query_elsewhere() -> None:
     assert (parameters.point, parameters.top_k, parameters.priority) == (3, 4, 1)
 
 
+def test_the_largest_target_is_taken_whenever_it_comes() -> None:
+    largest = parse_parameters([("max_latency_ms", "3600000")], {})
+
+    for i in range(1000):
+        arrived_s = 130_000 + 0.0137 * i  # the sum is past 2**17, and rounded
+        assert largest.request("a", arrived_s, 1).deadline_s == arrived_s + 3600
+
+
 @pytest.mark.parametrize(
     ("query", "message"),
     [
