@@ -122,6 +122,8 @@ def from_npy(body: bytes, tensor: Tensor) -> Floats:
         raise BadRequestError(
             f"the .npy file says shape {shape} of {dtype}, but {len(data)} bytes follow"
         )
+    if not data:  # and a size may be too large for any array
+        raise InvalidError(f"the .npy file holds no numbers: its shape is {shape}")
     array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
     return shaped(array, tensor)
 
@@ -148,6 +150,8 @@ def _npy_header(head: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
         raise BadRequestError(
             f"the .npy file has {len(shape)} dimensions; {MAX_DIMENSIONS} at most"
         )
+    if any(isinstance(size, bool) for size in shape):  # else they would pass for 1 and 0
+        raise BadRequestError(f"the body is not a .npy file: its shape is {shape}")
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise InvalidError(f"the .npy file must hold numbers, not {dtype}")
     return shape, fortran, dtype

@@ -16,6 +16,7 @@ from tests.conftest import tiny_manifest
 
 TENSOR = tiny_manifest().input
 SAMPLE = np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 8, 8)
+EMPTY = np.zeros((0, 9), "f4")
 
 
 def with_tags(exif: bytes) -> bytes:
@@ -146,6 +147,9 @@ def test_numbers_whose_squares_overflow_are_taken() -> None:
         (npy(SAMPLE).replace(b"(1, 8, 8)", b"(1,-8, 8)"), 400, r"says shape \(1, -8, 8\)"),
         (npy(SAMPLE).replace(b"(1, 8, 8)", b"(9999999)"), 400, "not a .npy file"),
         (npy(SAMPLE).replace(b"(1, 8, 8)", b"((((1,8,8"), 400, "not a .npy file"),
+        (npy(SAMPLE).replace(b"(1, 8, 8), }   ", b"(True, 8, 8), }"), 400, "not a .npy file"),
+        (npy(np.zeros((0, 8, 8), "f4")), 422, "holds no numbers"),
+        (npy(EMPTY).replace(b"9), }" + b" " * 20, b"9" * 21 + b"), }"), 422, "holds no numbers"),
         (npy(np.zeros((1,) * 40, "f4")), 400, "40 dimensions; 32 at most"),
         (npy(np.array(["a"])), 422, "must hold numbers"),
         (npy(np.array([1j])), 422, "must hold numbers"),
