@@ -23,7 +23,8 @@ class Entry:
     lowest..highest: the points that it may run at; floor: the accuracy that it must get.
     work_ms: its share of a full batch at the lowest of them, host at profiled speed.
     alone_ms: what it usually takes in a batch of its own there.
-    kind: what those have in common that can't be on time any more in the order that they wait.
+    kind: what those have in common that can't be on time any more in the order that they wait;
+    nan of one that is late, for which that depends on the host's speed when it came.
     """
 
     request: Request
@@ -38,7 +39,7 @@ class Entry:
     kind: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self.kind = -self.alone_ms if self.late else self.alone_ms
+        self.kind = math.nan if self.late else self.alone_ms
         if self.expiry_s == math.inf:
             self.kind = math.inf
 
