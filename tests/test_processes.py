@@ -393,6 +393,39 @@ def test_a_worker_that_is_told_to_load_twice_ends_both_when_told_to_stop() -> No
     asyncio.run(run())
 
 
+def test_a_worker_that_is_ending_begins_no_calibration() -> None:
+    over = Event()
+
+    def load(_effort: Effort, _progress: object, cancelled: Callable[[], bool]) -> Profile:
+        while not (cancelled() or over.wait(0.001)):
+            pass
+        raise CancelledError
+
+    async def take(_profile: Profile, _source: str) -> None: ...
+
+    async def of_team(_name: str, _given: dict[str, Any]) -> None: ...
+
+    async def run() -> None:
+        ours, theirs = socket.socketpair()
+        row = private_row()
+        team = Team(2, theirs, Statistics(row, [row]))
+        team.join(Hands(load, load, take, lambda: None))
+        channel = await open_channel(ours, of_team)
+        reading = asyncio.create_task(channel.run())
+        await team.first(None, QUICK)
+        await team.close()
+
+        try:
+            async with asyncio.timeout(10):
+                assert await channel.call("load", job="a", effort=asdict(QUICK)) is None
+                assert await channel.call("measure", job="b", effort=asdict(QUICK)) is None
+        finally:
+            over.set()
+            reading.cancel()
+
+    asyncio.run(run())
+
+
 def test_a_worker_that_cannot_be_replaced_does_not_end_those_that_serve() -> None:
     hub: Any = SimpleNamespace(serves=True)
     supervisor = _Supervisor(hub, [], {})

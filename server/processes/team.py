@@ -48,6 +48,7 @@ class Team:
         self.last_job: Job | None = None
         self._control = control
         self._stop = threading.Event()
+        self._is_closed = False
         self._reported_s = 0.0
 
     def join(self, hands: Hands) -> None:
@@ -100,7 +101,8 @@ class Team:
         return text.encode()
 
     async def close(self) -> None:
-        """Stop measuring."""
+        """Stop measuring, for good: the process does not end before its threads do."""
+        self._is_closed = True
         self._stop.set()
 
     async def _call(self, name: str, **given: Any) -> Any:  # noqa: ANN401  any JSON
@@ -139,7 +141,8 @@ class Team:
         """
         effort = Effort.from_dict(given["effort"])
         self._stop.set()
-        self._stop = threading.Event()
+        if not self._is_closed:
+            self._stop = threading.Event()
         self.last_job = Job(given["job"], "running", seconds_left=effort.budget_s)
         return effort
 
