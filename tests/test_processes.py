@@ -241,6 +241,8 @@ class FakeWorker:
         self.told: list[str] = []
         self.let_go = asyncio.Event()
         self.profile: str | None = PROFILE.to_json()
+        self.can_use = True
+        self.ended: list[dict[str, Any]] = []
 
     async def join(self, stored: str | None = None) -> Any:
         ours, self.theirs = socket.socketpair()
@@ -257,8 +259,12 @@ class FakeWorker:
         self.tasks[1].cancel()
         self.hub.left(self.index)
 
-    async def _answer(self, name: str, _given: dict[str, Any]) -> Any:
+    async def _answer(self, name: str, given: dict[str, Any]) -> Any:
         self.told.append(name)
+        if name == "use" and not self.can_use:
+            raise ValueError("no room")
+        if name == "ended":
+            self.ended.append(given)
         if name == "stop":
             self.profile = None if "measure" in self.told else self.profile
             self.let_go.set()
@@ -350,6 +356,25 @@ def test_a_calibration_is_known_to_all_and_ends_when_any_says_so(tmp_path: Path)
             await asyncio.sleep(0)
         assert await one.channel.call("job", job="none") is None
         assert "use" not in one.told + other.told
+
+    with_hub(run, tmp_path)
+
+
+def test_a_profile_that_a_worker_cannot_use_fails_the_calibration_for_all(tmp_path: Path) -> None:
+    async def run(hub: Hub) -> None:
+        one, other = FakeWorker(hub, 0), FakeWorker(hub, 1)
+        other.can_use = False
+        await one.join()
+        await other.join()
+        await until(lambda: one.told == ["measure"])
+        one.let_go.set()
+
+        await until(lambda: bool(one.ended and other.ended))
+        (ended,) = one.ended
+        assert other.ended == [ended]
+        assert (ended["state"], ended["error"]) == ("failed", "RemoteError: ValueError: no room")
+        while (await one.channel.call("job", job=ended["id"]))["state"] != "failed":
+            await asyncio.sleep(0)
 
     with_hub(run, tmp_path)
 

@@ -44,7 +44,7 @@ class Hub:
         self._given: Given | None = None
         store = ProfileStore(settings.state_dir)
         self._calibrator = Calibrator(self._measure, self._share, store)
-        self._lead = 0
+        self._lead, self._job = 0, ""  # of the calibration that was started last
         self._round: dict[str, Any] | None = None  # job and effort, while one measures
         self._seen: Callable[[Progress], object] = lambda _: None
 
@@ -108,7 +108,7 @@ class Hub:
         except AlreadyRunningError as error:
             return False, asdict(error.job)
         # The job's thread has its work done on this event loop, so after this.
-        self._lead = lead
+        self._lead, self._job = lead, job.id
         self._round = {"job": job.id, "effort": asdict(effort)}
         return True, asdict(job)
 
@@ -141,11 +141,10 @@ class Hub:
             if text is None:
                 raise CancelledError
         except CancelledError:
-            self._tell_end(Job(work["job"], "cancelled"))
+            self._tell_end(Job(self._job, "cancelled"))
             raise
         except Exception as error:
-            message = f"{type(error).__name__}: {error}"
-            self._tell_end(Job(work["job"], "failed", error=message))
+            self._tell_failed(error)
             raise
         finally:
             self._round = None
@@ -153,8 +152,11 @@ class Hub:
                 other.tell("stop")
         return Profile.from_json(text)
 
+    def _tell_failed(self, error: BaseException) -> None:
+        self._tell_end(Job(self._job, "failed", error=f"{type(error).__name__}: {error}"))
+
     def _tell_end(self, job: Job) -> None:
-        """Have all workers know of a calibration that ended without a profile."""
+        """Have all workers know of a calibration that failed or was cancelled."""
         for member in self._members.values():
             member.tell("ended", **asdict(job))
 
@@ -167,6 +169,7 @@ class Hub:
         calls = [member.call("use", **_handed(given)) for member in self._members.values()]
         for result in await asyncio.gather(*calls, return_exceptions=True):
             if isinstance(result, BaseException) and not isinstance(result, LostError):
+                self._tell_failed(result)
                 raise result
 
     def _cancel(self, job_id: str) -> dict[str, Any] | None:
