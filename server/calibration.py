@@ -86,17 +86,18 @@ class Calibrator:
                 if job.state == "running":
                     raise AlreadyRunningError(job)
             job = Job(secrets.token_hex(4), "running", seconds_left=effort.budget_s)
-            self._jobs[job.id] = job
-            while len(self._jobs) > _KEPT_JOBS:
-                del self._jobs[next(iter(self._jobs))]
-            self._running_id, self._cancel = job.id, threading.Event()
+            cancel = threading.Event()
             thread = threading.Thread(
                 target=self._work,
-                args=(job.id, effort, self._cancel),
+                args=(job.id, effort, cancel),
                 name="calibration",
                 daemon=True,
             )
-            thread.start()
+            thread.start()  # no job is left running where the host takes no more threads
+            self._jobs[job.id] = job
+            while len(self._jobs) > _KEPT_JOBS:
+                del self._jobs[next(iter(self._jobs))]
+            self._running_id, self._cancel = job.id, cancel
             self._thread = thread  # others may wait for it from now on
         return job
 

@@ -53,6 +53,22 @@ def measure() -> Iterator[FakeMeasure]:
     fake.let_go.set()
 
 
+def test_a_calibration_that_gets_no_thread_is_not_under_way(
+    measure: FakeMeasure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibrator = Calibrator(measure, lambda _: None, None)
+
+    def no_more(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", no_more)
+        with pytest.raises(RuntimeError):
+            calibrator.start(QUICK)
+
+    assert calibrator.start(QUICK).state == "running"
+
+
 def test_a_job_reports_progress_and_hands_its_profile_over(
     measure: FakeMeasure, tmp_path: Path
 ) -> None:
