@@ -6,23 +6,37 @@ get all, and those dealt to a worker that dies before it accepts them are lost. 
 they wait for another one.
 """
 
+import errno
 import socket
 
 _BACKLOG = 1024
+# A name's IPv6 address, where the host has no IPv6: as in many containers.
+_NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
     """Return sockets that listen at every address of a host, on one port (0: one that is free).
 
+    Of several addresses, those that are not this machine's are left out.
+
     Raises:
-        OSError: the name is unknown, or the port is taken.
+        OSError: the name is unknown or not this machine's, or the port is taken.
     """
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     sockets: list[socket.socket] = []
+    left_out: OSError | None = None
     try:
         for family, _, _, _, address in dict.fromkeys(found):
-            sockets.append(_bound(family, (address[0], port, *address[2:])))
-            port = sockets[-1].getsockname()[1]
+            try:
+                sockets.append(_bound(family, (address[0], port, *address[2:])))
+            except OSError as error:
+                if error.errno not in _NOT_HERE:
+                    raise
+                left_out = error
+            else:
+                port = sockets[-1].getsockname()[1]
+        if left_out is not None and not sockets:
+            raise left_out
         for each in sockets:
             each.listen(_BACKLOG)
     except OSError:

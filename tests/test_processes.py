@@ -96,6 +96,25 @@ def test_all_addresses_of_a_host_listen_on_one_port() -> None:
             each.close()
 
 
+def test_a_name_whose_other_address_is_not_this_machines_is_listened_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    elsewhere, here = "192.0.2.1", "127.0.0.1"  # RFC 5737: nobody's
+    found = {"both": [elsewhere, here], "one": [elsewhere]}
+    monkeypatch.setattr(
+        "socket.getaddrinfo",
+        lambda host, port, **_: [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in found[host]
+        ],
+    )
+
+    (listener,) = listening.listen("both", 0)
+    with listener:
+        assert listener.getsockname()[0] == here
+    with pytest.raises(OSError, match="assign requested address"):
+        listening.listen("one", 0)
+
+
 # -- counters ------------------------------------------------------------------------------------
 
 
