@@ -286,7 +286,8 @@ def _listeners(settings: "Settings") -> list["socket.socket"]:
 
 
 def _address(settings: "Settings", listeners: list["socket.socket"]) -> str:
-    return f"http://{settings.host}:{listeners[0].getsockname()[1]}"
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host  # RFC 3986, 3.2.2
+    return f"http://{host}:{listeners[0].getsockname()[1]}"
 
 
 @app.command()

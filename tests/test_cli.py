@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from importlib.metadata import version
@@ -11,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from maestro_core import cli
 from maestro_core.artifact import Artifact
+from server.settings import Settings
 
 
 @pytest.fixture
@@ -158,3 +161,13 @@ def test_targets_that_make_no_sense_are_one_line(environment: dict[str, str]) ->
 
     check_error(train("--target-macs", "0.3", "--target-params", "0.3"), "not both")
     check_error(train("--target-macs", "35"), "a share of the dense network, 0..1, not 35")
+
+
+@pytest.mark.parametrize(
+    ("host", "address"), [("::1", "http://[::1]:"), ("localhost", "http://localhost:")]
+)
+def test_the_address_that_is_served_can_be_opened_as_it_is_printed(host: str, address: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        printed = cli._address(Settings(host=host), [listener])
+
+        assert printed == f"{address}{listener.getsockname()[1]}"
