@@ -5,7 +5,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -54,8 +54,9 @@ def _aside(state_dir: Path) -> Iterator[Path]:
     try:
         state_dir.mkdir(parents=True, exist_ok=True)
         for old in state_dir.glob(f"{_ASIDE}*"):
-            if time.time() - old.stat().st_mtime > _ABANDONED_S:
-                shutil.rmtree(old, ignore_errors=True)
+            with suppress(FileNotFoundError):  # another process is done with it meanwhile
+                if time.time() - old.stat().st_mtime > _ABANDONED_S:
+                    shutil.rmtree(old, ignore_errors=True)
         folder = TemporaryDirectory(prefix=_ASIDE, dir=state_dir, ignore_cleanup_errors=True)
     except OSError as error:
         raise ArtifactError(f"{state_dir}: {error.strerror}") from error

@@ -273,6 +273,9 @@ def searched(source: Artifact, state_dir: Path) -> Artifact:
 
 
 def test_points_found_are_kept_and_found_again(source: Artifact, tmp_path: Path) -> None:
+    # As a directory that another process removes while it is looked at.
+    (tmp_path / "found-gone").symlink_to(tmp_path / "nowhere")
+
     made = searched(source, tmp_path)
 
     assert host_artifact.of_host(source, tmp_path, 1) == (made, None)
