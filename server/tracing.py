@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 try:
     from opentelemetry import propagate, trace
@@ -37,6 +38,8 @@ FACTS = ("point", "accuracy", "predicted_ms", "queue_ms", "compute_ms", "total_m
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _PARENT = re.compile(rb"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 _EXPORTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+# RFC 3986, section 3.3. A log has others as they were sent: a decoded path may have two lines.
+_IN_PATHS = "/:@!$&'()*+,;="
 _NO_TRACE, _NO_SPAN = b"0" * 32, b"0" * 16
 
 _NO_SPAN_HERE = nullcontext()
@@ -139,7 +142,8 @@ class Tracing:
 
     def _log(self, scope: dict[str, Any], status: int, seconds: float) -> None:
         facts = {"status": status, "ms": round(1e3 * seconds, 3), **_facts(scope)}
-        log.info("%s %s", scope["method"], scope["path"], extra={"facts": facts})
+        path = quote(scope["path"], safe=_IN_PATHS)
+        log.info("%s %s", scope["method"], path, extra={"facts": facts})
 
 
 def _facts(scope: dict[str, Any]) -> dict[str, Any]:

@@ -102,6 +102,16 @@ def test_the_access_log_says_how_it_went_and_nothing_of_the_input(
     assert "secret" not in " ".join(TextFormatter().format(record) for record in caplog.records)
 
 
+def test_a_path_that_could_break_the_access_log_is_in_it_as_it_was_sent(
+    client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="server.tracing"):
+        client.get("/v2/models/a:b@1%0A2026%20INFO%20made-up%1B")
+
+    (line,) = caplog.records
+    assert line.getMessage() == "GET /v2/models/a:b@1%0A2026%20INFO%20made-up%1B"
+
+
 def record(message: str = "it went", **extra: object) -> logging.LogRecord:
     made = logging.LogRecord("server.x", logging.WARNING, __file__, 1, message, None, None)
     made.__dict__.update(extra)
