@@ -216,15 +216,13 @@ class Dispatcher:
 
     def _start(self, batch: Batch) -> None:
         callers = {request.id: self._callers.pop(request.id) for request in batch.requests}
-        inputs = [caller.x for caller in callers.values()]
-        x = inputs[0] if len(inputs) == 1 else np.concatenate(inputs)
         lock = self._turns.computing
         is_short = self._slots == 1 and batch.predicted_ms <= INLINE_MS
         if is_short and lock.acquire(blocking=False):
             self._turns.note_request()
             flight = self._flights[batch.id] = _Flight(batch, callers)
             try:
-                computed = self._computed(flight, x)
+                computed = self._computed(flight)
             finally:
                 lock.release()
             self._finished(batch.id, *computed)
@@ -233,23 +231,21 @@ class Dispatcher:
         worker = self._free.pop()
         flight = self._flights[batch.id] = _Flight(batch, callers, worker)
         self._watch(flight)
-        worker.submit(partial(self._compute, flight, x))
+        worker.submit(partial(self._compute, flight))
 
     def _watch(self, flight: _Flight) -> None:
         limit_s = max(HANG_MIN_S, HANG_FACTOR * flight.batch.predicted_ms / MS)
         flight.watch = self._loop.call_later(limit_s, self._hung, flight.batch.id)
 
-    def _compute(self, flight: _Flight, x: Floats) -> None:
+    def _compute(self, flight: _Flight) -> None:
         """Run a batch; in a worker's thread."""
         batch = flight.batch
         with self._turns.computing:
-            result = self._computed(flight, x)
+            result = self._computed(flight)
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self._loop.call_soon_threadsafe(self._finished_elsewhere, batch.id, *result)
 
-    def _computed(
-        self, flight: _Flight, x: Floats
-    ) -> tuple[Floats | None, Exception | None, float, float]:
+    def _computed(self, flight: _Flight) -> tuple[Floats | None, Exception | None, float, float]:
         """Return the output or the error, when it began, and how long it took in seconds.
 
         The turn to compute is taken already.
@@ -259,6 +255,9 @@ class Dispatcher:
         flight.began = True
         began_s = time.monotonic()
         try:
+            inputs = [caller.x for caller in flight.callers.values()]
+            x = inputs[0] if len(inputs) == 1 else np.concatenate(inputs)  # there may be no room
+            began_s = time.monotonic()
             output = self._runner.run(x, flight.batch.point)
         except Exception as caught:
             error = caught

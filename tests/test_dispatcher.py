@@ -217,6 +217,21 @@ def test_an_engine_that_raises_fails_its_batch_only() -> None:
     drive(scenario)
 
 
+def test_a_batch_that_cannot_be_put_together_fails_alone() -> None:
+    async def scenario(driver: Dispatcher, engine: FakeEngine) -> None:
+        one = driver.infer(request("one"), rows(1))
+        other = driver.infer(request("other"), np.zeros((1, 3), np.float32))
+
+        for failed in await asyncio.gather(one, other, return_exceptions=True):
+            assert isinstance(failed, UnavailableError)
+        np.testing.assert_array_equal(
+            (await driver.infer(request("next"), rows(3))).output, rows(4)
+        )
+        assert engine.ran == [(1, 1)]
+
+    drive(scenario)
+
+
 def test_an_engine_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatcher_module, "HANG_MIN_S", 0.05)
     monkeypatch.setattr(dispatcher_module, "HANG_FACTOR", 1.0)
