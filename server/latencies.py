@@ -79,10 +79,12 @@ class Latencies:
             [p50 + TAIL_REACH * max(0.0, p99 - p50) for p50, p99 in zip(*rows, strict=True)]
             for rows in zip(p50_ms, p99_ms, strict=True)
         ]
+        p50 = _raised([_every_batch(sizes, row) for row in p50_ms])
+        tail = _raised([_every_batch(sizes, row) for row in tail_ms])
         return cls(
             tuple(float(a) for a in accuracy),
-            _raised([_every_batch(sizes, row) for row in p50_ms]),
-            _raised([_every_batch(sizes, row) for row in tail_ms]),
+            p50,
+            tuple(tuple(map(max, *rows)) for rows in zip(tail, p50, strict=True)),  # to a rounding
             float(overhead_ms),
         )
 

@@ -166,6 +166,14 @@ def test_noisy_tables_are_raised_until_they_never_fall() -> None:
         assert all(a <= b for low, high in pairwise(table) for a, b in zip(low, high, strict=True))
 
 
+def test_a_tail_that_rounding_puts_below_its_median_is_raised_to_it() -> None:
+    latencies = Latencies.from_quantiles(
+        (0.6,), (1, 4), [[0.3, 4.2]], [[math.nextafter(0.3, 1.0), 4.2]]
+    )
+
+    assert latencies.tail_ms[0][1:] == latencies.p50_ms[0][1:]
+
+
 @pytest.mark.parametrize(
     ("accuracy", "p50_ms", "tail_ms", "message"),
     [
