@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+import httptools
 import orjson
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import (
@@ -108,6 +109,7 @@ class LimitedProtocol(HttpToolsProtocol):
     _framing_bytes = 0  # of chunks' sizes and of trailers, since the last of the body came
     _is_lost = False
     _is_at_head = False
+    _is_at_upgrade = False  # at a head that is to be read again
     _held: tuple[RequestResponseCycle, Any] | None = None  # until its body is here
     _under_way: UnderWay | None = None
     _answered: RequestResponseCycle | None = None  # the one that is, or was last
@@ -143,7 +145,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._refusal is not None:
             return
         self._framing_bytes += len(data)
-        super().data_received(data)
+        self._parse(data)
         if self.cycle is not None and self.cycle.more_body:
             self._limit_framing()
         if self._head_bytes is not None:
@@ -153,6 +155,29 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._held is not None and not _is_small(self._held[0].scope):
             self._hand_on(*self._held)
         self._watch()
+
+    def _parse(self, data: bytes) -> None:
+        """Parse what came, as uvicorn does, but pass over wishes for another protocol."""
+        self._unset_keepalive_if_required()
+        try:
+            while data:
+                data = self._parsed(data)
+        except httptools.HttpParserError:
+            why = "Invalid HTTP request received."
+            self.logger.warning(why)
+            self.send_400_response(why)
+
+    def _parsed(self, data: bytes) -> bytes:
+        """Return what is left to parse."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as stopped:
+            self._is_at_upgrade = False
+            head = _without_upgrade(self.parser, self.url, self.headers)
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+            return head + data[stopped.args[0] :]
+        return b""
 
     def on_message_begin(self) -> None:
         self._head_bytes = 0
@@ -169,6 +194,11 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._head_bytes = None
         self._framing_bytes = 0
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise ValueError("no tunnels are made here")  # the parser stops
+            self._is_at_upgrade = True
+            return
         if len(self.pipeline) >= MOST_PIPELINED:
             self.send_400_response(f"over {MOST_PIPELINED} requests wait on this connection")
             raise ValueError("too many pipelined requests")  # the parser stops
@@ -179,6 +209,8 @@ class LimitedProtocol(HttpToolsProtocol):
             self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
+        if self._is_at_upgrade:
+            return
         super().on_message_complete()
         self.cycle.more_body = False  # uvicorn leaves it where the answer came first
         if self._held is not None:
@@ -294,6 +326,15 @@ def _is_small(scope: Mapping[str, Any]) -> bool:
         if name == b"content-length":
             return value.isdigit() and int(value[:20]) <= SMALL_BYTES
     return False
+
+
+def _without_upgrade(
+    parser: httptools.HttpRequestParser, url: bytes, headers: Iterable[tuple[bytes, bytes]]
+) -> bytes:
+    """Return the head that was parsed, without what asks for another protocol."""
+    line = b"%b %b HTTP/%b\r\n" % (parser.get_method(), url, parser.get_http_version().encode())
+    kept = (b"%b: %b\r\n" % header for header in headers if header[0] != b"upgrade")
+    return line + b"".join(kept) + b"\r\n"
 
 
 def _refused(why: str) -> bytes:

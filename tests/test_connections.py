@@ -191,6 +191,33 @@ def test_other_requests_are_the_applications(request_bytes: bytes) -> None:
     drive(scenario)
 
 
+@pytest.mark.parametrize("cut", [0, 20, -40, -20])
+@pytest.mark.parametrize("framing", [b"content-length: 40", b"transfer-encoding: chunked"])
+def test_a_wish_for_another_protocol_is_passed_over(framing: bytes, cut: int) -> None:
+    body = b"GET /smuggled HTTP/1.1\r\nhost: x\r\n\r\n....."
+    sent = body if framing.endswith(b"40") else b"28\r\n" + body + b"\r\n0\r\n\r\n"
+    upgrade = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AA\r\n"
+    request = HEAD.replace(b"/infer", b"/other") + upgrade + framing + b"\r\n\r\n" + sent
+
+    async def scenario(driven: Driven) -> None:
+        await driven.receive(request[:cut], request[cut:] + 2 * request)
+
+        assert driven.asked == 3 * [("/other", body, None)]
+        assert not driven.transport.is_closed
+
+    drive(scenario)
+
+
+def test_no_tunnels_are_made() -> None:
+    async def scenario(driven: Driven) -> None:
+        await driven.receive(b"CONNECT localhost:80 HTTP/1.1\r\nhost: x\r\n\r\n")
+
+        assert driven.transport.written[0].startswith(b"HTTP/1.1 400 ")
+        assert driven.transport.is_closed
+
+    drive(scenario)
+
+
 @pytest.mark.parametrize("header", [b"content-length: 65537", b"transfer-encoding: chunked"])
 def test_a_body_that_may_be_large_is_the_applications_from_its_start(header: bytes) -> None:
     async def scenario(driven: Driven) -> None:
