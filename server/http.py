@@ -82,7 +82,11 @@ def headers_of(scope: Mapping[str, Any]) -> Headers:
 
 def media_type(headers: Headers) -> str:
     """Return the body's type, without its parameters."""
-    return headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
+    return _bare(headers.get(b"content-type", b"").decode("latin-1"))
+
+
+def _bare(kind: str) -> str:
+    return kind.partition(";")[0].strip().lower()
 
 
 class _InMemory(MultiPartParser):
@@ -113,7 +117,7 @@ async def form_file(request: Request, body: bytes) -> tuple[str, bytes, Pairs]:
         if not files:
             raise InvalidError("the form holds no file; send one: curl -F file=@picture.png")
         fields = tuple((k, part) for k, part in form.multi_items() if isinstance(part, str))
-        return (files[0].content_type or "").lower(), await files[0].read(), fields
+        return _bare(files[0].content_type or ""), await files[0].read(), fields
     finally:
         await form.close()
 

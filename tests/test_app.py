@@ -109,6 +109,7 @@ def test_json_picture_npy_and_form_are_one_input(client: Client) -> None:
         {"content": png(), "headers": {"content-type": "image/png"}},
         {"content": npy(x), "headers": {"content-type": "application/x-npy"}},
         {"files": {"file": ("picture.png", png(), "image/png")}},
+        {"files": {"file": ("picture.png", png(), "Image/PNG; charset=binary")}},
     ]
 
     outputs = [client.post("/infer", **body).json()["outputs"] for body in bodies]
