@@ -60,6 +60,11 @@ class Effort:
         """Return the seconds for a search, of those for all."""
         return SEARCH_SHARE * self.budget_s if self.search else 0.0
 
+    @property
+    def most_s(self) -> float | None:
+        """Return the seconds that it takes at most; None where a search takes what it needs."""
+        return None if self.search else self.budget_s
+
     def after(self, spent_s: float) -> "Effort":
         """Return what is left for the trials when so much is spent."""
         least_s = self.budget_s - self.search_s if self.search else _LEAST_S
@@ -72,8 +77,11 @@ FULL = Effort("full", 115.0, Precision())
 
 
 class Progress(NamedTuple):
-    """How far a calibration is: cells (point × batch size) known well enough, of all."""
+    """How far a calibration is: cells (point × batch size) known well enough, of all.
+
+    `left_s` is the most seconds that it still takes; None in a search, which takes what it needs.
+    """
 
     done: int
     total: int
-    left_s: float
+    left_s: float | None

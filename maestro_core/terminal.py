@@ -103,17 +103,20 @@ def progress(what: str, form: Literal["text", "json"] = "text") -> Iterator[Call
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
     bar = Progress(*columns, TimeElapsedColumn(), console=errors, transient=True)
     task = bar.add_task(what, total=None, left="")
-    state: dict[Literal["line"], int] = {"line": -1}
+    state: dict[Literal["line"], tuple[int, int]] = {}
 
     def update(seen: Any) -> None:  # noqa: ANN401  effort.Progress, without importing it
-        left = f"{seen.done} of {seen.total}, {seen.left_s:.0f} s at most"
+        left = f"{seen.done} of {seen.total}"
+        if seen.left_s is not None:
+            left += f", {seen.left_s:.0f} s at most"
+        line = (seen.total, -1 if seen.left_s is None else int(seen.left_s) // 3)
         if form == "text" and errors.is_terminal:
             bar.start()
             bar.update(task, completed=seen.done, total=seen.total, left=left)
-            if seen.done == seen.total or seen.left_s <= 0:
+            if seen.done == seen.total or (seen.left_s is not None and seen.left_s <= 0):
                 bar.stop()
-        elif state["line"] != int(seen.left_s) // 3:
-            state["line"] = int(seen.left_s) // 3
+        elif state.get("line") != line:
+            state["line"] = line
             if form == "json":
                 logging.getLogger("maestro").info("%s: %s", what, left)
             else:

@@ -85,7 +85,7 @@ class Calibrator:
             for job in self._jobs.values():
                 if job.state == "running":
                     raise AlreadyRunningError(job)
-            job = Job(secrets.token_hex(4), "running", seconds_left=effort.budget_s)
+            job = Job(secrets.token_hex(4), "running", seconds_left=effort.most_s)
             cancel = threading.Event()
             thread = threading.Thread(
                 target=self._work,

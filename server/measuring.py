@@ -118,7 +118,7 @@ class HostModel:
             effort.search_s,
             self.threads,
             turn=hooks.turn,
-            progress=hooks.progress,
+            progress=lambda seen: hooks.progress(seen._replace(left_s=None)),
             cancelled=hooks.cancelled,
         )
         state_dir = self.settings.state_dir

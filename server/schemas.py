@@ -228,7 +228,7 @@ class Job(BaseModel):
     state: Literal["running", "done", "cancelled", "failed"]
     done: int
     total: int
-    seconds_left: float | None
+    seconds_left: float | None = Field(description="At most; null while points are looked for")
     error: str | None = None
     note: str | None = Field(None, description="What a job that is done could not do")
 

@@ -240,7 +240,7 @@ def test_progress_rises_to_the_total() -> None:
 
     assert [p.done for p in seen] == sorted(p.done for p in seen)
     assert seen[-1].done == seen[-1].total == 4
-    assert all(0 <= p.left_s <= 60 for p in seen)
+    assert all(p.left_s is not None and 0 <= p.left_s <= 60 for p in seen)
 
 
 def test_cancelling_stops_before_the_next_trial() -> None:

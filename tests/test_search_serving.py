@@ -1,6 +1,7 @@
 """A server that is asked to look for points of its own, and serves them from then on."""
 
 import asyncio
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,12 @@ import pytest
 from fastapi.testclient import TestClient
 from httpx2 import Response
 
-from maestro_core import artifact, held_out
+from benchmarks.effort import Effort, Precision, Progress
+from maestro_core import artifact, held_out, terminal
 from maestro_core.frontier import RankTable
 from server.app import create_app
 from server.engine import EngineError
-from server.measuring import HostModel
+from server.measuring import Hooks, HostModel
 from server.service import Service
 from server.settings import Settings
 from tests.conftest import tiny_contents, tiny_manifest
@@ -94,6 +96,7 @@ def test_points_found_are_served_at_once_and_after_a_restart(tmp_path: Path) -> 
         ready(client)
         before = client.get("/profile").json()["profile"]["key"]["artifact"]
         started = search(client)
+        assert started.json()["seconds_left"] is None
         assert wait(client, started.headers["location"]) == "done"
         after = client.get("/profile").json()["profile"]["key"]["artifact"]
         points = client.get("/frontier").json()["points"]
@@ -107,6 +110,32 @@ def test_points_found_are_served_at_once_and_after_a_restart(tmp_path: Path) -> 
     assert after != before
     assert answer["accuracy"] in [point["accuracy"] for point in points]
     assert (again["source"], again["profile"]["key"]["artifact"]) == ("stored", after)
+
+
+def test_nobody_is_told_how_long_a_search_still_takes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    labels = np.zeros(len(X), np.int64)
+    given = settings(tmp_path, held_out.contents(X, labels, ("conv", "fc"), TABLES))
+    effort = Effort("quick", 1.0, Precision(min_runs=2), search=True)
+    left_s: list[float | None] = []
+
+    with caplog.at_level("INFO"), terminal.progress("calibrating", "json") as show:
+
+        def seen(now: Progress) -> None:
+            left_s.append(now.left_s)
+            show(now)
+
+        HostModel(artifact.load(given.artifact), given).measured(
+            effort, 0.1, hooks=Hooks(progress=seen)
+        )
+
+    trials = next(i for i, seconds in enumerate(left_s) if seconds is not None)
+    assert trials > 0
+    assert None not in left_s[trials:]
+    said = [record.getMessage() for record in caplog.records]
+    assert re.fullmatch(r"calibrating: \d+ of \d+", said[0])
+    assert said[-1].endswith(" s at most")
 
 
 def test_an_artifact_with_nothing_to_search_with_is_refused(tmp_path: Path) -> None:

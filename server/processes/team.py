@@ -143,7 +143,7 @@ class Team:
         self._stop.set()
         if not self._is_closed:
             self._stop = threading.Event()
-        self.last_job = Job(given["job"], "running", seconds_left=effort.budget_s)
+        self.last_job = Job(given["job"], "running", seconds_left=effort.most_s)
         return effort
 
     async def _measure(self, effort: Effort, is_stopped: Callable[[], bool]) -> str | None:
