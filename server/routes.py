@@ -145,9 +145,10 @@ def check_admin(request: Request, settings: Settings) -> None:
         ForbiddenError: no token is set, and the client is elsewhere or a page of another site.
     """
     if settings.admin_token is not None:
-        given = request.headers.get("authorization", "")
-        expected = f"Bearer {settings.admin_token.get_secret_value()}"
-        if not secrets.compare_digest(given.encode(), expected.encode()):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        expected = settings.admin_token.get_secret_value()
+        is_right = secrets.compare_digest(given.strip().encode(), expected.encode())
+        if scheme.lower() != "bearer" or not is_right:  # the scheme in any case: RFC 9110, 11.1
             raise UnauthorizedError("send 'Authorization: Bearer ' with MAESTRO_ADMIN_TOKEN")
     elif not _is_loopback(request.client.host if request.client else ""):
         raise ForbiddenError("set MAESTRO_ADMIN_TOKEN to allow this call from other machines")

@@ -456,10 +456,12 @@ def test_calibrating_is_for_this_machine_or_for_the_token(settings: Settings) ->
     with TestClient(create_app(guarded), client=("127.0.0.1", 1), base_url=HERE) as client:
         wait_until_ready(client)
         check_problem(client.post("/profile"), 401, "Authorization")
-        wrong = {"authorization": "Bearer wrong"}
-        check_problem(client.post("/profile", headers=wrong), 401, "Authorization")
-        right = {"authorization": "Bearer s3cret"}
-        assert client.post("/profile", headers=right).status_code == 202
+        for wrong in ("Bearer wrong", "Basic s3cret", "s3cret", "Bearers3cret"):
+            refused = client.post("/profile", headers={"authorization": wrong})
+            check_problem(refused, 401, "Authorization")
+        for right in ("Bearer s3cret", "bearer  s3cret"):
+            started = client.post("/profile", headers={"authorization": right})
+            assert started.status_code in (202, 409)
 
 
 HOSTS = [
