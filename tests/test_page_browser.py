@@ -293,6 +293,21 @@ def test_the_page_waits_for_the_first_calibration_and_goes_on(
         assert not reader.find("#waiting").is_displayed()
 
 
+def test_a_first_calibration_that_was_cancelled_is_not_waited_for(
+    browser: Any, settings: Settings
+) -> None:
+    with serving(settings) as site:
+        reader = Reader(browser, site)
+        reader.until(lambda: reader.text("#status") == "Calibrating")
+        job = httpx.get(f"{site.address}/v2/health/ready").json()["calibration"]
+        httpx.delete(f"{site.address}/profile/jobs/{job['id']}").raise_for_status()
+        site.gate.set()
+
+        reader.until(lambda: reader.text("#status") == "Not ready")
+        assert reader.text("#waiting-text").startswith("The calibration was cancelled; ")
+        assert not reader.find("#waiting-progress").is_displayed()
+
+
 def test_a_server_that_is_gone_is_said_and_found_again(reader: Reader) -> None:
     reader.browser.execute_cdp_cmd("Network.enable", {})
     reader.browser.execute_cdp_cmd("Network.setBlockedURLs", {"urls": ["*/metrics"]})

@@ -60,19 +60,20 @@ function showStatus(state, words) {
 
 function showWaiting({ calibration: job }) {
   const bar = byId("waiting-progress");
+  const isRunning = job?.state === "running";
   byId("waiting").hidden = false;
-  bar.hidden = !job;
-  showStatus("waiting", job ? "Calibrating" : "Not ready");
-  if (!job) {
-    write(byId("waiting-text"), LEAVING);
-    return;
-  }
+  bar.hidden = !isRunning;
+  showStatus("waiting", isRunning ? "Calibrating" : "Not ready");
+  write(byId("waiting-text"), job ? whyNotReady(job) : LEAVING);
+  if (!isRunning) return;
   bar.max = job.total || 1;
   bar.value = job.done;
-  const words = job.error
-    ? `The calibration failed: ${job.error}`
-    : "The server measures this host before it serves. This page goes on by itself.";
-  write(byId("waiting-text"), words);
+}
+
+function whyNotReady({ state, error }) {
+  if (state === "cancelled") return "The calibration was cancelled; POST /profile starts another.";
+  if (error) return `The calibration failed: ${error}. POST /profile starts another.`;
+  return "The server measures this host before it serves. This page goes on by itself.";
 }
 
 function showLost(message) {
