@@ -29,8 +29,8 @@ class ProfileStore:
         """Return where the profile of a key is kept."""
         return self._root / key.digest() / "profile.json"
 
-    def find(self, key: ProfileKey) -> Found:
-        """Return the stored profile of exactly this key.
+    def find(self, key: ProfileKey, points: int | None = None) -> Found:
+        """Return the stored profile of exactly this key, and of so many points if that is said.
 
         A file that is no profile, or one of another artifact, host, provider, threads or runtime,
         is renamed to `profile.json.unusable` and the reason returned: the caller calibrates again.
@@ -50,6 +50,8 @@ class ProfileStore:
             return _set_aside(path, str(error))
         if profile.key != key:
             return _set_aside(path, f"made for another {_difference(profile.key, key)}")
+        if points not in (None, len(profile.points)):
+            return _set_aside(path, f"of {len(profile.points)} points, where there are {points}")
         return Found(profile, None)
 
     def save(self, profile: Profile) -> Path:

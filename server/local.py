@@ -60,7 +60,8 @@ def profile(
 
 def stored_profile(model: HostModel, engine: Engine) -> Found:
     """Return the profile of this host that a server would start with, or why there is none."""
-    return ProfileStore(model.settings.state_dir).find(model.key(engine))
+    store = ProfileStore(model.settings.state_dir)
+    return store.find(model.key(engine), len(engine.artifact.points))
 
 
 def read_input(path: Path, tensor: Tensor) -> Floats:

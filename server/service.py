@@ -114,7 +114,7 @@ class Service:
         self._loop = asyncio.get_running_loop()
         inputs.warm_up(self.artifact.manifest.input)
         self._overhead_ms = await overhead_ms(self.artifact)
-        found = self._store.find(self._host.key(self._engine))
+        found = self._store.find(self._host.key(self._engine), len(self.artifact.points))
         if found.reason:
             log.warning("profile not used: %s", found.reason)
         effort = first_effort(self.settings.calibration_budget_s)

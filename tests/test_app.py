@@ -553,6 +553,22 @@ def test_before_the_first_profile_it_lives_but_is_not_ready(
     assert int(response.headers["retry-after"]) >= 1
 
 
+def test_a_stored_profile_that_lacks_points_is_measured_anew(
+    settings: Settings, tmp_path: Path
+) -> None:
+    fresh = settings.model_copy(update={"state_dir": tmp_path, "calibration_budget_s": 0.2})
+    with TestClient(create_app(fresh)) as client:
+        wait_until_ready(client)
+    (stored,) = tmp_path.glob("profiles/*/profile.json")
+    fields = json.loads(stored.read_text())
+    first = [entry for entry in fields["latencies"] if entry["point"] == 0]
+    stored.write_text(json.dumps({**fields, "latencies": first, "dominated": []}))
+
+    with TestClient(create_app(fresh)) as client:
+        wait_until_ready(client)
+        assert client.get("/profile").json()["source"] == "measured"
+
+
 def test_a_state_directory_that_cannot_be_written_is_no_obstacle(
     settings: Settings, tmp_path: Path
 ) -> None:

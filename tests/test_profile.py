@@ -217,6 +217,19 @@ def test_a_foreign_file_is_set_aside_and_says_what_differs(tmp_path: Path) -> No
     assert "made for another host" in reason
 
 
+def test_a_profile_of_fewer_points_is_set_aside(tmp_path: Path) -> None:
+    store = ProfileStore(tmp_path)
+    store.save(PROFILE)
+    points = len(PROFILE.points)
+
+    assert store.find(KEY, points).profile == PROFILE
+    profile, reason = store.find(KEY, points + 1)
+
+    assert profile is None
+    assert reason is not None
+    assert f"of {points} points, where there are {points + 1}; set aside" in reason
+
+
 def test_a_state_directory_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     blocked = tmp_path / "state"
     blocked.write_text("a file where the directory should be")
