@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import httpx2 as httpx
 import numpy as np
+import pytest
 
 from maestro_core.artifact import Artifact
 from server.running import REPEAT_S
@@ -171,3 +173,15 @@ def test_a_json_log_has_an_object_in_every_line(tiny_artifact: Artifact, tmp_pat
     lines = [json.loads(line) for line in second.stderr.splitlines()]
     assert lines[-1]["level"] == "error"
     assert f"did not start on 127.0.0.1:{port}" in lines[-1]["message"]
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="the host has no IPv6")
+def test_the_address_that_a_server_says_is_its_own(tiny_artifact: Artifact, tmp_path: Path) -> None:
+    variables = {"MAESTRO_HOST": "::1", "MAESTRO_LOG_FORMAT": "json"}  # to stderr, which is read
+    with starting_server(tmp_path, tiny_artifact.path, **variables) as (address, process):
+        assert process.stderr is not None
+        messages = (json.loads(line)["message"] for line in process.stderr)
+        said = next(message for message in messages if message.startswith("tiny on "))
+
+    port = address.rpartition(":")[2]
+    assert said.startswith(f"tiny on http://[::1]:{port}; ")
