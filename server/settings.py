@@ -58,7 +58,9 @@ class Settings(BaseSettings):
     @field_validator("admin_token", mode="before")
     @classmethod
     def _no_empty_token(cls, value: object) -> object:
-        return value or None  # given by a program that has none
+        """Return the token as a header can hold it: files that it is read from end in a newline."""
+        token = value.strip() if isinstance(value, str) else value
+        return token or None
 
 
 def read_settings(**given: Any) -> Settings:  # noqa: ANN401  fields of Settings

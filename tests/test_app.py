@@ -451,7 +451,7 @@ def test_calibrating_is_for_this_machine_or_for_the_token(settings: Settings) ->
 
     assert Settings(admin_token="").admin_token is None
     guarded = settings.model_copy(
-        update={"admin_token": Settings(admin_token="s3cret").admin_token}
+        update={"admin_token": Settings(admin_token="s3cret\n").admin_token}
     )
     with TestClient(create_app(guarded), client=("127.0.0.1", 1), base_url=HERE) as client:
         wait_until_ready(client)
