@@ -6,7 +6,7 @@ import math
 import resource
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import uvicorn
@@ -14,7 +14,7 @@ import uvloop
 
 from server.app import create_app
 from server.connections import Limits, limited
-from server.processes.accepting import Acceptor
+from server.processes.accepting import Acceptor, opened
 from server.processes.counters import ACCEPTS_NONE
 from server.promptness import forget_the_start
 from server.service import Service
@@ -64,6 +64,20 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         yield
 
+    def close(self, listeners: Iterable[socket.socket]) -> None:
+        """Accept what waits at the listeners, and no more: to close them would break that off."""
+        if not self.started:
+            return
+        waiting = [each for listener in listeners for each in _waiting(listener)]
+        self._opening = [opened(connection, self._protocol) for connection in waiting]
+        for server in self.servers:
+            server.close()
+
+    def _protocol(self) -> asyncio.Protocol:
+        return self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+
 
 class _Sharing(_Server):
     """A server that accepts from sockets that others accept from too."""
@@ -78,10 +92,9 @@ class _Sharing(_Server):
         acceptor = Acceptor(sockets or [], self._protocol, shared.connections, shared.index)
         self.servers.append(acceptor)  # type: ignore[arg-type]  # closed as the others are
 
-    def _protocol(self) -> asyncio.Protocol:
-        return self.config.http_protocol_class(  # type: ignore[call-arg]
-            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
-        )
+    def close(self, _listeners: Iterable[socket.socket]) -> None:
+        """Accept no more, as the acceptor does that."""
+        super().close(())
 
 
 def run(service: Service, listeners: list[socket.socket], shared: Shared | None = None) -> bool:
@@ -119,6 +132,13 @@ def run(service: Service, listeners: list[socket.socket], shared: Shared | None 
     return server.started
 
 
+def _waiting(listener: socket.socket) -> Iterator[socket.socket]:
+    """Yield the connections that wait to be accepted."""
+    with contextlib.suppress(OSError):  # there are no more
+        while True:
+            yield listener.accept()[0]
+
+
 def _backlog(max_connections: int) -> int:
     """Return how many connections may wait, after asking for as many files as that takes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -145,8 +165,7 @@ async def _serve(server: _Server, service: Service, listeners: list[socket.socke
         loop.call_later(0.0 if server.force_exit else drain_s, close)
 
     def close() -> None:
-        for listener in getattr(server, "servers", ()):  # there are none before it has started
-            listener.close()
+        server.close(listeners)
         loop.call_later(LINGER_S, setattr, server, "should_exit", True)
 
     loop.add_signal_handler(signal.SIGTERM, leave, service.settings.drain_s)

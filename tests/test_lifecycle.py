@@ -1,5 +1,6 @@
 """How a server ends: told to, while clients call it."""
 
+import asyncio
 import json
 import os
 import signal
@@ -9,13 +10,17 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx2 as httpx
 import numpy as np
 import pytest
+import uvicorn
+import uvloop
 
 from maestro_core.artifact import Artifact
-from server.running import REPEAT_S
+from server.listening import listen
+from server.running import REPEAT_S, _Server
 from tests.server_process import server_process, starting_server
 
 BODY = {"inputs": np.zeros((1, 8, 8)).tolist()}
@@ -99,6 +104,30 @@ def test_a_second_sigterm_does_not_wait_for_the_drain(
         process.send_signal(signal.SIGTERM)
 
         assert process.wait(30) == 0
+
+
+def test_a_connection_that_waits_when_a_server_closes_is_answered() -> None:
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    async def main() -> bytes:
+        listeners = listen("127.0.0.1", 0)
+        server = _Server(uvicorn.Config(app, lifespan="off", log_config=None))
+        serving = asyncio.create_task(server.serve(listeners))
+        while not server.started:
+            await asyncio.sleep(0.001)
+        try:
+            with socket.create_connection(listeners[0].getsockname(), 10.0) as client:
+                client.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+                server.close(listeners)  # the event loop had no turn to accept it
+                return await asyncio.to_thread(client.recv, 12)
+        finally:
+            server.should_exit = True
+            await serving
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert runner.run(main()) == b"HTTP/1.1 204"
 
 
 def test_a_signal_that_comes_twice_at_once_is_one(tiny_artifact: Artifact, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from maestro_core.profile_store import ProfileStore
 from server import listening
 from server.answers import Inference
 from server.processes import cores, counters
-from server.processes.accepting import is_ahead
+from server.processes.accepting import Acceptor, is_ahead
 from server.processes.channel import Answer, Channel, LostError, RemoteError, open_channel
 from server.processes.counters import ACCEPTS_NONE, Board
 from server.processes.hub import Hub
@@ -72,6 +72,15 @@ def test_more_workers_than_cores_are_refused_with_their_number() -> None:
         cores.groups(usable_cores() + 1)
 
 
+class Greeter(asyncio.Protocol):
+    """Says hello to whoever connects."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        transport.write(b"hello")
+        transport.close()
+
+
 # -- accepting -----------------------------------------------------------------------------------
 
 
@@ -83,6 +92,19 @@ def test_a_worker_is_ahead_of_others_that_accept(connections: list[int], ahead: 
     row = memoryview(np.array(connections, np.int64).tobytes()).cast("B").cast("q")
 
     assert is_ahead(row, 0) is ahead
+
+
+def test_a_connection_that_waits_is_taken_before_the_socket_closes() -> None:
+    async def main() -> bytes:
+        row = memoryview(bytearray(8)).cast("q")
+        with listening.listen("127.0.0.1", 0)[0] as listener:
+            acceptor = Acceptor([listener], Greeter, row, 0)
+            with socket.create_connection(listener.getsockname(), 10.0) as client:
+                acceptor.close()
+                await acceptor.wait_closed()
+                return client.recv(5)
+
+    assert asyncio.run(main()) == b"hello"
 
 
 def test_all_addresses_of_a_host_listen_on_one_port() -> None:

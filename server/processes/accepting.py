@@ -42,10 +42,13 @@ class Acceptor:
             self._watch(each)
 
     def close(self) -> None:
-        """Accept no more; the other workers do."""
+        """Accept what waits already, and no more; the other workers do."""
         if self._is_closed:
             return
         self._is_closed = True
+        for each in self._sockets:
+            while self._accept(each):
+                pass
         self._connections[self._index] = ACCEPTS_NONE
         for each in self._sockets:
             self._loop.remove_reader(each)
@@ -71,29 +74,39 @@ class Acceptor:
             self._watch(listener)
             self._accept(listener)
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _accept(self, listener: socket.socket) -> bool:
+        """Return whether a connection was accepted."""
         try:
             connection, _ = listener.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return  # another worker was first, or the client is gone
+            return False  # another worker was first, or the client is gone
         except OSError:
             self._loop.remove_reader(listener)
             self._loop.call_later(_PAUSE_S, self._watch, listener)
-            return
+            return False
         self._connections[self._index] += 1
-        connection.setblocking(False)
-        with suppress(OSError):  # gone already
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        opening = self._loop.create_task(
-            self._loop.connect_accepted_socket(self._protocol, connection)
-        )
+        opening = opened(connection, self._protocol)
         self._opening.add(opening)
-        opening.add_done_callback(self._opened)
+        opening.add_done_callback(self._opening.discard)
+        return True
 
-    def _opened(self, opening: asyncio.Task[object]) -> None:
-        self._opening.discard(opening)
-        if not opening.cancelled():
-            opening.exception()  # the client is gone: nobody to tell
+
+def opened(
+    connection: socket.socket, protocol: Callable[[], asyncio.Protocol]
+) -> asyncio.Task[object]:
+    """Return the task that hands an accepted connection to the event loop."""
+    connection.setblocking(False)
+    with suppress(OSError):  # gone already
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    loop = asyncio.get_running_loop()
+    opening = loop.create_task(loop.connect_accepted_socket(protocol, connection))
+    opening.add_done_callback(_ended)
+    return opening
+
+
+def _ended(opening: asyncio.Task[object]) -> None:
+    if not opening.cancelled():
+        opening.exception()  # the client is gone: nobody to tell
 
 
 def is_ahead(connections: Row, index: int) -> bool:
