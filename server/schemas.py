@@ -78,7 +78,8 @@ def parse_parameters(
     """Return the parameters of one request. The body wins over the query, except for the target:
     of all that are given, those of headers and of the protocol included, the smallest binds.
 
-    form: the fields beside a file, which win over the query, and the file's own over them.
+    form: the fields beside a file, which win over the query, and the file's own over them. null in
+    the body is as if the parameter were not there.
 
     Raises:
         InvalidError: a parameter is unknown, out of its range, or given twice with other values.
@@ -87,7 +88,8 @@ def parse_parameters(
     if form:
         own.append(_validate_texts(form))
     if body:
-        own.append(_validate(body))
+        fields = InferParameters.model_fields
+        own.append(_validate({k: v for k, v in body.items() if v is not None or k not in fields}))
     return _together(own, [_target(ms) for ms in targets_ms if ms is not None])
 
 

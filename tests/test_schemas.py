@@ -46,6 +46,15 @@ def test_the_body_wins_over_the_query_elsewhere() -> None:
     assert (parameters.point, parameters.top_k, parameters.priority) == (3, 4, 1)
 
 
+def test_null_in_the_body_is_as_if_the_parameter_were_not_there() -> None:
+    query = [("min_accuracy", "0.9"), ("max_latency_ms", "5")]
+    body = dict.fromkeys(("min_accuracy", "max_latency_ms", "on_miss", "priority", "top_k"))
+
+    assert parse_parameters(query, body) == parse_parameters(query, {})
+    with pytest.raises(InvalidError, match="unknown parameter 'deadline'"):
+        parse_parameters(query, {"deadline": None})
+
+
 def test_the_largest_target_is_taken_whenever_it_comes() -> None:
     largest = parse_parameters([("max_latency_ms", "3600000")], {})
 
