@@ -316,11 +316,18 @@ def _take_rest_(layer: LowRankLinear | LowRankConv2d, dense: nn.Linear | nn.Conv
 
 
 def _factors(weight: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
-    """Return √S Qᵀ (rank, in, …) and (P √S)ᵀ (rank, out) of W = P S Qᵀ, (out, in, …) (§3.2)."""
+    """Return √S Qᵀ (rank, in, …) and (P √S)ᵀ (rank, out) of W = P S Qᵀ, (out, in, …) (§3.2).
+
+    Where S is 0, as in a layer that begins at zero, rows of the first are drawn, the same every
+    time: were both factors zero, neither would have a gradient.
+    """
     exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     p, s, qt = torch.linalg.svd(exact.flatten(1), full_matrices=False)
     root = s.sqrt()
-    down = (root[:, None] * qt).reshape(-1, *weight.shape[1:])
+    drawn = torch.randn(qt.shape, generator=torch.Generator().manual_seed(0), dtype=qt.dtype)
+    drawn = drawn.to(qt.device) / qt.shape[1] ** 0.5
+    rows = torch.where(s[:, None] > 0, root[:, None] * qt, drawn)
+    down = rows.reshape(-1, *weight.shape[1:])
     first, second = (
         nn.Parameter(_as_read(factor.to(weight.dtype)), weight.requires_grad)
         for factor in (down, (p * root).t())

@@ -90,7 +90,8 @@ def _rotate_(layer: Whitenable, moment: Tensor) -> None:
     """Set the factors to P √s and √s Rᵀ S⁻¹, where W S = P s Rᵀ and S Sᵀ is the moment."""
     weight = layer.up.detach().double().t() @ layer.down.detach().double().flatten(1)
     variance = moment.diagonal().mean()
-    if not variance > 0:  # the layer has seen zeros only: any order is as good
+    # The layer has seen zeros only, or answers with zeros: any order is as good.
+    if not variance > 0 or not weight.any():
         return
     values, axes = torch.linalg.eigh(moment / variance)
     roots = values.clamp(min=0).add(SHRINKAGE).sqrt()

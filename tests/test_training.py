@@ -574,6 +574,18 @@ def test_a_network_that_comes_trained_is_factorised_by_its_activations_too(
     assert not same(plain, whitened)
 
 
+@pytest.mark.parametrize("whitened", [False, True])
+def test_a_layer_that_begins_at_zero_learns(data: Data, tmp_path: Path, whitened: bool) -> None:
+    torch.manual_seed(0)
+    model = Net()
+    nn.init.zeros_(model.head.weight)
+
+    hyper = replace(HYPER, phases=phases(8), whitened=whitened)
+    train_(model, data, hyper, lambda: [(4, 12, 3)], tmp_path, {}, OFF)
+
+    assert evaluate(model, data.validation).accuracy > 0.9
+
+
 @pytest.mark.parametrize("sampling", ["layers", "ratio"])
 def test_layers_may_be_cut_in_other_ways(data: Data, tmp_path: Path, sampling: Sampling) -> None:
     model, paper = network(), network()
