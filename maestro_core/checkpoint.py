@@ -112,11 +112,11 @@ def read_state(path: Path) -> State:
         state = State(content["epoch"], content["ranks"], content["run"], chain, content["lasso"])
         if not (
             isinstance(state.epoch, int)
-            and isinstance(state.lasso, float)
+            and isinstance(state.lasso, int | float)
             and isinstance(state.run, dict)
             and all(isinstance(rank, int) and rank >= 0 for rank in state.ranks.values())
         ):
-            raise TypeError("epoch, ranks or run has the wrong type")
+            raise TypeError("epoch, ranks, run or lasso has the wrong type")
     except OSError as error:
         raise CheckpointError(f"{path / STATE}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -159,6 +159,13 @@ def test_a_resumed_run_ends_with_the_bits_and_ranks_of_one_that_never_stopped(
     assert same(whole, resumed)
 
 
+def test_a_run_whose_lasso_is_a_whole_number_is_resumed(data: Data, tmp_path: Path) -> None:
+    hyper = replace(HYPER, lasso=0, phases=phases(1))
+    path = train(network(), data, tmp_path, hyper)
+
+    assert train(network(), data, tmp_path, hyper) == path
+
+
 CONSOLIDATING = replace(HYPER, phases=phases(2, 2))
 
 
