@@ -69,7 +69,7 @@ def train_(
     for epoch in range(state.epoch, hyper.epochs):
         phase, before = hyper.at(epoch)
         if phase.kind != "dense":
-            _start_(model, data, hyper)
+            start_(model, data, hyper)
         if phase.kind == "nested" and not chain:
             chain = distributed.agreed(find())
             cut_(model, chain[-1])
@@ -112,7 +112,7 @@ def train_(
             f"validation {_said(data, result)}, ranks {'-'.join(map(str, ranks.values())) or 'all'}"
         )
         _show(progress, task, f"epoch {epoch + 1}/{hyper.epochs}, {said}")
-    _start_(model, data, hyper)
+    start_(model, data, hyper)
     if not chain:
         chain = distributed.agreed(find())
         cut_(model, chain[-1])
@@ -272,7 +272,7 @@ def _check(losses: dict[int, Tensor], epoch: int, steps: int) -> None:
     losses.clear()
 
 
-def _start_(model: nn.Module, data: Data | Corpus, hyper: HyperParameters) -> None:
+def start_(model: nn.Module, data: Data | Corpus, hyper: HyperParameters) -> None:
     """Factorise `model` where it is dense, by its activations if they count."""
     if low_rank_layers(model):
         return

@@ -107,6 +107,21 @@ def test_export_alone_makes_the_same_artifact(
     assert artifact.load(path).digest == artifact.load(out / "mnist-lenet.maestro").digest
 
 
+def test_a_checkpoint_of_a_dense_phase_is_exported(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = replace(SMALL, training=replace(SMALL.training, phases=(Phase("dense", 1, 0.007),)))
+    monkeypatch.setattr(running, "RECIPES", {dense.name: dense})
+    trained = running.run(dense.name, data, tmp_path)
+    last = checkpoint.latest(tmp_path / "mnist-lenet-checkpoints")
+    assert trained is not None
+    assert last is not None
+
+    alone = running.export(last, data, tmp_path / "alone.maestro")
+
+    assert artifact.load(alone).digest == artifact.load(trained).digest
+
+
 def test_test_labels_score_but_never_choose(out: Path, tmp_path: Path) -> None:
     data = write_digits(tmp_path / "squares.npz", labels_of_test=3)
 

@@ -30,7 +30,7 @@ from maestro_core.recipes.recipe import Recipe, TextRecipe
 from maestro_core.recipes.text import run_text
 from maestro_core.search import check_removable, error_tables, find_chain, make_points
 from maestro_core.target import Target
-from maestro_core.training import cut_, train_
+from maestro_core.training import cut_, start_, train_
 
 RECIPES: dict[str, Recipe | TextRecipe] = {
     recipe.name: recipe
@@ -86,9 +86,9 @@ def export(path: Path, data_path: Path, out: Path, device: str = "cpu") -> Path:
         ExportError: it is of a recipe for text.
     """
     chosen = _device(device)
-    trained = checkpoint.read_state(path).run
-    aim = trained.get("target")
-    recipe = _aimed(_recipe(str(trained.get("recipe"))), Target(**aim) if aim else None)
+    state = checkpoint.read_state(path)
+    aim = state.run.get("target")
+    recipe = _aimed(_recipe(str(state.run.get("recipe"))), Target(**aim) if aim else None)
     if isinstance(recipe, TextRecipe):
         raise ExportError(
             f"{recipe.name} reads text, which an artifact can't hold yet: `maestro train` writes "
@@ -97,8 +97,10 @@ def export(path: Path, data_path: Path, out: Path, device: str = "cpu") -> Path:
     with _progress() as progress:
         loaded = _load(recipe, data_path, progress).on(chosen)
         model = _network(recipe).to(chosen)
-        factorize_(model, recipe.training.keep)
-        state = checkpoint.restore_(path, model, None, recipe.identity(loaded.sha256))
+        if state.ranks:  # else it is of a dense phase
+            factorize_(model, recipe.training.keep)
+        checkpoint.restore_(path, model, None, recipe.identity(loaded.sha256))
+        start_(model, loaded, recipe.training)
         chain = state.chain or _find_chain(recipe, model, loaded, progress)
         cut_(model, chain[-1])
         return _export(recipe, model, loaded, chain, out, progress)
