@@ -110,15 +110,23 @@ def forward_at(
     Raises:
         ValueError: a name that is not a factorised layer, or a rank that it doesn't have.
     """
-    views = dict(buffers)
+    lent = {id(_tensor(model, name)): value for name, value in buffers.items()}
     for name, rank in ranks.items():
         layer = _layer(model, name)
         if not 0 <= rank <= layer.rank:
             raise ValueError(f"layer '{name}' has ranks 0..{layer.rank}, not {rank}")
         if rank < layer.rank:
-            views[f"{name}.down"] = layer.down[:rank]
-            views[f"{name}.up"] = layer.up[:rank]
-    output: Tensor = functional_call(model, views, inputs) if views else model(*inputs)
+            lent |= {id(layer.down): layer.down[:rank], id(layer.up): layer.up[:rank]}
+    # By one name of each module: lent by two, torch would give back what it lent in between.
+    views = {
+        f"{name}.{attribute}".removeprefix("."): lent[id(tensor)]
+        for name, module in model.named_modules()
+        for attribute, tensor in (*module._parameters.items(), *module._buffers.items())
+        if id(tensor) in lent
+    }
+    output: Tensor = (
+        functional_call(model, views, inputs, tie_weights=False) if views else model(*inputs)
+    )
     return output
 
 
@@ -231,6 +239,13 @@ def _places(model: nn.Module, module: nn.Module) -> Iterator[tuple[nn.Module, st
         for name, child in parent._modules.items():
             if child is module:
                 yield parent, name
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    """Return the parameter or buffer of that name."""
+    prefix, _, attribute = name.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(prefix), attribute)
+    return tensor
 
 
 def _layer(model: nn.Module, name: str) -> LowRankLayer:

@@ -131,6 +131,29 @@ def test_a_shared_module_is_cut_at_every_use() -> None:
     torch.testing.assert_close(y, expected)
 
 
+def test_a_shared_module_is_whole_again_after_a_call() -> None:
+    model, x = Shared(), torch.randn(3, 8)
+    factorize_(model)
+    before = dict(model.named_parameters(remove_duplicate=False))
+
+    forward_at(model, {"first": 3}, x)
+
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert after.keys() == before.keys()
+    assert all(after[name] is before[name] for name in before)
+
+
+def test_a_shared_module_has_its_own_buffers_again_after_a_call() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 8))
+    model.add_module("2", model[0])
+    own = model.get_buffer("0.running_mean")
+
+    forward_at(model.eval(), {}, torch.randn(3, 8), buffers={"0.running_mean": torch.ones(8)})
+
+    assert model.get_buffer("0.running_mean") is own
+    assert model.get_buffer("2.running_mean") is own
+
+
 def test_attention_that_reads_its_children_still_runs() -> None:
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     x = torch.randn(2, 5, 8)
