@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import torch
-from onnx import ModelProto, numpy_helper
+from onnx import ModelProto, TensorProto, numpy_helper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -39,6 +39,7 @@ INPUT, OUTPUT = "image", "logits"
 NORMALISATION = "BatchNormalization"
 TOLERANCE = 1e-4
 ROUNDINGS = 4  # times what 32-bit floats do to torch's own outputs: two runtimes round in two ways
+_UNLIKELY = 1_000_003.0  # no tensor is full of it, nor of what comes after
 CHECKED = 64  # pictures on which a point is compared with torch
 
 
@@ -203,7 +204,7 @@ def _check_outputs(model: nn.Module, x: Tensor, labels: int) -> None:
 def make_template(model: nn.Module, x: Tensor) -> ModelProto:
     """Return `model` in ONNX, factorised layers as nodes (graph.py) for x (b >= 2, …)."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # that torchvision is missing is fine
-    with warnings.catch_warnings(), _own_normalisation(model), _own_factors(model) as factors:
+    with warnings.catch_warnings(), _own_normalisation(model), _own_tensors(model) as own:
         # torch's exporter calls functions that torch itself deprecates.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -222,9 +223,10 @@ def make_template(model: nn.Module, x: Tensor) -> ModelProto:
     for node in template.graph.node:
         if node.op_type == NORMALISATION:
             node.domain = ""
+    _rename_(template, model)
     for tensor in template.graph.initializer:
-        if tensor.name in factors:
-            value = factors[tensor.name].detach().cpu().numpy()
+        if tensor.name in own:
+            value = own[tensor.name].detach().cpu().numpy()
             tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
     _strip_(template)
     return template
@@ -250,26 +252,54 @@ def _own_normalisation(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _own_factors(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
-    """Put other factors in the place of the model's within, no two alike; yield its own by name.
+def _own_tensors(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Put others in the place of factors and statistics within, no two alike; yield those by name.
 
-    The exporter would make one initializer of two that are equal, as the empty ones of rank 0 are.
+    The exporter would make one initializer of two that are equal, as the empty ones of rank 0 are,
+    and the statistics of layers that have seen nothing yet.
     """
-    own = {
+    places: dict[str, tuple[nn.Module, str]] = {
         f"{name}.{factor}": (layer, factor)
         for name, layer in low_rank_layers(model).items()
         for factor in ("down", "up")
     }
-    factors = {name: layer.get_parameter(factor) for name, (layer, factor) in own.items()}
-    for i, (layer, factor) in enumerate(own.values()):
-        rows, *rest = layer.get_parameter(factor).shape
-        value = layer.get_parameter(factor).new_full((max(1, rows), *rest), i)
-        setattr(layer, factor, nn.Parameter(value))
+    if places:  # else normalisation is fused, with the statistics that it has
+        places |= {
+            f"{name}.{statistic}": (module, statistic)
+            for name, module in model.named_modules()
+            if isinstance(module, _BatchNorm) and module.track_running_stats
+            for statistic in ("running_mean", "running_var")
+        }
+    own: dict[str, Tensor] = {name: getattr(*place) for name, place in places.items()}
+    for i, (name, (module, attribute)) in enumerate(places.items()):
+        rows, *rest = own[name].shape
+        value = own[name].detach().new_full((max(1, rows), *rest), _UNLIKELY + i)
+        is_factor = isinstance(own[name], nn.Parameter)
+        setattr(module, attribute, nn.Parameter(value) if is_factor else value)
     try:
-        yield factors
+        yield own
     finally:
-        for name, (layer, factor) in own.items():
-            setattr(layer, factor, factors[name])
+        for name, (module, attribute) in places.items():
+            setattr(module, attribute, own[name])
+
+
+def _rename_(template: ModelProto, model: nn.Module) -> None:
+    """Give what the model has under several names, as in a shared module, the first of them."""
+    first: dict[int, str] = {}
+    names = {
+        name: first.setdefault(id(tensor), name)
+        for tensors in (model.named_parameters, model.named_buffers)
+        for name, tensor in tensors(remove_duplicate=False)
+    }
+    kept: dict[str, TensorProto] = {}
+    for tensor in template.graph.initializer:
+        tensor.name = names.get(tensor.name, tensor.name)
+        kept.setdefault(tensor.name, tensor)
+    unique = list(kept.values())
+    del template.graph.initializer[:]
+    template.graph.initializer.extend(unique)
+    for node in template.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
 
 
 def _normalise(layer: _BatchNorm, x: Tensor) -> Tensor:

@@ -232,6 +232,49 @@ def test_alike_layers_of_rank_0_and_one_called_twice_are_exported(tmp_path: Path
         np.testing.assert_allclose(output, expected, rtol=0, atol=1e-4)
 
 
+class Repeated(nn.Module):
+    """One block under two names, one normalisation in it, and another that has seen as little."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(24, 24), nn.BatchNorm1d(24), nn.ReLU())
+        self.again = self.block
+        self.norm = nn.BatchNorm1d(24)
+        self.head = nn.Linear(24, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.mean(3).flatten(1)
+        logits: Tensor = self.head(self.norm(self.again(self.block(h))))
+        return logits
+
+
+def test_a_module_under_two_names_and_statistics_that_are_alike_are_exported(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(0)
+    model = Repeated()
+    factorize_(model)
+    cost = measure(model, torch.zeros(1, 3, 8, 8))
+    chain = [
+        Point(ranks, recalibrate(model, by_name(cost, ranks), pictures()))
+        for ranks in ((3, 2), (24, 8))
+    ]
+
+    made = export(model, cost, chain, pictures(), DESCRIPTION, tmp_path / "r.maestro", lambda: None)
+
+    assert [layer.name for layer in made.manifest.layers] == ["block.0", "head"]
+    assert made.points[0].macs == 2 * 3 * 48 + 2 * 32
+    for i, point in enumerate(chain):
+        session = ort.InferenceSession(made.graph_path(i), providers=["CPUExecutionProvider"])
+        x = torch.randn(3, 3, 8, 8)
+        with torch.no_grad():
+            expected = forward_at(
+                model, by_name(cost, point.ranks), x, buffers=point.statistics
+            ).numpy()
+        output = session.run(None, {"image": x.numpy()})[0]
+        np.testing.assert_allclose(output, expected, rtol=0, atol=1e-4)
+
+
 def test_an_embedding_in_two_factors_is_refused(tmp_path: Path) -> None:
     model = Attentive()
     factorize_(model)
