@@ -38,6 +38,7 @@ from maestro_core.search import Point, by_name
 INPUT, OUTPUT = "image", "logits"
 NORMALISATION = "BatchNormalization"
 TOLERANCE = 1e-4
+COARSE = 1e-2  # of the largest output, where factors are at random
 ROUNDINGS = 4  # times what 32-bit floats do to torch's own outputs: two runtimes round in two ways
 _UNLIKELY = 1_000_003.0  # no tensor is full of it, nor of what comes after
 CHECKED = 64  # pictures on which a point is compared with torch
@@ -167,38 +168,63 @@ def check_exportable(model: nn.Module, keep: Sequence[str], image: Image, labels
     random, and run.
 
     Raises:
-        ExportError: an embedding is not kept dense, there is not one output for each label, or ONNX
-            Runtime can't run the network.
+        ExportError: an embedding is not kept dense, a parameter is not a number, there is not one
+            output for each label, an answer depends on what else is in its batch, or torch or ONNX
+            Runtime can't run the network, or they answer differently.
         ValueError: a factorised layer is never called, or a pattern in `keep` matches none.
     """
     check_embeddings(model, keep)
+    for name, parameter in model.named_parameters():
+        if parameter.isnan().any():
+            raise ExportError(f"'{name}' holds values that are not numbers")
     copied = outline(model, keep).eval()
     for layer in low_rank_layers(copied).values():
         truncate_(layer, min(1, layer.rank))
-    x = torch.zeros(2, len(image.mean), image.height, image.width)
+        layer.down.data /= layer.down.norm()  # what goes through is neither blown up nor lost
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, len(image.mean), image.height, image.width, generator=generator)
     with torch.random.fork_rng(devices=[]):
-        _check_outputs(copied, x[:1], labels)
+        alone = _check_outputs(copied, x[:1], labels)
+        expected = _check_outputs(copied, x, labels)
+        if _differ(alone, expected[:1]):
+            raise ExportError(
+                "the network's answer depends on what else is in its batch, or on chance: a server "
+                "puts requests together (batch normalisation must have running statistics)"
+            )
         cost = measure(copied, x[:1])
         template, weights = graph.pack(make_template(copied, x), cost.layers)
+        _check_outputs(copied.train(), x, labels)
     point = graph.build(template, cost.layers, [layer.max_rank for layer in cost.layers])
     try:
         with _loaded(point.SerializeToString(), weights) as session:
-            for size in (len(x), 1):
-                session.run([OUTPUT], {INPUT: x[:size].numpy()})
+            outputs = [session.run([OUTPUT], {INPUT: x[:n].numpy()})[0] for n in (len(x), 1)]
     except Exception as error:  # onnxruntime's have no class of their own in common
         raise ExportError(f"ONNX Runtime can't run the network: {error}") from error
+    if any(_differ(torch.from_numpy(y), expected[: len(y)]) for y in outputs):
+        raise ExportError("ONNX Runtime's output differs from torch's, before training")
     return [layer.name for layer in cost.layers]
 
 
-def _check_outputs(model: nn.Module, x: Tensor, labels: int) -> None:
-    """Refuse a network, in inference mode, that has not one output for each label."""
-    with torch.inference_mode():
-        shape = tuple(model(x).shape)
-    if shape != (len(x), labels):
+def _check_outputs(model: nn.Module, x: Tensor, labels: int) -> Tensor:
+    """Return the output; refuse a network that has not one for each label."""
+    mode = " in training" if model.training else ""
+    try:
+        with torch.inference_mode():
+            y = model(x)
+    except Exception as error:  # of a network that we do not know
+        raise ExportError(f"the network fails{mode} on a batch of {len(x)}: {error}") from error
+    shape = tuple(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
+    if not isinstance(y, Tensor) or shape != (len(x), labels):
         raise ExportError(
-            f"the network's output for a batch of {len(x)} is {shape}; for {labels} labels it must "
-            f"be ({len(x)}, {labels})"
+            f"the network's output{mode} for a batch of {len(x)} is {shape}; for {labels} labels "
+            f"it must be ({len(x)}, {labels})"
         )
+    return y
+
+
+def _differ(output: Tensor, expected: Tensor) -> bool:
+    """Return whether outputs differ by more than any rounding; what overflows says nothing."""
+    return bool((output - expected).abs().max() > COARSE * expected.abs().max())
 
 
 def make_template(model: nn.Module, x: Tensor) -> ModelProto:

@@ -43,7 +43,7 @@ def factorize_(model: nn.Module, keep: Sequence[str] = ()) -> Factorized:
     The forward pass is unchanged to 1e-5. Parameters are new: make the optimiser afterwards.
 
     Raises:
-        ValueError: a pattern in `keep` matches no such layer.
+        ValueError: a pattern in `keep` matches no such layer, or a weight is not finite.
     """
     found = _candidates(model)
     for pattern in keep:
@@ -52,6 +52,11 @@ def factorize_(model: nn.Module, keep: Sequence[str] = ()) -> Factorized:
                 f"keep: '{pattern}' matches no linear, convolution, embedding or attention layer"
             )
     dense = _why_dense(model, found, keep)
+    for name, module in found.items():
+        if name not in dense and not all(
+            p.is_meta or p.isfinite().all() for p in module.parameters()
+        ):
+            raise ValueError(f"layer '{name}' holds values that are not finite: it has no factors")
     tables: dict[int, LowRankEmbedding] = {}
     for name, module in sorted(found.items(), key=lambda item: not _is_table(item[1])):
         if name not in dense:  # tables come first: projections take their factors
@@ -77,7 +82,8 @@ def outline(model: nn.Module, keep: Sequence[str] = ()) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for p in copied.parameters():
         if id(p) not in filled:
-            filled[id(p)] = nn.Parameter(torch.rand(p.shape, generator=generator, dtype=p.dtype))
+            drawn = 2 * torch.rand(p.shape, generator=generator, dtype=p.dtype) - 1
+            filled[id(p)] = nn.Parameter(drawn)
     return copy.deepcopy(copied, filled)
 
 

@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 import torch
+import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import Tensor, nn
 
@@ -299,6 +301,88 @@ def test_a_network_needs_one_output_for_each_label(tmp_path: Path) -> None:
         check_exportable(Net(), [], pictures().image, 9)
     check_exportable(Net(), [], pictures().image, 8)
     assert not list(tmp_path.iterdir())
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(24)
+        self.fc = nn.Linear(24, 8)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.fc(self.norm(x.mean(3).flatten(1)))
+
+
+class InPairs(Small):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x), x
+
+
+class PairsInTraining(Small):
+    def forward(self, x: Tensor) -> Any:
+        return (super().forward(x), x) if self.training else super().forward(x)
+
+
+class OfTwo(Small):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        z: Tensor = super().forward(x + y)
+        return z
+
+
+class Centred(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x - x.mean(0))
+        return y
+
+
+class Random(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(F.dropout(x, training=True))
+        return y
+
+
+class Normalising(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(self.norm(x.mean(3)).flatten(1))
+        return y
+
+
+class Otherwise(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x)
+        return y * 1.1 if torch.onnx.is_in_onnx_export() else y
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (InPairs, "output for a batch of 1 is a tuple; for 8 labels it must be"),
+        (PairsInTraining, "output in training for a batch of 2 is a tuple"),
+        (OfTwo, "fails on a batch of 1: .* missing 1 required positional argument: 'y'"),
+        (Centred, "depends on what else is in its batch"),
+        (Random, "or on chance"),
+        (Normalising, "batch normalisation must have running statistics"),
+        (Otherwise, "ONNX Runtime's output differs from torch's"),
+    ],
+)
+def test_a_network_that_can_not_be_served_is_refused_untrained(
+    network: type[Small], message: str
+) -> None:
+    with pytest.raises(ExportError, match=message):
+        check_exportable(network(), [], pictures().image, 8)
+    check_exportable(Small(), [], pictures().image, 8)
+
+
+def test_a_weight_that_is_no_number_is_named_untrained() -> None:
+    model = Small()
+    model.fc.weight.data[0, 0] = torch.nan
+
+    with pytest.raises(ExportError, match=r"'fc\.weight' holds values that are not numbers"):
+        check_exportable(model, [], pictures().image, 8)
 
 
 class Untrue(Net):

@@ -107,6 +107,15 @@ def test_a_pattern_that_matches_nothing_is_refused_before_anything_changes() -> 
     assert not low_rank_layers(model)
 
 
+def test_a_weight_that_is_not_finite_is_named() -> None:
+    model = Net()
+    model.fc1.weight.data[0, 0] = torch.inf
+
+    with pytest.raises(ValueError, match="layer 'fc1' holds values that are not finite"):
+        factorize_(model)
+    assert not low_rank_layers(model)
+
+
 def test_a_shared_module_stays_shared_and_a_tied_weight_stays_tied() -> None:
     model, x = Shared(), torch.randn(3, 8)
     before = model(x)

@@ -296,8 +296,11 @@ def test_a_network_that_has_no_points_is_refused_before_training(
 ) -> None:
     with pytest.raises(ValueError, match="layer 'aux' is factorised but never called"):
         running.run_recipe(replace(SMALL, network=Unused), data, tmp_path, Progress(disable=True))
-    with pytest.raises(ExportError, match=r"ONNX Runtime can't run the network: .*Dimension"):
+    with pytest.raises(ExportError, match=r"the network fails on a batch of 2: mat1 and mat2"):
         running.run_recipe(replace(SMALL, network=Single), data, tmp_path, Progress(disable=True))
+    kept = replace(SMALL, training=replace(SMALL.training, keep=("*",)))
+    with pytest.raises(ExportError, match=r"no layer .* in two factors: nothing to order"):
+        running.run_recipe(kept, data, tmp_path, Progress(disable=True))
     removing = replace(SMALL, search=replace(SMALL.search, removable=("side.*",)))
     with pytest.raises(ValueError, match=r"removable: 'side\.\*' matches no layer"):
         running.run_recipe(removing, data, tmp_path, Progress(disable=True))

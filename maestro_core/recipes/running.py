@@ -119,6 +119,8 @@ def run_recipe(
         labels = recipe.labels or loaded.classes
         names = check_exportable(model, recipe.training.keep, recipe.image, len(labels))
         check_removable(recipe.search, names)
+        if not names and recipe.training.ends("ordered"):
+            raise ExportError("no layer of the network can be put in two factors: nothing to order")
         model.to(device)
         if recipe.prepare:
             recipe.prepare(model, loaded.train)
