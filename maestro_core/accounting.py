@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from maestro_core.artifact import Layer
 from maestro_core.data import Inputs
@@ -95,7 +96,7 @@ def measure(model: nn.Module, x: Inputs) -> Cost:
     modules = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, LowRankLayer | nn.Linear | nn.Conv2d)
+        if isinstance(module, LowRankLayer | nn.Linear | _ConvNd)
     }
     attentions = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
     positions, attention_macs = _run(model, modules, attentions, x)
@@ -108,7 +109,7 @@ def measure(model: nn.Module, x: Inputs) -> Cost:
         macs=sum(
             module.weight.numel() * positions[name]
             for name, module in modules.items()
-            if isinstance(module, nn.Linear | nn.Conv2d)
+            if isinstance(module, nn.Linear | _ConvNd)
         )
         + attention_macs,
         params=sum(p.numel() for p in model.parameters() if id(p) not in factors),
@@ -157,10 +158,12 @@ def _run(
     seen = dict.fromkeys(modules, 0)
     macs = 0
 
-    def count(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        def hook(module: nn.Module, _inputs: object, y: Tensor) -> None:
-            spatial = isinstance(module, nn.Conv2d | LowRankConv2d)
-            seen[name] += y.numel() // y.shape[1 if spatial else -1]
+    def count(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+            # A transposed convolution is applied at every place of its input.
+            at = inputs[0] if isinstance(module, _ConvTransposeNd) else y
+            spatial = len(module.kernel_size) if isinstance(module, _ConvNd | LowRankConv2d) else 0
+            seen[name] += at.numel() // at.shape[-1 - spatial]
 
         return hook
 

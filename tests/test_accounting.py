@@ -164,6 +164,24 @@ def test_shared_layers_count_each_use_and_dense_ones_are_in_the_rest() -> None:
     assert cost.params_at([2]) == 40 + 6 + 21 + 24
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape", "macs"),
+    [
+        (nn.Conv1d(4, 6, 3), (1, 4, 9), 4 * 6 * 3 * 7),
+        (nn.Conv3d(2, 3, 2), (1, 2, 3, 4, 5), 2 * 3 * 8 * 2 * 3 * 4),
+        (nn.Conv2d(4, 4, 3, groups=4), (1, 4, 9, 8), 4 * 9 * 7 * 6),
+        (nn.Conv2d(4, 5, 3), (4, 9, 8), 4 * 5 * 9 * 7 * 6),
+        # Each number of its input is multiplied with a window of each output channel.
+        (nn.ConvTranspose2d(4, 5, 3, stride=2), (1, 4, 6, 7), 4 * 6 * 7 * 5 * 9),
+        (nn.ConvTranspose1d(4, 6, 3, groups=2), (1, 4, 6), 4 * 6 * 3 * 3),
+    ],
+)
+def test_convolutions_left_dense_are_counted(
+    layer: nn.Module, shape: tuple[int, ...], macs: int
+) -> None:
+    assert measure(nn.Sequential(layer), torch.zeros(shape)).macs == macs
+
+
 def test_a_layer_that_is_never_called_is_refused() -> None:
     model = Mixed()
     model.add_module("idle", nn.Linear(2, 2))
