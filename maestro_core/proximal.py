@@ -27,14 +27,17 @@ def proximal_step_(layers: Sequence[LowRankLayer], weight: float) -> None:
 def scales(layers: Sequence[LowRankLayer], weight: float) -> list[tuple[Tensor, Tensor]]:
     """Return for each layer by what the rows of `down` and `up` are multiplied, (rank,) each.
 
-    They never rise, and are zero where a rank ends.
+    They never rise, and are zero where a rank ends; ones for factors that are frozen.
     """
     with torch.no_grad():
         factors = [factor for layer in layers for factor in (layer.down, layer.up)]
         rows = [row_squares(factor) for factor in factors]
         found = _scales(pad_sequence(rows, batch_first=True), weight) if rows else torch.zeros(0)
-    both = zip(found[::2], found[1::2], strict=True)
-    return [(d[: layer.rank], u[: layer.rank]) for layer, (d, u) in zip(layers, both, strict=True)]
+        own = [
+            scale[: len(factor)] if factor.requires_grad else scale.new_ones(len(factor))
+            for scale, factor in zip(found, factors, strict=True)
+        ]
+    return list(zip(own[::2], own[1::2], strict=True))
 
 
 def apply_(layers: Sequence[LowRankLayer], found: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -99,3 +99,15 @@ def test_with_momentum_it_rests_where_the_sum_of_loss_and_lasso_is_least() -> No
 
     assert layer.down.item() == pytest.approx(0.7, abs=1e-6)
     assert layer.up.item() == pytest.approx(1 - 0.3 / 2, abs=1e-6)
+
+
+def test_frozen_factors_stay_as_they_are() -> None:
+    frozen, trained = layers()
+    frozen.requires_grad_(False)
+    before = [factor.detach().clone() for factor in factors([frozen, trained])]
+
+    proximal_step_([frozen, trained], 0.2)
+
+    after = factors([frozen, trained])
+    assert all(torch.equal(a, b) for a, b in zip(after[:2], before[:2], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(after[2:], before[2:], strict=True))
