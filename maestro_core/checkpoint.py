@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,20 @@ def save(root: Path, model: nn.Module, optimizer: Optimizer, state: State) -> Pa
         if older.name < path.name:
             shutil.rmtree(older, ignore_errors=True)
     return path
+
+
+def check_writable(root: Path) -> None:
+    """Make `root`, and see that files can be written there: the first epoch may take hours.
+
+    Raises:
+        CheckpointError: they can't.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"{root}: cannot be written: {error.strerror or error}") from error
 
 
 def save_weights(root: Path, name: str, model: nn.Module) -> None:

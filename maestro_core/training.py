@@ -63,6 +63,8 @@ def train_(
     # What teaches is as the network was before it was factorised.
     dense, teachers = copy.deepcopy(model) if hyper.taught else model, list[nn.Module]()
     last, state, optimizer = _resumed(model, hyper, root, run)
+    if state.epoch < hyper.epochs and distributed.rank() == 0:
+        checkpoint.check_writable(root)
     chain = state.chain
     steps = math.ceil(len(data.train) / hyper.batch_size)
     task = progress.add_task("training", total=hyper.epochs * steps, completed=state.epoch * steps)

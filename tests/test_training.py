@@ -489,6 +489,15 @@ def test_a_disk_that_fails_leaves_the_earlier_checkpoint(data: Data, tmp_path: P
     shutil.rmtree(tmp_path / "root")
 
 
+def test_a_place_that_takes_no_checkpoint_is_named_before_the_first_step(
+    data: Data, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+
+    with pytest.raises(CheckpointError, match="file/root: cannot be written: Not a directory"):
+        train(network(), data, tmp_path / "file" / "root", progress=Stops(1))
+
+
 def test_the_rate_falls_from_the_first_to_nearly_nothing() -> None:
     rates = [learning_rate(Phase("ordered", 4, RATE), 0.0, epoch / 10) for epoch in range(40)]
 
