@@ -3,12 +3,13 @@
 import math
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, get_args
 
 from maestro_core.sampling import Sampling
 from maestro_core.target import Target
 
 Kind = Literal["dense", "ordered", "nested"]
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,11 @@ class Phase:
     distortion: float = 0.0
     taught: bool = False
     group: int = 0
+
+    def __post_init__(self) -> None:
+        _check_one_of("a phase's kind", self.kind, get_args(Kind))
+        if self.epochs < 0:
+            raise ValueError(f"a phase has 0 epochs or more, not {self.epochs}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +77,7 @@ class HyperParameters:
     nesterov: bool = False
     warmup: float = 0.0
     label_smoothing: float = 0.0
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     sampling: Sampling = "pairs"
     proximal: bool = False
     target: Target | None = None
@@ -83,7 +89,12 @@ class HyperParameters:
         kinds = [phase.kind for phase in self.phases]
         if kinds != sorted(kinds, key=("dense", "ordered", "nested").index):
             raise ValueError(f"phases come as dense, ordered, nested, not as {', '.join(kinds)}")
-        if self.target and kinds.count("ordered") != 1:
+        _check_one_of("precision", self.precision, get_args(Precision))
+        _check_one_of("sampling", self.sampling, get_args(Sampling))
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}, at least 1")
+        shrinking = [phase for phase in self.phases if phase.kind == "ordered"]
+        if self.target and not (len(shrinking) == 1 and shrinking[0].epochs):
             raise ValueError("a target needs one ordered phase, in which the network shrinks")
         if any(phase.taught and phase.kind != "nested" for phase in self.phases):
             raise ValueError("taught is for nested phases: they train points")
@@ -134,6 +145,11 @@ class HyperParameters:
     def epochs(self) -> int:
         """Return how many epochs there are in all phases."""
         return sum(phase.epochs for phase in self.phases)
+
+
+def _check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} is one of {', '.join(known)}, not '{value}'")
 
 
 def learning_rate(phase: Phase, warmup: float, epoch: float) -> float:

@@ -23,6 +23,7 @@ from maestro_core.frontier import Chain
 from maestro_core.normalisation import recalibrate
 from maestro_core.sampling import Sampling
 from maestro_core.schedule import HyperParameters, Kind, Phase, learning_rate
+from maestro_core.target import Target
 from maestro_core.training import Diverged, train_
 from maestro_core.whitening import whiten_
 from tests.stops import Stops
@@ -304,11 +305,25 @@ def test_a_teacher_that_is_gone_or_damaged_is_named(
             {"phases": (Phase("dense", 1, RATE, group=3),) * 2},
             "group 3 is of dense phases, not of nested ones",
         ),
+        (
+            {"phases": phases(0, 1), "target": Target("macs", 0.5)},
+            "a target needs one ordered phase",
+        ),
+        ({"precision": "bf16"}, "precision is one of float32, bfloat16, not 'bf16'"),
+        ({"sampling": "pair"}, "sampling is one of pairs, layers, ratio, not 'pair'"),
+        ({"batch_size": 0}, "batch_size is 0, at least 1"),
     ],
 )
-def test_phases_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_hyper_parameters_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(HYPER, **changes)
+
+
+def test_a_phase_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="kind is one of dense, ordered, nested, not 'orderd'"):
+        Phase("orderd", 1, RATE)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="0 epochs or more, not -1"):
+        Phase("dense", -1, RATE)
 
 
 def test_phases_of_a_group_begin_from_one_network_and_end_in_their_mean(
