@@ -257,6 +257,17 @@ def save(path: Path, manifest: Manifest, contents: Mapping[str, bytes | Path]) -
     return load(path)
 
 
+def check_replaceable(path: Path) -> None:
+    """Refuse a path where something is that is no artifact: `save` would remove it.
+
+    Raises:
+        ArtifactError: a file, or a directory without a manifest that is not empty.
+    """
+    empty = path.is_dir() and not any(path.iterdir())
+    if path.exists() and not empty and not (path / MANIFEST).is_file():
+        raise ArtifactError(f"{path}: is there, and is no artifact that could be replaced")
+
+
 def _read(path: Path, name: str) -> bytes:
     if not path.is_dir():
         raise ArtifactError(f"{path}: no such artifact directory")

@@ -80,8 +80,10 @@ def export(
         ExportError: a point's ONNX output differs from torch's by more than 1e-4 of the largest,
             and by more than rounding explains; there is not one output for each label; or an
             embedding is in two factors.
-        ArtifactError: the disk does not take it; what was at `path` is untouched.
+        ArtifactError: something is at `path` that is no artifact, or the disk does not take it;
+            what was there is untouched.
     """
+    artifact.check_replaceable(path)
     check_embeddings(model, keep=("*",))
     model.eval()
     x = test.batch(slice(0, CHECKED))[0].cpu()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from maestro_core import export as exporting
 from maestro_core.accounting import measure
-from maestro_core.artifact import Artifact, Image, Score
+from maestro_core.artifact import Artifact, ArtifactError, Image, Score
 from maestro_core.data import Pictures
 from maestro_core.evaluation import evaluate
 from maestro_core.export import (
@@ -383,6 +383,26 @@ def test_a_weight_that_is_no_number_is_named_untrained() -> None:
 
     with pytest.raises(ExportError, match=r"'fc\.weight' holds values that are not numbers"):
         check_exportable(model, [], pictures().image, 8)
+
+
+def test_what_is_no_artifact_is_not_replaced(tmp_path: Path) -> None:
+    notes = tmp_path / "work" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("of a year")
+
+    for path in (notes.parent, notes):
+        with pytest.raises(ArtifactError, match="is there, and is no artifact"):
+            write(network(), path)
+
+    assert notes.read_text() == "of a year"
+    assert list(tmp_path.rglob("*")) == [notes.parent, notes]
+
+
+def test_an_empty_directory_and_an_artifact_are_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "net.maestro"
+    path.mkdir()
+
+    assert write(network(), path).digest == write(network(), path).digest
 
 
 class Untrue(Net):

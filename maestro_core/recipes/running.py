@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from maestro_core import checkpoint, data, distributed, folders, held_out
+from maestro_core import artifact, checkpoint, data, distributed, folders, held_out
 from maestro_core.accounting import Cost, measure
 from maestro_core.data import Data
 from maestro_core.export import Description, ExportError, check_exportable
@@ -83,9 +83,11 @@ def export(path: Path, data_path: Path, out: Path, device: str = "cpu") -> Path:
     Raises:
         ValueError: the checkpoint is of no recipe here, or of other data or hyper-parameters, or
             there is no such device.
+        ArtifactError: something else is at `out`.
         ExportError: it is of a recipe for text.
     """
     chosen = _device(device)
+    artifact.check_replaceable(out)
     state = checkpoint.read_state(path)
     aim = state.run.get("target")
     recipe = _aimed(_recipe(str(state.run.get("recipe"))), Target(**aim) if aim else None)
@@ -113,6 +115,8 @@ def run_recipe(
 
     Returns and raises as `run` does.
     """
+    path = out / f"{recipe.name}.maestro"
+    artifact.check_replaceable(path)
     with progress:
         loaded = _load(recipe, data_path, progress).on(device)
         model = _network(recipe)
@@ -135,7 +139,7 @@ def run_recipe(
         )
         if distributed.rank() > 0:
             return None
-        return _export(recipe, model, loaded, chain, out / f"{recipe.name}.maestro", progress)
+        return _export(recipe, model, loaded, chain, path, progress)
 
 
 def _find_chain(recipe: Recipe, model: nn.Module, loaded: Data, progress: Progress) -> Chain:
