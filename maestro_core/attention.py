@@ -75,8 +75,8 @@ class LowRankAttention(nn.Module):
         """Return what nn.MultiheadAttention does: (b, t, d), or as `batch_first` says, and weights.
 
         The weights are (b, t, s), or (b, heads, t, s) where they are not averaged, or None.
-        A mask is True where nothing may be attended to, or is added. Samples without a batch
-        around them are taken too.
+        A mask is True where nothing may be attended to, or is added. A query that may attend to
+        nothing finds zeros, or with weights NaN. Samples without a batch around them are taken too.
         """
         single = query.dim() == 2
         batch = 0 if self.batch_first or single else 1
@@ -90,7 +90,11 @@ class LowRankAttention(nn.Module):
             scores = _masked(scores, attn_mask.view(shape))
         if key_padding_mask is not None:
             scores = _masked(scores, key_padding_mask.view(len(scores), 1, 1, -1))
-        weights = F.dropout(scores.softmax(-1), self.dropout, self.training)
+        if need_weights or (attn_mask is None and key_padding_mask is None):
+            weights = scores.softmax(-1)
+        else:
+            weights = _softmax_or_zeros(scores)
+        weights = F.dropout(weights, self.dropout, self.training)
         y = self.output((weights @ v).transpose(1, 2).flatten(2))  # (b, t, d)
         shown = weights.mean(1) if average_attn_weights else weights
         if single:
@@ -114,3 +118,9 @@ def _linear(weight: Tensor, bias: Tensor | None, trained: bool) -> nn.Linear:
 
 def _masked(scores: Tensor, mask: Tensor) -> Tensor:
     return scores.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+
+
+def _softmax_or_zeros(scores: Tensor) -> Tensor:
+    """Return the softmax of scores (…, s), zeros where all are −∞; gradients are finite there."""
+    nothing = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)

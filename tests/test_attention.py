@@ -65,3 +65,18 @@ def test_each_map_of_attention_is_one_matrix_for_all_heads() -> None:
 def test_attention_with_a_key_of_its_own_is_refused(dense: nn.MultiheadAttention) -> None:
     with pytest.raises(ValueError, match="a key and a value"):
         LowRankAttention.from_dense(dense)
+
+
+def test_a_query_that_may_attend_to_nothing_finds_zeros_as_in_torch() -> None:
+    dense = nn.MultiheadAttention(12, 3, batch_first=True)
+    x = torch.randn(2, 5, 12, requires_grad=True)
+    causal = torch.ones(5, 5).triu(1).bool()
+    left = torch.tensor([[True, True, False, False, False], [False] * 5])  # padded on the left
+    given = {"attn_mask": causal, "key_padding_mask": left, "need_weights": False}
+
+    found, _ = LowRankAttention.from_dense(dense)(x, x, x, **given)
+    torch.autograd.backward(found.sum())
+
+    torch.testing.assert_close(found, dense(x, x, x, **given)[0], rtol=0, atol=1e-5)
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
