@@ -200,6 +200,8 @@ def check_exportable(model: nn.Module, keep: Sequence[str], image: Image, labels
     try:
         with _loaded(point.SerializeToString(), weights) as session:
             outputs = [session.run([OUTPUT], {INPUT: x[:n].numpy()})[0] for n in (len(x), 1)]
+    except ExportError:
+        raise
     except Exception as error:  # onnxruntime's have no class of their own in common
         raise ExportError(f"ONNX Runtime can't run the network: {error}") from error
     if any(_differ(torch.from_numpy(y), expected[: len(y)]) for y in outputs):
@@ -382,11 +384,18 @@ def _rounding(
 
 @contextmanager
 def _loaded(point: bytes, weights: bytes) -> Iterator[ort.InferenceSession]:
-    """Load the point as plain onnxruntime will, from files that are there within."""
+    """Load the point as plain onnxruntime will, from files that are there within.
+
+    Raises:
+        ExportError: the disk of temporary files does not take them.
+    """
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "point.onnx"
-        path.write_bytes(point)
-        path.with_name(graph.LOCATION).write_bytes(weights)
+        try:
+            path.write_bytes(point)
+            path.with_name(graph.LOCATION).write_bytes(weights)
+        except OSError as error:
+            raise ExportError(f"{directory}: cannot be written: {error.strerror}") from error
         yield ort.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 

@@ -1,5 +1,6 @@
 """The artifact of a network, run by plain ONNX Runtime, against torch at the same ranks."""
 
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -403,6 +404,16 @@ def test_an_empty_directory_and_an_artifact_are_replaced(tmp_path: Path) -> None
     path.mkdir()
 
     assert write(network(), path).digest == write(network(), path).digest
+
+
+def test_a_disk_that_takes_no_temporary_files_is_named() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    try:
+        with pytest.raises(ExportError, match=r"^/.*: cannot be written: File too large"):
+            check_exportable(Small(), [], pictures().image, 8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 class Untrue(Net):
