@@ -205,7 +205,7 @@ def _explain_description() -> dict[str, Any]:
     schema = InferParameters.model_json_schema()["properties"]
     as_json = {
         "type": "object",
-        "properties": {"inputs": {}, **schema},
+        "properties": {"inputs": {}, **_or_null(schema)},
         "additionalProperties": False,
         "example": {"max_latency_ms": 5},
     }
@@ -223,7 +223,7 @@ def _infer_description(service: Service) -> dict[str, Any]:
     as_json = {
         "type": "object",
         "required": ["inputs"],
-        "properties": {"inputs": _lists(service), **schema},
+        "properties": {"inputs": _lists(service), **_or_null(schema)},
         "additionalProperties": False,
         "example": {"inputs": example, "max_latency_ms": 5},
     }
@@ -242,6 +242,11 @@ def _infer_description(service: Service) -> dict[str, Any]:
         "parameters": in_query(schema),
         "requestBody": {"required": True, "content": content},
     }
+
+
+def _or_null(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return what OpenAPI says of fields of a JSON body, where null is as if one were not there."""
+    return {name: {"anyOf": [field, {"type": "null"}]} for name, field in fields.items()}
 
 
 def _lists(service: Service) -> dict[str, Any]:
