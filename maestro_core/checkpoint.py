@@ -112,7 +112,8 @@ def load_weights_(root: Path, name: str, model: nn.Module) -> None:
 
 def latest(root: Path) -> Path | None:
     """Return the checkpoint in `root` with the most epochs, if there is one."""
-    return max(root.glob("epoch-*"), default=None)
+    found = root.glob("epoch-*")  # in four digits, or more
+    return max(found, key=lambda path: (len(path.name), path.name), default=None)
 
 
 def read_state(path: Path) -> State:

@@ -6,7 +6,7 @@ whose messages are laid out once, for parameters that keep their shapes.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 
@@ -44,9 +44,16 @@ def rank() -> int:
     return dist.get_rank() if size() > 1 else 0
 
 
-def part(indices: Tensor) -> Tensor:
-    """Return this process' part of a batch, (n,); all are of one size, so a rest is left out."""
-    return indices[: len(indices) // size() * size()][rank() :: size()]
+def parts(batches: Sequence[Tensor]) -> list[Tensor]:
+    """Return this process' part of each batch, (n,); all are of one size, so a rest is left out.
+
+    Raises:
+        ValueError: there are more processes than any batch has samples.
+    """
+    own = [batch[: len(batch) // size() * size()][rank() :: size()] for batch in batches]
+    if not any(map(len, own)):
+        raise ValueError(f"{size()} processes can't share batches of {len(batches[0])}")
+    return [part for part in own if len(part)]
 
 
 def average_(model: nn.Module, loss: Tensor, labels: Tensor) -> Tensor:

@@ -190,7 +190,7 @@ def train_epoch_(
     if distributed.size() > 1:  # each augments and drops in its own way
         torch.manual_seed(Random(f"{hyper.seed}/{epoch}/{distributed.rank()}").getrandbits(63))
     losses: dict[int, Tensor] = {}
-    parts = [part for part in map(distributed.part, batches) if len(part)]
+    parts = distributed.parts(batches)
     changed: Iterator[tuple[Inputs, Tensor]] = samples.augmented(parts, phase.distortion)
     for step, (x, labels) in enumerate(changed):
         for group in optimizer.param_groups:

@@ -41,7 +41,7 @@ def normalised() -> nn.Module:
 def statistics(data: Data, out: Path) -> dict[str, Tensor]:
     """Return the buffers of a network after a batch, after they are shared, and after training."""
     model, trained = normalised(), normalised()
-    model(data.train.batch(distributed.part(torch.arange(64)))[0])
+    model(data.train.batch(distributed.parts([torch.arange(64)])[0])[0])
     found = {f"own.{name}": value.clone() for name, value in model.named_buffers()}
     distributed.share_buffers_(model)
     found |= {f"shared.{name}": value for name, value in model.named_buffers()}

@@ -76,7 +76,21 @@ def test_one_process_alone_has_it_all() -> None:
 
     with distributed.joined():
         assert (distributed.rank(), distributed.size()) == (0, 1)
-        assert torch.equal(distributed.part(indices), indices)
+        (whole,) = distributed.parts([indices])
+        assert torch.equal(whole, indices)
         assert distributed.average_(model, loss, torch.zeros(3)) == loss
         assert distributed.agreed([(1, 2)]) == [(1, 2)]
     assert model.weight.grad is before
+
+
+def test_more_processes_than_a_batch_has_samples_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(distributed, "size", lambda: 4)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+
+    assert [part.tolist() for part in distributed.parts([torch.arange(9), torch.arange(3)])] == [
+        [1, 5]
+    ]
+    with pytest.raises(ValueError, match="4 processes can't share batches of 3"):
+        distributed.parts([torch.arange(3)])

@@ -139,6 +139,13 @@ def test_a_checkpoint_of_other_data_is_refused(out: Path, tmp_path: Path) -> Non
         run(data, out)
 
 
+def test_a_checkpoint_of_otherwise_normalised_pictures_is_refused(out: Path, data: Path) -> None:
+    changed = replace(SMALL, image=replace(SMALL.image, mean=(0.5,)))
+
+    with pytest.raises(checkpoint.CheckpointError, match=r"run\.image"):
+        running.run_recipe(changed, data, out, Progress(disable=True))
+
+
 def test_an_unknown_recipe_or_missing_data_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no recipe 'vgg'; there are: mnist-lenet"):
         running.run("vgg", tmp_path / "none.npz", tmp_path)

@@ -420,6 +420,13 @@ def test_only_the_last_checkpoint_is_kept_and_nothing_half_written(
     ]
 
 
+def test_the_checkpoint_of_the_most_epochs_is_the_last(tmp_path: Path) -> None:
+    for name in ("epoch-0012", "epoch-9999", "epoch-10000"):
+        (tmp_path / name).mkdir()
+
+    assert checkpoint.latest(tmp_path) == tmp_path / "epoch-10000"
+
+
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(
     data: Data, tmp_path: Path
 ) -> None:

@@ -55,6 +55,7 @@ class Recipe:
         return {
             "recipe": self.name,
             "data_sha256": data_sha256,
+            "image": asdict(self.image),
             "validation": self.validation,
             "augmentation": asdict(self.augmentation),
             **({"folders": asdict(self.folders)} if self.folders else {}),
