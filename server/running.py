@@ -133,9 +133,9 @@ def run(service: Service, listeners: list[socket.socket], shared: Shared | None 
 
 
 def _waiting(listener: socket.socket) -> Iterator[socket.socket]:
-    """Yield the connections that wait to be accepted."""
+    """Yield the connections that wait to be accepted, at most as many as can at one time."""
     with contextlib.suppress(OSError):  # there are no more
-        while True:
+        for _ in range(socket.SOMAXCONN):
             yield listener.accept()[0]
 
 

@@ -47,8 +47,9 @@ class Acceptor:
             return
         self._is_closed = True
         for each in self._sockets:
-            while self._accept(each):
-                pass
+            for _ in range(socket.SOMAXCONN):  # at most as many as can wait at one time
+                if not self._accept(each):
+                    break
         self._connections[self._index] = ACCEPTS_NONE
         for each in self._sockets:
             self._loop.remove_reader(each)
