@@ -264,9 +264,8 @@ class Bench:
             batch_ms=taken.batch_ms,
         )
         late_ms = 1e3 * (sent_s - workload.arrivals_s)
-        own = replace(
-            workload, targets_ms=workload.targets_ms + taken.request_ms
-        )  # as with the way
+        # As with the way of live ones.
+        own = replace(workload, targets_ms=workload.targets_ms + taken.request_ms)
         counted = replace(outcome, workload=own, latency_ms=outcome.latency_ms + late_ms)
         return figures(counted, self._latencies)
 

@@ -21,7 +21,7 @@ class Tables:
     worth when the load is such that all can run at p, in accuracy per ms; prices[-1] when not even
     0 carries it. drains_ms[r]: how long one slot usually takes for r rows at point 0. shares_ms,
     batches_ms and batch_tails_ms: a row, the median and the tail of a batch at point 0, for each
-    of the batch sizes that a queue is worked off in. The rest is as in `latencies`.
+    of the batch sizes that a queue is worked off in, (sizes, 1). The rest is as in `latencies`.
     """
 
     __slots__ = (

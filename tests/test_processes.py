@@ -5,7 +5,8 @@ import fcntl
 import socket
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
 from threading import Event
@@ -420,6 +421,26 @@ def test_a_profile_that_a_worker_cannot_use_fails_the_calibration_for_all(tmp_pa
     with_hub(run, tmp_path)
 
 
+@asynccontextmanager
+async def joined(load: Callable[..., Profile]) -> AsyncIterator[tuple[Team, Channel]]:
+    """Yield the team of one of two workers, which measures by `load`, and the hub's end of it."""
+
+    async def take(_profile: Profile, _source: str) -> None: ...
+
+    async def of_team(_name: str, _given: dict[str, Any]) -> None: ...
+
+    ours, theirs = socket.socketpair()
+    row = private_row()
+    team = Team(2, theirs, Statistics(row, [row]))
+    team.join(Hands(load, load, take, lambda: None))
+    channel = await open_channel(ours, of_team)
+    reading = asyncio.create_task(channel.run())
+    try:
+        yield team, channel
+    finally:
+        reading.cancel()
+
+
 def test_a_worker_that_is_told_to_load_twice_ends_both_when_told_to_stop() -> None:
     running, begun, over = set[object](), list[object](), Event()
 
@@ -432,29 +453,19 @@ def test_a_worker_that_is_told_to_load_twice_ends_both_when_told_to_stop() -> No
         running.remove(me)
         raise CancelledError
 
-    async def take(_profile: Profile, _source: str) -> None: ...
-
-    async def of_team(_name: str, _given: dict[str, Any]) -> None: ...
-
     async def run() -> None:
-        ours, theirs = socket.socketpair()
-        row = private_row()
-        team = Team(2, theirs, Statistics(row, [row]))
-        team.join(Hands(load, load, take, lambda: None))
-        channel = await open_channel(ours, of_team)
-        reading = asyncio.create_task(channel.run())
-        assert await team.first(None, QUICK) is None
-        channel.tell("load", job="a", effort=asdict(QUICK))
-        await until(lambda: len(begun) == 1)
-        channel.tell("load", job="a", effort=asdict(QUICK))
-        await until(lambda: len(begun) == 2)
-        channel.tell("stop")
+        async with joined(load) as (team, channel):
+            assert await team.first(None, QUICK) is None
+            channel.tell("load", job="a", effort=asdict(QUICK))
+            await until(lambda: len(begun) == 1)
+            channel.tell("load", job="a", effort=asdict(QUICK))
+            await until(lambda: len(begun) == 2)
+            channel.tell("stop")
 
-        try:
-            await until(lambda: not running)
-        finally:
-            over.set()
-            reading.cancel()
+            try:
+                await until(lambda: not running)
+            finally:
+                over.set()
 
     asyncio.run(run())
 
@@ -467,27 +478,17 @@ def test_a_worker_that_is_ending_begins_no_calibration() -> None:
             pass
         raise CancelledError
 
-    async def take(_profile: Profile, _source: str) -> None: ...
-
-    async def of_team(_name: str, _given: dict[str, Any]) -> None: ...
-
     async def run() -> None:
-        ours, theirs = socket.socketpair()
-        row = private_row()
-        team = Team(2, theirs, Statistics(row, [row]))
-        team.join(Hands(load, load, take, lambda: None))
-        channel = await open_channel(ours, of_team)
-        reading = asyncio.create_task(channel.run())
-        await team.first(None, QUICK)
-        await team.close()
+        async with joined(load) as (team, channel):
+            await team.first(None, QUICK)
+            await team.close()
 
-        try:
-            async with asyncio.timeout(10):
-                assert await channel.call("load", job="a", effort=asdict(QUICK)) is None
-                assert await channel.call("measure", job="b", effort=asdict(QUICK)) is None
-        finally:
-            over.set()
-            reading.cancel()
+            try:
+                async with asyncio.timeout(10):
+                    assert await channel.call("load", job="a", effort=asdict(QUICK)) is None
+                    assert await channel.call("measure", job="b", effort=asdict(QUICK)) is None
+            finally:
+                over.set()
 
     asyncio.run(run())
 
