@@ -92,7 +92,6 @@ def profile(
     batch_sizes: Sequence[int],
     compute_threads: int = 1,
     workers: int = 1,
-    overhead_ms: float = 0.0,
     seed: int = 0,
     turn: Turn = alone,
     progress: Callable[[Progress], object] = lambda _: None,
@@ -100,6 +99,8 @@ def profile(
     largest_in_use: int = 0,
 ) -> Profile:
     """Return the profile of an engine on this host: measured, then made monotone.
+
+    What a request costs outside the engine is not measured here (`server.overhead`): it says 0.
 
     Raises:
         CancelledError: `cancelled` said so.
@@ -128,7 +129,7 @@ def profile(
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
         kind=effort.kind,
         stopped_on=measured.stopped_on,
-        overhead_ms=overhead_ms,
+        overhead_ms=0.0,
         latencies=latencies,
         dominated=dominated,
         cores_used_by_others=elsewhere.share(),

@@ -79,7 +79,7 @@ class Profile:
     measured_at: str  # ISO 8601, UTC
     kind: Kind
     stopped_on: Stop
-    overhead_ms: float  # p50 of what a request costs outside the engine
+    overhead_ms: float  # what a request usually costs outside the engine
     latencies: tuple[Latency, ...]  # by point, then by batch; complete
     dominated: tuple[int, ...] = ()  # a dearer point is no slower here at any batch size
     # Share of the host that others used meanwhile: at 0.5 of two cores tails were twice as long.

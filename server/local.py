@@ -1,6 +1,5 @@
 """What the server does, without a server: one calibration, one inference, for the command line."""
 
-import asyncio
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,6 @@ from server.dispatcher import refused
 from server.engine import Engine
 from server.errors import UnsupportedMediaError
 from server.measuring import Hooks, HostModel, latencies_of
-from server.overhead import overhead_ms
 from server.requests import Refusal
 from server.scheduler import Scheduler
 from server.schemas import InferParameters
@@ -48,8 +46,7 @@ def profile(
         ArtifactError: there is nothing to search with, or the disk does not take the points.
         EngineError: the provider is not installed, or ONNX Runtime refuses the artifact.
     """
-    around_ms = asyncio.run(overhead_ms(model.source))
-    engine, measured = model.measured(effort, around_ms, engine, Hooks(progress=progress))
+    engine, measured = model.measured(effort, engine, Hooks(progress=progress))
     note = None
     try:
         ProfileStore(model.settings.state_dir).save(measured)

@@ -16,6 +16,7 @@ from maestro_core.host import usable_cores
 from maestro_core.profile import Profile, ProfileKey
 from server.engine import Engine, EngineError
 from server.latencies import Latencies
+from server.overhead import RUNS_S, overhead_ms
 from server.settings import Settings
 
 # Slots: how many batches compute at once. One: a batch has all threads of the engine.
@@ -97,9 +98,9 @@ class HostModel:
         return engine.profile_key(SLOTS, self.workers)
 
     def measured(
-        self, effort: Effort, overhead_ms: float, engine: Engine | None = None, hooks: Hooks = ALONE
+        self, effort: Effort, engine: Engine | None = None, hooks: Hooks = ALONE
     ) -> tuple[Engine, Profile]:
-        """Return what to serve, and its profile.
+        """Return what to serve, and its profile. Not from within an event loop.
 
         That is `engine` if given, but points searched for first where the effort wants that.
         Within the effort is all that it takes, as far as a search allows (`Effort`).
@@ -113,7 +114,7 @@ class HostModel:
         began_s = time.monotonic()
         if not effort.search:
             engine = engine or self.engine(self.points().artifact)
-            return engine, self._profiled(engine, effort, began_s, overhead_ms, hooks)
+            return engine, self._profiled(engine, effort, began_s, hooks)
         measuring = Measuring(
             effort.search_s,
             self.threads,
@@ -123,26 +124,31 @@ class HostModel:
         )
         state_dir = self.settings.state_dir
         with host_artifact.searched(self.source, state_dir, measuring) as found:
-            profile = self._profiled(self.engine(found), effort, began_s, overhead_ms, hooks)
+            profile = self._profiled(self.engine(found), effort, began_s, hooks)
             kept = host_artifact.keep(found, self.source, state_dir, self.threads)
         return self.engine(kept), profile
 
-    def _profiled(
-        self, engine: Engine, effort: Effort, began_s: float, overhead_ms: float, hooks: Hooks
-    ) -> Profile:
+    def _profiled(self, engine: Engine, effort: Effort, began_s: float, hooks: Hooks) -> Profile:
         """Return the profile of `engine`, within what is left of the effort since `began_s`."""
-        return profiler.profile(
+        profile = profiler.profile(
             engine,
-            effort.after(time.monotonic() - began_s),
+            effort.after(time.monotonic() - began_s + RUNS_S),
             batch_sizes=profiler.batch_sizes_to(self.settings.max_batch),
             compute_threads=SLOTS,
             workers=self.workers,
-            overhead_ms=overhead_ms,
             turn=hooks.turn,
             progress=hooks.progress,
             cancelled=hooks.cancelled,
             largest_in_use=hooks.largest_in_use,
         )
+        around_ms = overhead_ms(
+            engine,
+            latencies_of(engine.artifact, profile, profile.batch_sizes[-1]),
+            shares_core=self.takes_all_cores(engine),
+            turn=hooks.turn,
+            cancelled=hooks.cancelled,
+        )
+        return replace(profile, overhead_ms=around_ms)
 
 
 def latencies_of(artifact: Artifact, profile: Profile, max_batch: int) -> Latencies:

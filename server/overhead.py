@@ -1,15 +1,26 @@
-"""What a request costs outside the engine, measured with one that computes nothing."""
+"""What a request costs outside the engine, measured with inferences that wait for no other.
 
+The engine computes in between, as it empties the caches for all that comes after it: with one that
+computes nothing the rest takes a fraction of the time.
+"""
+
+import asyncio
+import random
 import time
-from statistics import median
+from collections.abc import Callable
+from itertools import cycle
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from maestro_core.artifact import Artifact
+from benchmarks.effort import CancelledError
+from benchmarks.profiler import Turn, alone
 from server.answers import infer_answer
 from server.dispatcher import Dispatcher
+from server.engine import Engine
+from server.errors import UnavailableError
+from server.interrupt import Interrupt
 from server.latencies import Latencies
 from server.requests import Request
 from server.scheduler import Scheduler
@@ -18,33 +29,76 @@ from server.worker import Turns
 
 Floats = NDArray[np.float32]
 
-_RUNS = 50
+# How long to measure, and the runs to have in any case.
+RUNS_S = 0.5
+LEAST_RUNS = 5
+# Of the runs. Others that use the cores meanwhile make most of the rest longer, not shorter.
+QUANTILE = 0.25
 
 
-class _Nothing:
-    """Computes nothing, at once."""
+def overhead_ms(
+    engine: Engine,
+    latencies: Latencies,
+    *,
+    shares_core: bool = True,
+    turn: Turn = alone,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> float:
+    """Return what an inference usually costs besides computing, answer included, in ms.
 
-    def __init__(self, output: Floats) -> None:
-        self._output = output
+    Points are tried in random order. Not from within an event loop.
 
-    def run(self, _batch: Floats, _point: int, /) -> Floats:
-        return self._output
+    Raises:
+        CancelledError: `cancelled` said so.
+        ServiceError: the engine failed.
+    """
+    return asyncio.run(_overhead_ms(engine, latencies, shares_core, turn, cancelled))
 
 
-async def overhead_ms(artifact: Artifact) -> float:
-    """Return what an inference usually costs besides queueing and computing, answer included."""
-    manifest = artifact.manifest
-    x = np.zeros((1, *manifest.input.shape[1:]), np.float32)
-    output = np.zeros((1, *manifest.output.shape[1:]), np.float32)
-    latencies = Latencies((1.0,), ((1.0,),), ((1.0,),))
-    dispatcher = Dispatcher(Scheduler(latencies), _Nothing(output), Turns())
-    costs_ms = []
-    for i in range(_RUNS):
-        began_s = time.monotonic()
-        inference = await dispatcher.infer(Request(str(i), began_s), x)
-        content = infer_answer(artifact, InferParameters(), inference, 0.0)
-        orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
-        spent_ms = 1e3 * (time.monotonic() - began_s)
-        costs_ms.append(spent_ms - inference.compute_ms)
-    dispatcher.close()
-    return median(costs_ms)
+class _Interruptible:
+    """The engine, as a trial runs it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.interrupt = Interrupt()
+
+    def run(self, batch: Floats, point: int, /) -> Floats:
+        return self._engine.run(batch, point, self.interrupt)
+
+
+async def _overhead_ms(
+    engine: Engine,
+    latencies: Latencies,
+    shares_core: bool,
+    turn: Turn,
+    cancelled: Callable[[], bool],
+) -> float:
+    runner = _Interruptible(engine)
+    dispatcher = Dispatcher(Scheduler(latencies), runner, Turns(), shares_core=shares_core)
+    x = np.zeros((1, *engine.artifact.manifest.input.shape[1:]), np.float32)
+    points = list(range(len(latencies.accuracy)))
+    random.Random(0).shuffle(points)
+    costs_ms: list[float] = []
+    end_s = time.monotonic() + RUNS_S
+    try:
+        for number, point in enumerate(cycle(points)):
+            if cancelled():
+                raise CancelledError
+            with turn(latencies.p50_ms[point][0] / 1e3) as runner.interrupt:
+                began_s = time.monotonic()
+                try:
+                    inference = await dispatcher.infer(
+                        Request(str(number), began_s, point=point), x
+                    )
+                except UnavailableError:
+                    if runner.interrupt.is_set:
+                        continue
+                    raise
+                content = infer_answer(engine.artifact, InferParameters(), inference, 0.0)
+                orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+                costs_ms.append(1e3 * (time.monotonic() - began_s) - inference.compute_ms)
+            if len(costs_ms) >= LEAST_RUNS and time.monotonic() >= end_s:
+                break
+    finally:
+        dispatcher.close()
+    return float(np.quantile(costs_ms, QUANTILE))

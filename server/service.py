@@ -34,7 +34,6 @@ from server.engine import Engine
 from server.errors import ConflictError, InvalidError, NotFoundError, UnavailableError
 from server.measuring import SLOTS, Hooks, HostModel, latencies_of
 from server.metrics import Metrics
-from server.overhead import overhead_ms
 from server.policies import check_kept, scheduler_of
 from server.processes.team import Hands, Team
 from server.requests import Request
@@ -101,7 +100,6 @@ class Service:
             self._calibrations = OwnCalibrations(own)
         self._on_progress = on_progress
         self._ids = map(str, itertools.count())
-        self._overhead_ms = 0.0
         self._serving: _Serving | None = None
         self.is_leaving = False
         self._stop_s = DRAIN_S
@@ -113,7 +111,6 @@ class Service:
         """Use the stored profile of this host, or start to measure one."""
         self._loop = asyncio.get_running_loop()
         inputs.warm_up(self.artifact.manifest.input)
-        self._overhead_ms = await overhead_ms(self.artifact)
         found = self._store.find(self._host.key(self._engine), len(self.artifact.points))
         if found.reason:
             log.warning("profile not used: %s", found.reason)
@@ -316,9 +313,7 @@ class Service:
 
         in_use = self.max_batch if self._serving else 0
         hooks = Hooks(self._turns.trial, both, cancelled, in_use)
-        self._measured_engine, profile = self._host.measured(
-            effort, self._overhead_ms, self._engine, hooks
-        )
+        self._measured_engine, profile = self._host.measured(effort, self._engine, hooks)
         if effort.search:
             _warn(self._measured_engine.note)
         return profile
@@ -331,7 +326,7 @@ class Service:
     ) -> Profile:
         """Measure what is served while another worker measures what counts."""
         hooks = Hooks(self._turns.trial, progress, cancelled)
-        _, profile = self._host.measured(effort, self._overhead_ms, self._engine, hooks)
+        _, profile = self._host.measured(effort, self._engine, hooks)
         return profile
 
     async def _take(self, profile: Profile, source: Source) -> None:

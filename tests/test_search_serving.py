@@ -126,9 +126,7 @@ def test_nobody_is_told_how_long_a_search_still_takes(
             left_s.append(now.left_s)
             show(now)
 
-        HostModel(artifact.load(given.artifact), given).measured(
-            effort, 0.1, hooks=Hooks(progress=seen)
-        )
+        HostModel(artifact.load(given.artifact), given).measured(effort, hooks=Hooks(progress=seen))
 
     trials = next(i for i, seconds in enumerate(left_s) if seconds is not None)
     assert trials > 0
