@@ -61,11 +61,11 @@ def test_latency_counts_from_when_a_request_should_have_been_sent() -> None:
         time.sleep(0.05)  # it holds up the generator too, which runs here
         return web.json_response(ANSWER)
 
-    sent = sent_to(blocking, [0.0, 0.001, 0.002, 0.003])
+    sent = sent_to(blocking, [0.0, 0.02, 0.04, 0.06])
 
-    assert max(one.late_ms for one in sent) > 40
+    assert max(one.late_ms for one in sent) > 15
     assert all(one.latency_ms > one.late_ms for one in sent)
-    assert max(one.latency_ms for one in sent) > 190
+    assert max(one.latency_ms for one in sent) > 130
 
 
 def test_a_refused_request_has_a_status_and_no_latency() -> None:
