@@ -183,6 +183,8 @@ def _own_reason(model: nn.Module, name: str, module: nn.Module, keep: Sequence[s
         return "its parent reads its weight instead of calling it"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         return "it has hooks"
+    if "forward" in vars(module):
+        return "its forward is not its class's"
     return why_dense(module)
 
 

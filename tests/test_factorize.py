@@ -163,6 +163,18 @@ def test_a_shared_module_has_its_own_buffers_again_after_a_call() -> None:
     assert model.get_buffer("2.running_mean") is own
 
 
+def test_a_layer_whose_forward_was_replaced_stays_dense() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), torch.randn(3, 8)
+    whole = model[0].forward
+    model[0].forward = lambda x: whole(x.abs())
+    before = model(x)
+
+    done = factorize_(model)
+
+    assert done.dense == {"0": "its forward is not its class's"}
+    torch.testing.assert_close(model(x), before, rtol=0, atol=1e-5)
+
+
 def test_attention_that_reads_its_children_still_runs() -> None:
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     x = torch.randn(2, 5, 8)
