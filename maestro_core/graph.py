@@ -24,8 +24,10 @@ DOMAIN = "maestro"
 LOCATION = "weights.bin"
 PAGE_BYTES = 4096
 LINE = 64
-# Shapes, axes and scalars stay in the graph, where the runtime reads them without a file.
+# Shapes, axes and scalars stay in the graph, where the runtime reads them without a file. It must:
+# it infers shapes from the integers before it opens one. The pads of 5 dimensions are 80 bytes.
 INLINE_BYTES = 64
+INLINE_INTEGERS = 32
 
 
 def pack(template: ModelProto, layers: Sequence[Layer]) -> tuple[ModelProto, bytes]:
@@ -50,7 +52,8 @@ def place_(weights: bytearray, tensors: Mapping[str, np.ndarray]) -> dict[str, T
     """
     placed = {}
     for name, value in tensors.items():
-        if value.nbytes <= INLINE_BYTES:
+        is_shape = value.dtype == np.int64 and value.size <= INLINE_INTEGERS
+        if is_shape or value.nbytes <= INLINE_BYTES:
             placed[name] = numpy_helper.from_array(value, name)
             continue
         weights.extend(bytes(-len(weights) % (PAGE_BYTES if value.nbytes >= PAGE_BYTES else LINE)))

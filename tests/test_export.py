@@ -378,6 +378,16 @@ def test_a_network_that_can_not_be_served_is_refused_untrained(
     check_exportable(Small(), [], pictures().image, 8)
 
 
+class Neighbours(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(F.local_response_norm(x, 2))
+        return y
+
+
+def test_pads_of_five_dimensions_are_read_by_the_runtime() -> None:
+    assert check_exportable(Neighbours(), [], pictures().image, 8) == ["fc"]
+
+
 def test_a_weight_that_is_no_number_is_named_untrained() -> None:
     model = Small()
     model.fc.weight.data[0, 0] = torch.nan
