@@ -27,10 +27,11 @@ from maestro_core import artifact, graph
 from maestro_core.accounting import Cost, measure
 from maestro_core.artifact import Artifact, Image, Manifest, Metric, OperatingPoint, Score
 from maestro_core.artifact import Tensor as TensorSpec
+from maestro_core.attention import LowRankAttention
 from maestro_core.data import Pictures
 from maestro_core.evaluation import evaluate
 from maestro_core.factorize import forward_at, low_rank_layers, outline
-from maestro_core.layers import LowRankEmbedding
+from maestro_core.layers import LowRankEmbedding, LowRankLayer
 from maestro_core.lod import truncate_
 from maestro_core.normalisation import evaluating
 from maestro_core.search import Point, by_name
@@ -170,22 +171,27 @@ def check_exportable(model: nn.Module, keep: Sequence[str], image: Image, labels
     random, and run.
 
     Raises:
-        ExportError: an embedding is not kept dense, a parameter is not a number, there is not one
-            output for each label, an answer depends on what else is in its batch, or torch or ONNX
-            Runtime can't run the network, or they answer differently.
+        ExportError: an embedding is not kept dense, a parameter is not a number, factors or outputs
+            are not float32, there is not one output for each label, an answer depends on what else
+            is in its batch, or torch or ONNX Runtime can't run the network, or they answer
+            differently.
         ValueError: a factorised layer is never called, or a pattern in `keep` matches none.
     """
     check_embeddings(model, keep)
     for name, parameter in model.named_parameters():
         if parameter.isnan().any():
             raise ExportError(f"'{name}' holds values that are not numbers")
-    copied = outline(model, keep).eval()
-    for layer in low_rank_layers(copied).values():
-        truncate_(layer, min(1, layer.rank))
-        layer.down.data /= layer.down.norm()  # what goes through is neither blown up nor lost
+    with _refusing("the network can't be copied"):
+        copied = outline(model, keep).eval()
+    _check_tensors(copied)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, len(image.mean), image.height, image.width, generator=generator)
+    x = torch.randn(2, image.height, image.width, len(image.mean), generator=generator)
+    x = x.permute(0, 3, 1, 2)  # as pictures lie in memory: `view` may not take what comes of them
     with torch.random.fork_rng(devices=[]):
+        _check_outputs(copied, x, labels)  # of whole layers outputs may lie in another way
+        for layer in low_rank_layers(copied).values():
+            truncate_(layer, min(1, layer.rank))
+            layer.down.data /= layer.down.norm()  # what goes through is neither blown up nor lost
         alone = _check_outputs(copied, x[:1], labels)
         expected = _check_outputs(copied, x, labels)
         if _differ(alone, expected[:1]):
@@ -193,20 +199,53 @@ def check_exportable(model: nn.Module, keep: Sequence[str], image: Image, labels
                 "the network's answer depends on what else is in its batch, or on chance: a server "
                 "puts requests together (batch normalisation must have running statistics)"
             )
-        cost = measure(copied, x[:1])
-        template, weights = graph.pack(make_template(copied, x), cost.layers)
+        with _refusing("torch can't export the network"):
+            cost = measure(copied, x[:1])
+            template, weights = graph.pack(make_template(copied, x), cost.layers)
         _check_outputs(copied.train(), x, labels)
     point = graph.build(template, cost.layers, [layer.max_rank for layer in cost.layers])
-    try:
-        with _loaded(point.SerializeToString(), weights) as session:
-            outputs = [session.run([OUTPUT], {INPUT: x[:n].numpy()})[0] for n in (len(x), 1)]
-    except ExportError:
-        raise
-    except Exception as error:  # onnxruntime's have no class of their own in common
-        raise ExportError(f"ONNX Runtime can't run the network: {error}") from error
+    with (
+        _refusing("ONNX Runtime can't run the network"),
+        _loaded(point.SerializeToString(), weights) as session,
+    ):
+        outputs = [session.run([OUTPUT], {INPUT: x[:n].numpy()})[0] for n in (len(x), 1)]
     if any(_differ(torch.from_numpy(y), expected[: len(y)]) for y in outputs):
         raise ExportError("ONNX Runtime's output differs from torch's, before training")
     return [layer.name for layer in cost.layers]
+
+
+def _check_tensors(model: nn.Module) -> None:
+    """Refuse a network that holds what a checkpoint or a graph can't."""
+    for name, layer in low_rank_layers(model).items():
+        if layer.down.dtype != torch.float32:
+            raise ExportError(
+                f"'{name}' holds {_type(layer.down)}, and factors hold float32: convert it, or "
+                f"name it in `keep` of the hyper-parameters"
+            )
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ExportError(f"'{name}' is a {type(value).__name__}; checkpoints hold tensors")
+    for name, _ in (*model.named_parameters(), *model.named_buffers()):
+        if name in (INPUT, OUTPUT):
+            raise ExportError(f"'{name}' is what graphs call their own: name the tensor otherwise")
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Say `what` can't be done, and why, where that fails within; a ValueError says so itself.
+
+    Raises:
+        ExportError: it failed.
+    """
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:  # torch's and onnxruntime's have no class of their own in common
+        cause: BaseException = error
+        while cause.__cause__:  # those around it say how to report it to torch
+            cause = cause.__cause__
+        raise ExportError(f"{what}: {cause}") from error
 
 
 def _check_outputs(model: nn.Module, x: Tensor, labels: int) -> Tensor:
@@ -216,6 +255,7 @@ def _check_outputs(model: nn.Module, x: Tensor, labels: int) -> Tensor:
         with torch.inference_mode():
             y = model(x)
     except Exception as error:  # of a network that we do not know
+        _check_reading(model, error)
         raise ExportError(f"the network fails{mode} on a batch of {len(x)}: {error}") from error
     shape = tuple(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
     if not isinstance(y, Tensor) or shape != (len(x), labels):
@@ -223,7 +263,25 @@ def _check_outputs(model: nn.Module, x: Tensor, labels: int) -> Tensor:
             f"the network's output{mode} for a batch of {len(x)} is {shape}; for {labels} labels "
             f"it must be ({len(x)}, {labels})"
         )
+    if y.dtype != torch.float32:
+        raise ExportError(f"the network's output{mode} is {_type(y)}; it must be float32")
     return y
+
+
+def _type(values: Tensor) -> str:
+    return str(values.dtype).removeprefix("torch.")
+
+
+def _check_reading(model: nn.Module, error: Exception) -> None:
+    """Say which layer to keep where a network failed since it reads what a dense one has."""
+    if not isinstance(error, AttributeError):
+        return
+    for name, module in model.named_modules():
+        if module is error.obj and isinstance(module, LowRankLayer | LowRankAttention):
+            raise ExportError(
+                f"the network reads '{error.name}' of '{name}', which it has no more in factors: "
+                f"name it in `keep` of the hyper-parameters"
+            ) from error
 
 
 def _differ(output: Tensor, expected: Tensor) -> bool:
@@ -374,11 +432,15 @@ def _rounding(
     """Return by how much `expected` differs, at most, from what 64-bit floats give.
 
     A deep network adds it up: 2e-4 of the largest output for a ResNet-50 of little training.
+    Of a network that converts what it reads, and so can't run in 64 bits, it is 0.
     """
     exact = copy.deepcopy(model).double()
     wide = {name: value.double() for name, value in statistics.items()}
-    with evaluating(exact), torch.inference_mode():
-        output = forward_at(exact, ranks, x.double(), buffers=wide)
+    try:
+        with evaluating(exact), torch.inference_mode():
+            output = forward_at(exact, ranks, x.double(), buffers=wide)
+    except RuntimeError:  # torch's for types that do not fit
+        return 0.0
     return float(np.abs(output.numpy() - expected).max())
 
 

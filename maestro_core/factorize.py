@@ -83,7 +83,8 @@ def outline(model: nn.Module, keep: Sequence[str] = ()) -> nn.Module:
     for p in copied.parameters():
         if id(p) not in filled:
             drawn = 2 * torch.rand(p.shape, generator=generator, dtype=p.dtype) - 1
-            filled[id(p)] = nn.Parameter(drawn)
+            laid = torch.empty_like(p, device="cpu", requires_grad=False)  # as factors are read
+            filled[id(p)] = nn.Parameter(laid.copy_(drawn))
     return copy.deepcopy(copied, filled)
 
 

@@ -298,7 +298,7 @@ def test_a_network_needs_one_output_for_each_label(tmp_path: Path) -> None:
 
     with pytest.raises(ExportError, match=r"is \(64, 8\); for 7 labels it must be \(64, 7\)"):
         export(model, cost, points(model), pictures(), fewer, path, lambda: None)
-    with pytest.raises(ExportError, match=r"batch of 1 is \(1, 8\); for 9 labels"):
+    with pytest.raises(ExportError, match=r"batch of 2 is \(2, 8\); for 9 labels"):
         check_exportable(Net(), [], pictures().image, 9)
     check_exportable(Net(), [], pictures().image, 8)
     assert not list(tmp_path.iterdir())
@@ -358,12 +358,92 @@ class Otherwise(Small):
         return y * 1.1 if torch.onnx.is_in_onnx_export() else y
 
 
+class Viewing(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.fc = nn.Linear(216, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.conv(x).view(len(x), -1))
+        return logits
+
+
+class ViewingOne(Viewing):
+    """What comes in lies as it would in most programs, so only what the factors make does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(torch.empty(len(x), 1, 8, 8).copy_(x[:, :1]))
+        return y
+
+
+class Reading(Small):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x.to(self.fc.weight.dtype))
+
+
+class Double(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x.double())
+        return y.float()
+
+
+class DoubleOutput(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x)
+        return y.double()
+
+
+class Decomposing(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x) + torch.linalg.svdvals(x).sum((1, 2))[:, None]
+        return y
+
+
+class NotCopied(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = (i for i in range(3))
+
+
+class Remembering(Small):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": 3}
+
+
+class NamedAsInput(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Parameter(torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x)
+        return y + self.image
+
+
 @pytest.mark.parametrize(
     ("network", "message"),
     [
-        (InPairs, "output for a batch of 1 is a tuple; for 8 labels it must be"),
+        (Viewing, r"fails on a batch of 2: view size is not .* Use \.reshape"),
+        (ViewingOne, r"fails on a batch of 2: view size is not .* Use \.reshape"),
+        (Reading, "reads 'weight' of 'fc', which it has no more in factors: name it in `keep`"),
+        (Double, "'fc' holds float64, and factors hold float32: convert it, or name it"),
+        (DoubleOutput, "output is float64; it must be float32"),
+        (Decomposing, "^torch can't export the network: No ONNX function found for"),
+        (NotCopied, "^the network can't be copied: cannot pickle 'generator' object"),
+        (Remembering, "'_extra_state' is a dict; checkpoints hold tensors"),
+        (NamedAsInput, "'image' is what graphs call their own"),
+        (InPairs, "output for a batch of 2 is a tuple; for 8 labels it must be"),
         (PairsInTraining, "output in training for a batch of 2 is a tuple"),
-        (OfTwo, "fails on a batch of 1: .* missing 1 required positional argument: 'y'"),
+        (OfTwo, "fails on a batch of 2: .* missing 1 required positional argument: 'y'"),
         (Centred, "depends on what else is in its batch"),
         (Random, "or on chance"),
         (Normalising, "batch normalisation must have running statistics"),
@@ -437,6 +517,23 @@ class Untrue(Net):
 def test_a_point_that_computes_something_else_is_not_saved(tmp_path: Path) -> None:
     model = network()
     model.__class__ = Untrue
+
+    with pytest.raises(ExportError, match=r"points/0\d\.onnx: ONNX Runtime's output differs"):
+        write(model, tmp_path / "net.maestro")
+    assert not list(tmp_path.iterdir())
+
+
+class UntrueAndConverting(Untrue):
+    """It can't run in 64 bits, which say how much is rounding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = super().forward(x.float())
+        return logits
+
+
+def test_a_point_of_a_network_that_converts_is_not_saved_either(tmp_path: Path) -> None:
+    model = network()
+    model.__class__ = UntrueAndConverting
 
     with pytest.raises(ExportError, match=r"points/0\d\.onnx: ONNX Runtime's output differs"):
         write(model, tmp_path / "net.maestro")
