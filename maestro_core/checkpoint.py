@@ -153,10 +153,11 @@ def restore_(
     layers = low_rank_layers(model)
     if set(layers) != set(state.ranks):
         raise CheckpointError(f"{path / STATE}: ranks: not those of {', '.join(layers)}")
+    tensors = _read_tensors(path / MODEL)
     try:
         for name, layer in layers.items():
             truncate_(layer, state.ranks[name])
-        model.load_state_dict(_read_tensors(path / MODEL))
+        model.load_state_dict(tensors)
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path / MODEL}: does not fit the network: {error}") from error
     if optimizer is not None:

@@ -332,6 +332,13 @@ def test_labels_are_given_or_named_by_folders() -> None:
         replace(RECIPE, labels=())
 
 
+def test_what_only_the_export_would_refuse_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="'mnist-lenet': a label is a string, not 0"):
+        replace(RECIPE, labels=tuple(range(10)))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'mnist-lenet': kept_samples is -3, under 0"):
+        replace(RECIPE, kept_samples=-3)
+
+
 @pytest.mark.parametrize(
     ("device", "message"), [("cuda", "finds no CUDA GPU here"), ("gpu", "cpu or cuda, not 'gpu'")]
 )

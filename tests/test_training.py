@@ -479,7 +479,8 @@ def test_a_damaged_checkpoint_is_named(data: Data, tmp_path: Path, name: str, da
     else:
         file.write_bytes(file.read_bytes()[:40])
 
-    with pytest.raises(CheckpointError, match=name):
+    why = "No such file" if damage == "missing" else "damaged|not a training state"
+    with pytest.raises(CheckpointError, match=rf"^[^:]*/{name}: ({why})"):
         train(network(), data, tmp_path)
 
 

@@ -46,6 +46,11 @@ class Recipe:
             raise ValueError(f"recipe '{self.name}': a name is {NAME}, as artifacts have it")
         if bool(self.labels) == bool(self.folders):
             raise ValueError(f"recipe '{self.name}': give labels, or folders that name them")
+        for label in self.labels:
+            if not isinstance(label, str):
+                raise ValueError(f"recipe '{self.name}': a label is a string, not {label!r}")
+        if self.kept_samples < 0:
+            raise ValueError(f"recipe '{self.name}': kept_samples is {self.kept_samples}, under 0")
 
     def identity(self, data_sha256: str) -> dict[str, Any]:
         """Return, as plain JSON, what a checkpoint must agree on to be resumed.
