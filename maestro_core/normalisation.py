@@ -43,14 +43,12 @@ def evaluating(model: nn.Module, by_batch: bool = False) -> Iterator[None]:
 def recalibrate(model: nn.Module, ranks: Mapping[str, int], pictures: Pictures) -> Statistics:
     """Return the statistics of the model cut to `ranks` over `pictures`; empty without such layers.
 
+    Layers that gathered none, as one that is frozen, are not among them: they keep the model's own.
     They are the means over batches of at most 500, about as large as each other, each weighing the
     same. Pictures are changed as in training, by the same draws every time: of clean ones the
     statistics are not those that the network learned with.
     """
-    statistics = {
-        name: torch.ones_like(buffer) if name.endswith("running_var") else torch.zeros_like(buffer)
-        for name, buffer in _buffers(model)
-    }
+    statistics = {name: _unset(name, buffer) for name, buffer in _buffers(model)}
     if not statistics:
         return {}
     layers = _layers(model).values()
@@ -71,7 +69,21 @@ def recalibrate(model: nn.Module, ranks: Mapping[str, int], pictures: Pictures) 
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
-    return {name: buffer.clone() for name, buffer in statistics.items()}
+    gathered = {
+        name.rpartition(".")[0]
+        for name, buffer in statistics.items()
+        if not torch.equal(buffer, _unset(name, buffer))
+    }
+    return {
+        name: buffer.clone()
+        for name, buffer in statistics.items()
+        if name.rpartition(".")[0] in gathered
+    }
+
+
+def _unset(name: str, buffer: Tensor) -> Tensor:
+    """Return what a layer that has seen nothing holds in the place of `buffer`."""
+    return torch.ones_like(buffer) if name.endswith("running_var") else torch.zeros_like(buffer)
 
 
 def _layers(model: nn.Module) -> dict[str, _BatchNorm]:

@@ -163,3 +163,27 @@ def test_consolidation_leaves_the_statistics_to_the_whole_network(
 
     for name, value in scratch(model).items():
         assert torch.equal(value, together[name]), name
+
+
+class Frozen(nn.BatchNorm2d):
+    """Normalises by the statistics that it was given, in training too."""
+
+    def train(self, mode: bool = True) -> "Frozen":  # noqa: ARG002
+        return super().train(False)
+
+
+def test_a_layer_that_is_frozen_keeps_the_statistics_it_has(
+    model: nn.Sequential, pictures: Pictures
+) -> None:
+    model[1] = Frozen(4).train(False)
+    model[1].get_buffer("running_mean").fill_(3.0)
+
+    statistics = recalibrate(model, CUT, pictures)
+
+    assert {name.partition(".")[0] for name in statistics} == {"5"}
+    x, _ = pictures.batch(slice(8))
+    seen: dict[str, Tensor] = {}
+    model[1].register_forward_hook(lambda _m, inputs, y: seen.update(x=inputs[0], y=y))
+    with evaluating(model), torch.no_grad():
+        forward_at(model, CUT, x, buffers=statistics)
+    torch.testing.assert_close(seen["y"], (seen["x"] - 3) / (1 + 1e-5) ** 0.5)
