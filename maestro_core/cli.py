@@ -4,6 +4,7 @@ import importlib
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -221,6 +222,8 @@ def serve(
     ] = None,
 ) -> None:
     """Start the server."""
+    # Until the server takes it: else a container's first process ignores it, and serves on.
+    signal.signal(signal.SIGTERM, _end)
     from server import logs
     from server.errors import ServiceError
     from server.settings import read_settings
@@ -244,6 +247,10 @@ def serve(
     except (CommandError, ServiceError, ValueError, OSError) as error:
         log.error(error)
         raise typer.Exit(1) from error
+
+
+def _end(_number: int, _frame: object) -> None:
+    sys.exit(0)
 
 
 def _serve_alone(settings: "Settings", tell: Callable[[str], None]) -> None:

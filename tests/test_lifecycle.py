@@ -106,6 +106,21 @@ def test_a_second_sigterm_does_not_wait_for_the_drain(
         assert process.wait(30) == 0
 
 
+def test_sigterm_while_it_loads_ends_it_at_once(tmp_path: Path) -> None:
+    artifact = tmp_path / "slow.maestro"
+    artifact.mkdir()
+    os.mkfifo(artifact / "manifest.json")
+    with (
+        starting_server(tmp_path, artifact) as (_, process),
+        (artifact / "manifest.json").open("wb"),  # opens once the server reads it
+    ):
+        process.send_signal(signal.SIGTERM)
+        log = process.communicate(timeout=30)[1]
+
+    assert process.returncode == 0, log
+    assert "Traceback" not in log
+
+
 def test_a_connection_that_waits_when_a_server_closes_is_answered() -> None:
     async def app(_scope: Any, _receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 204, "headers": []})
