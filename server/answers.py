@@ -38,7 +38,7 @@ def infer_answer(
         raise InvalidError("the output is not finite: the input is too large for this network")
     manifest = artifact.manifest
     point = artifact.points[inference.point]
-    total_ms = 1e3 * total_s
+    total_ms = round(1e3 * total_s, 3)
     target_ms = parameters.max_latency_ms
     labels, output = manifest.labels, inference.output
     top = (
@@ -56,7 +56,7 @@ def infer_answer(
         "predicted_ms": round(inference.predicted_ms, 3),
         "queue_ms": round(inference.queue_ms, 3),
         "compute_ms": round(inference.compute_ms, 3),
-        "total_ms": round(total_ms, 3),
+        "total_ms": total_ms,
         "max_latency_ms": target_ms,
         "target_met": None if target_ms is None else total_ms <= target_ms,
         "batch_size": inference.batch_size,

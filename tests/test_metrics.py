@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from server.answers import Inference
+from maestro_core.artifact import Artifact
+from server.answers import Inference, infer_answer
 from server.metrics import Cause, Metrics, missed_by
+from server.schemas import InferParameters
 
 
 def inference(predicted_ms: float, queue_ms: float, compute_ms: float) -> Inference:
@@ -36,6 +38,21 @@ def test_only_late_answers_are_counted_as_missed() -> None:
     metrics.answered(ran, total_ms=24.5, target_ms=10.0)
 
     assert metrics.registry.get_sample_value("maestro_missed_total", {"cause": "queue"}) == 1
+
+
+def test_an_answer_is_counted_as_it_says_that_it_was(tiny_artifact: Artifact) -> None:
+    metrics, target_ms = Metrics(), 5.0
+    ran = inference(predicted_ms=4.0, queue_ms=0.0, compute_ms=4.0)
+
+    answer = infer_answer(
+        tiny_artifact, InferParameters(max_latency_ms=target_ms), ran, total_s=0.0050004
+    )
+    metrics.answered(ran, answer["total_ms"], target_ms)
+
+    was_on_time = metrics.registry.get_sample_value(
+        "maestro_requests_total", {"outcome": "ok", "point": "0"}
+    )
+    assert answer["target_met"] == (was_on_time == 1) == (answer["total_ms"] <= target_ms)
 
 
 def test_a_target_of_nothing_leaves_sums_finite() -> None:
