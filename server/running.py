@@ -18,6 +18,7 @@ from server.processes.accepting import Acceptor, opened
 from server.processes.counters import ACCEPTS_NONE
 from server.promptness import forget_the_start
 from server.service import Service
+from server.signals import REPEAT_S
 from server.statistics import Row
 
 # Between the end of accepting and the end of idle connections: a request that is on its way on a
@@ -27,9 +28,7 @@ LINGER_S = 0.2
 # Then what was taken has so long to be answered: a body that trickles in must not hold the end up.
 GRACE_S = 10
 
-# A signal that comes so soon after another is that one again.
-REPEAT_S = 0.2
-# After a second one, what was taken has so long to be answered.
+# After a second signal, what was taken has so long to be answered.
 STOP_S = 1.0
 
 # Connections that may wait to be accepted. One that finds no room tries again a second later, so

@@ -20,7 +20,8 @@ import uvloop
 
 from maestro_core.artifact import Artifact
 from server.listening import listen
-from server.running import REPEAT_S, _Server
+from server.running import _Server
+from server.signals import REPEAT_S
 from tests.server_process import server_process, starting_server
 
 BODY = {"inputs": np.zeros((1, 8, 8)).tolist()}

@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from maestro_core import artifact, held_out
 from maestro_core.artifact import Artifact
 from maestro_core.host import usable_cores
+from server.signals import REPEAT_S
 from tests.conftest import tiny_contents, tiny_manifest
 from tests.server_process import server_process, starting_server
 from tests.test_search_serving import TABLES, X
@@ -332,6 +333,22 @@ def test_sigterm_under_load_ends_all_and_loses_no_answer(
         assert not any(map(exists, pids))
     assert callers.lost == []
     assert set(callers.statuses) == {200}
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(
+    server: Server, tiny: Artifact, state: Path
+) -> None:
+    del server
+    drain = {"MAESTRO_DRAIN_S": "2"}
+    with server_process(state, tiny.path, **TWO, **drain) as (address, process):
+        until(lambda: serving(process, 2))
+        process.send_signal(signal.SIGTERM)
+        time.sleep(REPEAT_S / 20)
+        process.send_signal(signal.SIGTERM)
+        until(lambda: httpx_get(f"{address}/readyz").get("ready") is not True)
+
+        assert httpx.post(f"{address}/infer", json=BODY).status_code == 200
+        assert process.wait(WAIT_S) == 0
 
 
 def test_no_worker_outlives_its_supervisor(server: Server, tiny: Artifact, state: Path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ from server.processes.channel import Channel, open_channel
 from server.processes.hub import Hub
 from server.processes.member import Place
 from server.settings import Settings
+from server.signals import REPEAT_S
 
 log = logging.getLogger("maestro")
 
@@ -50,6 +52,7 @@ def supervise(
     """Keep a worker on each group of cores until SIGTERM or SIGINT, then let all end.
 
     The signal goes to the workers, which drain as a server alone does; a second one kills them.
+    One that follows at once is the first again.
 
     Raises:
         WorkersError: a worker ended again and again before it served, and no other serves.
@@ -80,6 +83,7 @@ class _Supervisor:
         self._hub, self._listeners, self._environment = hub, listeners, environment
         self._workers: dict[int, _Worker] = {}
         self._ending: signal.Signals | None = None
+        self._ending_since_s = math.inf
         self._told_to_end = asyncio.Event()
 
     async def run(self, places: Sequence[Place]) -> None:
@@ -99,7 +103,11 @@ class _Supervisor:
 
     def _end(self, number: signal.Signals) -> None:
         """Have all workers end, and none started."""
-        again, self._ending = self._ending is not None, number
+        now = asyncio.get_running_loop().time()
+        again = self._ending is not None
+        if again and now - self._ending_since_s < REPEAT_S:
+            return
+        self._ending, self._ending_since_s = number, now
         self._told_to_end.set()
         for listener in self._listeners:  # else connections would wait for nobody
             listener.close()
