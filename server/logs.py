@@ -26,7 +26,7 @@ class JsonFormatter(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": _unicode(record.getMessage()),
             **self._worker,
             **getattr(record, "facts", {}),
         }
@@ -34,7 +34,7 @@ class JsonFormatter(logging.Formatter):
         if trace is not None:
             entry |= {"request_id": trace.request_id, "trace_id": trace.trace_id}
         if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
+            entry["exception"] = _unicode(self.formatException(record.exc_info))
         return orjson.dumps(entry, default=str).decode()
 
 
@@ -51,6 +51,11 @@ class TextFormatter(logging.Formatter):
         trace = CURRENT.get()
         about = f" request_id={trace.request_id}" if trace is not None else ""
         return super().format(record) + facts + about + self._worker
+
+
+def _unicode(text: str) -> str:
+    """Return a text as JSON takes it: a path's bytes that are no UTF-8 escaped."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def set_up(log_format: LogFormat, worker: int | None = None) -> None:

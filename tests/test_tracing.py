@@ -146,6 +146,13 @@ def test_an_exception_is_in_the_object() -> None:
     assert "KeyError: 'lost'" in json.loads(JsonFormatter().format(made))["exception"]
 
 
+def test_a_path_that_is_no_unicode_is_in_the_object() -> None:
+    made = record(os.fsdecode(b"/models/caf\xe9") + ": no such directory")
+
+    message = json.loads(JsonFormatter().format(made))["message"]
+    assert message == r"/models/caf\udce9: no such directory"
+
+
 def test_all_logs_of_the_process_take_one_form(capsys: pytest.CaptureFixture[str]) -> None:
     before = logging.getLogger().handlers[:], logging.getLogger().level
     try:
