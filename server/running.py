@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import math
 import resource
 import signal
@@ -20,6 +21,8 @@ from server.promptness import forget_the_start
 from server.service import Service
 from server.signals import REPEAT_S
 from server.statistics import Row
+
+log = logging.getLogger("maestro")
 
 # Between the end of accepting and the end of idle connections: a request that is on its way on a
 # connection just accepted still arrives.
@@ -106,7 +109,8 @@ def run(service: Service, listeners: list[socket.socket], shared: Shared | None 
     """
     settings = service.settings
     app = create_app(settings, service)
-    limits = Limits(settings.max_connections, settings.receive_timeout_s)
+    max_connections, backlog = _places(settings.max_connections)
+    limits = Limits(max_connections, settings.receive_timeout_s)
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -119,7 +123,7 @@ def run(service: Service, listeners: list[socket.socket], shared: Shared | None 
             shared.count if shared else lambda _: None,
             lambda: service.is_leaving,
         ),
-        backlog=_backlog(settings.max_connections),
+        backlog=backlog,
     )
     server = _Sharing(config, shared) if shared else _Server(config)
     forget_the_start()
@@ -138,15 +142,24 @@ def _waiting(listener: socket.socket) -> Iterator[socket.socket]:
             yield listener.accept()[0]
 
 
-def _backlog(max_connections: int) -> int:
-    """Return how many connections may wait, after asking for as many files as that takes."""
+def _places(wanted: int) -> tuple[int, int]:
+    """Return how many connections may be open, and how many may wait; asks for the files they take.
+
+    Where the process gets too few, fewer may be open than wanted: with no file left none could be
+    accepted, and none would be closed for it.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = max_connections + BACKLOG + OWN_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    files = wanted + BACKLOG + OWN_FILES
+    if soft != resource.RLIM_INFINITY and soft < files:
+        soft = files if hard == resource.RLIM_INFINITY else min(files, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    room = BACKLOG if soft == resource.RLIM_INFINITY else soft - max_connections - OWN_FILES
-    return max(LEAST_BACKLOG, min(BACKLOG, room))
+    if soft == resource.RLIM_INFINITY:
+        return wanted, BACKLOG
+    most = max(soft // 2, soft - LEAST_BACKLOG - OWN_FILES)
+    if most < wanted:
+        log.warning("%d connections at most, not %d: %d files may be open", most, wanted, soft)
+    open_most = min(most, wanted)
+    return open_most, max(LEAST_BACKLOG, min(BACKLOG, soft - open_most - OWN_FILES))
 
 
 async def _serve(server: _Server, service: Service, listeners: list[socket.socket]) -> None:

@@ -116,6 +116,18 @@ def test_idle_connections_give_up_their_places(server: tuple[str, int]) -> None:
     assert resident_bytes(pid) - before < 16 * 2**20
 
 
+def test_where_few_files_may_be_open_idle_connections_give_up_their_places(tmp_path: Path) -> None:
+    max_files = 128
+    with (
+        server_process(tmp_path, None, max_files, MAESTRO_CALIBRATION_BUDGET_S="1") as (address, _),
+        ExitStack() as stack,
+    ):
+        for _ in range(max_files):
+            stack.enter_context(connect(address))
+
+        assert_served(address)
+
+
 def test_a_body_over_the_limit_is_refused_before_it_is_sent(server: tuple[str, int]) -> None:
     address, _ = server
     with connect(address) as large:
