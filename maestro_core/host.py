@@ -90,16 +90,25 @@ def affinity() -> list[int]:
         return list(range(os.cpu_count() or 1))
 
 
-def usable_cores(workers: int = 1) -> int:
+def usable_cores(workers: int = 1, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Return how many cores this process may use.
 
     They are those of its affinity, and no more than a container's quota, shared by the workers.
     """
     cores = len(affinity())
-    quota, _, period = _text("/sys/fs/cgroup/cpu.max").partition(" ")
-    if quota.isdigit() and period.strip().isdigit():
+    quota, _, period = _quota(cgroup).partition(" ")
+    if quota.isdigit() and period.isdigit():
         cores = min(cores, max(1, int(quota) // int(period) // workers))
     return cores
+
+
+def _quota(cgroup: Path) -> str:
+    """Return the microseconds of computing in each period, and the period; "max" or -1: no limit.
+
+    Version 2 of control groups has both in one file, version 1 in two.
+    """
+    each = (cgroup / "cpu" / f"cpu.cfs_{name}_us" for name in ("quota", "period"))
+    return (_text(cgroup / "cpu.max") or " ".join(_text(path).strip() for path in each)).strip()
 
 
 def _cpuinfo() -> dict[str, str]:
