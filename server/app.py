@@ -101,9 +101,13 @@ def _problem(error: ServiceError) -> Response:
 
 def _refused(service: Service, path: str, error: ServiceError) -> Response:
     """Return what an error is answered with, counted where an inference was asked for."""
-    if path.endswith("/infer"):
-        service.counting.refused(error.code, error.members.get("reason"))
+    _count(service, path, error.code, error.members.get("reason"))
     return _problem(error)
+
+
+def _count(service: Service, path: str, code: str, reason: str | None = None) -> None:
+    if path.endswith("/infer"):
+        service.counting.refused(code, reason)
 
 
 def _failed(service: Service, path: str) -> Response:
@@ -137,8 +141,8 @@ def _add_errors(app: FastAPI, service: Service, routers: Sequence[APIRouter]) ->
         return Response(orjson.dumps(content), error.status_code, headers, media_type=PROBLEM_TYPE)
 
     @app.exception_handler(ClientDisconnect)
-    async def gone(_request: Request, _error: ClientDisconnect) -> Response:
-        service.counting.refused("client-gone")
+    async def gone(request: Request, _error: ClientDisconnect) -> Response:
+        _count(service, request.scope["path"], "client-gone")
         return Response(status_code=_CLIENT_GONE)
 
 

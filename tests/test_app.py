@@ -579,21 +579,45 @@ def test_a_state_directory_that_cannot_be_written_is_no_obstacle(
         infer(client)
 
 
-def test_metrics_are_readable_and_count(client: Client) -> None:
-    def counted() -> dict[str, float]:
-        families = text_string_to_metric_families(client.get("/metrics").text)
-        return {
-            f"{sample.name}{json.dumps(sample.labels, sort_keys=True)}": sample.value
-            for family in families
-            for sample in family.samples
-        }
+def counted(client: Client) -> dict[str, float]:
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    return {
+        f"{sample.name}{json.dumps(sample.labels, sort_keys=True)}": sample.value
+        for family in families
+        for sample in family.samples
+    }
 
-    before = counted()
+
+@pytest.mark.parametrize(("path", "inferences"), [("/infer", 1), ("/explain", 0)])
+def test_clients_that_hang_up_are_counted_where_they_asked_for_an_inference(
+    path: str, inferences: int, client: Client
+) -> None:
+    key = 'maestro_requests_total{"outcome": "client-gone", "point": ""}'
+    asked = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": []}
+
+    async def hang_up() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def send(_message: Any) -> None:
+        pass
+
+    async def ask() -> None:
+        await client.app(asked, hang_up, send)
+
+    before = counted(client)
+    assert client.portal is not None
+    client.portal.call(ask)
+
+    assert counted(client).get(key, 0) == before.get(key, 0) + inferences
+
+
+def test_metrics_are_readable_and_count(client: Client) -> None:
+    before = counted(client)
     infer(client, "?point=2&max_latency_ms=3000")
     client.post("/infer", content=b"", headers={"content-type": "image/png"})
     infer(client, "?max_latency_ms=0.001")
     client.post("/infer?max_latency_ms=0.001&on_miss=reject", json={"inputs": SAMPLE.tolist()})
-    after = counted()
+    after = counted(client)
 
     for labels in ({"outcome": "ok", "point": "2"}, {"outcome": "bad-request", "point": ""}):
         key = f"maestro_requests_total{json.dumps(labels, sort_keys=True)}"
