@@ -8,6 +8,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, replace
 
 from server.requests import Refusal, Request
+from server.slowdown import Speed
 from server.tables import MS, Tables
 from server.waiting import Entry
 
@@ -26,11 +27,9 @@ class Admission:
     sheds: bool
 
     def entry(
-        self, request: Request, factor: float, number: int, now: float
+        self, request: Request, speed: Speed, number: int, now: float
     ) -> tuple[Entry, Refusal | None]:
         """Return the entry of the `number`th request, and why it can be refused, if it can.
-
-        factor: what profiled tails are multiplied by now.
 
         Raises:
             ValueError: its point doesn't exist, or its rows fill more than a batch.
@@ -52,7 +51,11 @@ class Admission:
         entry = self._between(request, lowest, highest, number)
         if request.deadline_s is None or not self.sheds:
             return entry, None
-        quickest_ms = factor * tables.tail_ms[request.rows - 1][lowest]
+        factor, level = speed
+        column = request.rows - 1
+        quickest_ms = max(
+            factor * tables.tail_ms[column][lowest], level * tables.p50_ms[column][lowest]
+        )
         if MS * (entry.expiry_s - now) >= quickest_ms:
             return entry, None
         if request.on_miss == "reject":

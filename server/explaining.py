@@ -26,8 +26,9 @@ def explained(
     planned: the point of the next batch if it would be in that; None if not, or not known.
     """
     budget_ms = MS * (expiry_s - now)
+    late = entry.late or (refusal is not None and refusal.reason == "infeasible")
     verdicts = tuple(
-        _verdict(entry, point, latencies, wait_ms, slowdown, budget_ms)
+        _verdict(entry, point, latencies, wait_ms, slowdown, -math.inf if late else budget_ms)
         for point in range(len(latencies.accuracy))
     )
     allowed = [v for v in verdicts if v.feasible] if refusal is None else []

@@ -16,12 +16,9 @@ from server.latencies import Latencies
 from server.outlook import Expected, Finished, View, due_by_place, limits_behind_ms
 from server.requests import Admitted, Batch, Explanation, Plan, Refusal, Request
 from server.selector import Choice, Policy, choose, reserve
-from server.slowdown import Slowdown
+from server.slowdown import Slowdown, Speed
 from server.tables import MS, Tables
 from server.waiting import Entry, WaitingList
-
-# What profiled tails and medians are multiplied by now.
-Speed = tuple[float, float]
 
 
 @dataclass(slots=True, eq=False)
@@ -99,7 +96,7 @@ class Scheduler:
 
     def _prepare(self, request: Request, now: float, speed: Speed) -> tuple[Entry, Refusal | None]:
         """Return the entry, and why it can be refused whatever else waits."""
-        entry, refusal = self._admission.entry(request, speed[0], self._arrivals + 1, now)
+        entry, refusal = self._admission.entry(request, speed, self._arrivals + 1, now)
         if self._draining and (refusal is None or refusal.reason != "floor"):
             refusal = Refusal("draining", "the server is shutting down", retry_after_s=1.0)
         return entry, refusal

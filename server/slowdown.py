@@ -17,6 +17,9 @@ UNCOVERED = 1.5
 # every request, and so runs none, would never be measured again.
 FORGET_S = 10.0
 
+# What profiled tails and medians are multiplied by now.
+Speed = tuple[float, float]
+
 
 @dataclass(slots=True)
 class Slowdown:
@@ -54,7 +57,7 @@ class Slowdown:
         self.variance = (1 - gain) * (self.variance + gain * error * error)
         self.updated_s = max(self.updated_s, now)
 
-    def both(self, now: float) -> tuple[float, float]:
+    def both(self, now: float) -> Speed:
         """Return what to multiply profiled tails by, and what to multiply profiled medians by.
 
         Both 1 when calm, less on a faster host.

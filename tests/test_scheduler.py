@@ -146,6 +146,30 @@ def test_what_is_feasible_counts_the_time_that_is_gone() -> None:
     assert isinstance(in_time, Admitted)
 
 
+def test_what_is_feasible_counts_how_long_a_batch_usually_keeps_its_slot() -> None:
+    scheduler, now = Scheduler(make_latencies()), 0.0
+    for i in range(60):  # the engine takes what was profiled, and is waited for as long again
+        scheduler.submit(make_request(f"w{i}", target_ms=None, at=now), now)
+        batch = run_now(scheduler, now)
+        now += 0.016
+        scheduler.done(batch.id, 8.0, now)
+
+    refused = scheduler.submit(make_request("a", 1.5, now, on_miss="reject"), now)
+    assert isinstance(refused, Refusal)
+    assert refused.reason == "infeasible"
+    assert refused.min_feasible_ms is not None
+    assert refused.min_feasible_ms == pytest.approx(2.0, abs=0.01)
+    explanation = scheduler.explain(make_request("b", 1.5, now), now)
+    taken = scheduler.submit(make_request("b", 1.5, now), now)
+
+    assert isinstance(taken, Admitted)
+    assert not any(verdict.feasible for verdict in explanation.points)
+    assert explanation.point == run_now(scheduler, now).point == 0
+    scheduler.done(61, 1.0, now)
+    in_time = make_request("c", refused.min_feasible_ms + 0.001, now, on_miss="reject")
+    assert isinstance(scheduler.submit(in_time, now), Admitted)
+
+
 def test_infeasible_and_degrade_runs_at_the_fastest_point() -> None:
     scheduler = Scheduler(make_latencies())
     scheduler.submit(make_request(target_ms=1.0), 0.0)

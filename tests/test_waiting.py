@@ -15,7 +15,7 @@ def test_one_that_came_while_the_host_was_slow_hides_nobody_who_is_too_late() ->
     waiting = WaitingList()
     for number, (at_s, slowdown) in enumerate([(0.0, 10.0), (0.012, 1.0)]):
         request = Request(str(number), at_s, at_s + 1e-6)  # no point makes that: as soon as may be
-        waiting.add(admission.entry(request, slowdown, number, at_s)[0])
+        waiting.add(admission.entry(request, (slowdown, slowdown), number, at_s)[0])
 
     assert [entry.request.id for entry in waiting] == ["0", "1"]
     assert waiting.next_doom_s(1.0) == pytest.approx(0.113)
