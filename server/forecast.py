@@ -1,6 +1,7 @@
 """What to expect of requests that haven't come yet, learnt from those that have."""
 
 import math
+from copy import copy
 from dataclasses import dataclass, field
 
 # An observed burst is expected again until about so many requests have come without one like it;
@@ -35,6 +36,19 @@ class Envelope:
     _times_s: list[float] = field(default_factory=list)
     _before: list[int] = field(default_factory=list)  # rows that came before each of them
     _firsts: list[int] = field(default_factory=lambda: [0] * WINDOWS)  # of each window
+
+    def twin(self) -> "Envelope":
+        """Return one that knows the same, and learns apart from this."""
+        return Envelope(
+            self.target_ms,
+            self.bursts[:],
+            self._peaks[:],
+            self._peaked_s[:],
+            self._total,
+            self._times_s[:],
+            self._before[:],
+            self._firsts[:],
+        )
 
     def observe(self, now: float, rows: int, windows_s: list[float]) -> None:
         """Take in one arrival."""
@@ -97,6 +111,12 @@ class Forecast:
         self._rate = 0.0
         self._newest = 0
         self._at = -math.inf
+
+    def twin(self) -> "Forecast":
+        """Return one that knows the same, and learns apart from this."""
+        twin = copy(self)
+        twin.envelopes = [envelope.twin() for envelope in self.envelopes]
+        return twin
 
     def observe(self, now: float, rows: int, target_ms: float) -> None:
         """Take in one arrival; target_ms is inf without a target.

@@ -80,8 +80,7 @@ class Scheduler:
         entry, refusal = self._prepare(request, now, speed)
         self._arrivals += 1
         if refusal is None:
-            target_s = (request.deadline_s or math.inf) - request.arrival_s
-            self._forecast.observe(now, request.rows, MS * target_s)
+            _observe(self._forecast, request, now)
         victim = None
         if refusal is None:
             refusal, victim = self._room(entry, now, speed)
@@ -300,10 +299,12 @@ class Scheduler:
             return None
         then = now + self._residual_ms(now) / MS
         gone = self._waiting.doomed(then, speed[1]) if self._sheds else []
+        forecast = self._forecast.twin()  # which it would be part of, if it came
+        _observe(forecast, entry.request, now)
         with self._without(gone):
             self._waiting.add(entry)
             try:
-                view = self._view(then, speed)
+                view = self._view(then, speed, forecast)
                 view.running = min(view.running, self._slots - 1)
                 choice = self._policy(view)
                 place = self._waiting.place(entry.order) - choice.drop - choice.start
@@ -331,8 +332,8 @@ class Scheduler:
         factor, level = self._slowdown.both(now)
         return factor if self._sheds else 1.0, level
 
-    def _view(self, now: float, speed: Speed) -> View:
-        forecast = self._forecast
+    def _view(self, now: float, speed: Speed, forecast: Forecast | None = None) -> View:
+        forecast = forecast or self._forecast
         return View(
             now,
             self._waiting,
@@ -416,3 +417,9 @@ class Scheduler:
 
     def _drain_s(self, now: float, speed: Speed) -> float:
         return self._view(now, speed).drain_ms(self._waiting.rows) / MS
+
+
+def _observe(forecast: Forecast, request: Request, now: float) -> None:
+    """Have a forecast take in a request that came."""
+    target_s = (request.deadline_s or math.inf) - request.arrival_s
+    forecast.observe(now, request.rows, MS * target_s)

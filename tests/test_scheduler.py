@@ -474,6 +474,21 @@ def test_explain_names_the_point_that_runs_for_the_sake_of_others() -> None:
     assert scheduler.waiting == 4 - batch.rows
 
 
+def test_explain_expects_what_the_request_would_be_the_first_of() -> None:
+    scheduler = Scheduler(make_latencies(max_batch=16), policy=reserve)
+    for second in (0.0, 1.0):  # twelve at once, twice; then nothing for long
+        for i in range(12):
+            scheduler.submit(make_request(f"{second}.{i}", 14.0, second), second)
+            scheduler.cancel(f"{second}.{i}", second)
+    request = make_request("first", 14.0, 60.0)
+
+    explanation = scheduler.explain(request, 60.0)
+    scheduler.submit(request, 60.0)
+
+    assert explanation.point == run_now(scheduler, 60.0).point == 2
+    assert "others" in explanation.why
+
+
 def test_explain_takes_its_place_behind_those_of_the_same_deadline() -> None:
     scheduler = Scheduler(make_latencies())
     scheduler.submit(make_request("runs", None), 0.0)
