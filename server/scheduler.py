@@ -143,15 +143,12 @@ class Scheduler:
             return None
         view = self._view(now, speed) if self._waiting.entries else None
         wait_ms = self._wait_ms(entry, now, view)
-        alone_ms = speed[1] * entry.alone_ms
-        in_time = now + (wait_ms + alone_ms) / MS <= entry.expiry_s
+        in_time = now + (wait_ms + speed[1] * entry.alone_ms) / MS <= entry.expiry_s
         if in_time and (view is None or not self._delays(entry, view)):
             return None
-        spent_ms = MS * max(0.0, now - entry.request.arrival_s)
         return Refusal(
             "overloaded",
             f"{len(self._waiting)} requests wait; with this one, one would be late",
-            min_feasible_ms=spent_ms + wait_ms + alone_ms + self._tables.overhead_ms,
             retry_after_s=self._drain_s(now, speed),
         )
 
@@ -416,7 +413,9 @@ class Scheduler:
         return residual_ms + view.drain_ms(share * waiting.rows)
 
     def _drain_s(self, now: float, speed: Speed) -> float:
-        return self._view(now, speed).drain_ms(self._waiting.rows) / MS
+        """Return how long it usually takes until nothing waits, and a slot is free."""
+        queued_ms = self._view(now, speed).drain_ms(self._waiting.rows)
+        return (self._residual_ms(now) + queued_ms) / MS
 
 
 def _observe(forecast: Forecast, request: Request, now: float) -> None:

@@ -293,6 +293,18 @@ def test_what_would_be_late_is_refused_at_once() -> None:
     assert 20 <= scheduler.waiting <= 32  # four rows take 2.5 ms at the cheapest point
 
 
+def test_who_is_refused_for_what_runs_is_told_to_come_back_when_that_ends() -> None:
+    scheduler = Scheduler(make_latencies())
+    scheduler.submit(make_request("runs", None), 0.0)
+    run_now(scheduler)
+
+    answer = scheduler.submit(make_request("late", 4.0, 0.001), 0.001)
+
+    assert isinstance(answer, Refusal)
+    assert answer.retry_after_s == pytest.approx(0.007)
+    assert answer.min_feasible_ms is None  # that hangs on who waits by then
+
+
 def test_draining_serves_what_waits_and_refuses_the_rest() -> None:
     scheduler = Scheduler(make_latencies())
     scheduler.submit(make_request("a"), 0.0)
