@@ -20,6 +20,9 @@ from server.slowdown import Slowdown, Speed
 from server.tables import MS, Tables
 from server.waiting import Entry, WaitingList
 
+# So many requests of lower priority give way to one, at most.
+MOST_GIVE_WAY = 8
+
 
 @dataclass(slots=True, eq=False)
 class _Running:
@@ -81,17 +84,16 @@ class Scheduler:
         self._arrivals += 1
         if refusal is None:
             _observe(self._forecast, request, now)
-        victim = None
+        victims: list[Entry] = []
         if refusal is None:
-            refusal, victim = self._room(entry, now, speed)
+            refusal, victims = self._room(entry, now, speed)
         if refusal is not None:
             return refusal
-        if victim is not None:
+        for victim in victims:
             self._waiting.remove(victim)
-            del self._entries[victim.request.id]
         self._waiting.add(entry)
         self._entries[request.id] = entry
-        return Admitted(() if victim is None else (victim.request,))
+        return Admitted(self._forget(victims))
 
     def _prepare(self, request: Request, now: float, speed: Speed) -> tuple[Entry, Refusal | None]:
         """Return the entry, and why it can be refused whatever else waits."""
@@ -100,36 +102,51 @@ class Scheduler:
             refusal = Refusal("draining", "the server is shutting down", retry_after_s=1.0)
         return entry, refusal
 
-    def _room(self, entry: Entry, now: float, speed: Speed) -> tuple[Refusal | None, Entry | None]:
-        """Return why the queue can't take the entry, or which other must leave if it does."""
+    def _room(self, entry: Entry, now: float, speed: Speed) -> tuple[Refusal | None, list[Entry]]:
+        """Return why the queue can't take the entry, or which others must leave if it does."""
         refusal = self._no_room(entry, now, speed)
         if refusal is None:
-            return None, None
-        victim = self._victim_of(entry)
-        if victim is None:
-            return refusal, None
-        self._waiting.remove(victim)
+            return None, []
+        leaving = self._giving_way(entry)
+        if not leaving:
+            return refusal, []
+        for other in leaving:
+            self._waiting.remove(other)
         fits = self._no_room(entry, now, speed) is None
-        self._waiting.add(victim)
-        return (None, victim) if fits else (refusal, None)
+        victims = []
+        for other in reversed(leaving):
+            self._waiting.add(other)
+            if fits and self._no_room(entry, now, speed) is not None:
+                self._waiting.remove(other)
+                victims.append(other)
+        for other in victims:
+            self._waiting.add(other)
+        return (None, victims) if fits else (refusal, [])
 
-    def _victim_of(self, entry: Entry) -> Entry | None:
-        """Return who gives up its place if the entry needs one: the last of the lowest priority.
+    def _giving_way(self, entry: Entry) -> list[Entry]:
+        """Return who may give up their places for the entry, those that go first first.
 
-        It is of lower priority than the entry; or of the same, without a target where the entry has
-        one.
+        They are of lower priority than the entry; or of the same, without a target where the entry
+        has one. The last of the lowest is the first, and enough in a full queue. Where somebody
+        would be late, those right before the entry help it and all behind it, and those right
+        behind it the others there.
         """
         level, timed = entry.request.level, entry.expiry_s < math.inf
-        return max(
-            (
-                other
-                for other in self._waiting
-                if other.request.level > level
-                or (timed and other.request.level == level and other.expiry_s == math.inf)
-            ),
-            key=lambda other: (other.request.level, other.expiry_s == math.inf, other.order),
-            default=None,
-        )
+        lower = [
+            other
+            for other in self._waiting
+            if other.request.level > level
+            or (timed and other.request.level == level and other.expiry_s == math.inf)
+        ]
+        if not lower:
+            return []
+        last = max(lower, key=lambda e: (e.request.level, e.expiry_s == math.inf, e.order))
+        before = [other for other in reversed(lower) if other.order < entry.order]
+        behind = [
+            other for other in lower if entry.order < other.order and other.expiry_s < math.inf
+        ]
+        near = sorted(before + behind, key=lambda e: -e.request.level)
+        return [last, *(other for other in near if other is not last)][:MOST_GIVE_WAY]
 
     def _no_room(self, entry: Entry, now: float, speed: Speed) -> Refusal | None:
         """Return why the queue can't take the entry, if it can't."""
@@ -269,10 +286,10 @@ class Scheduler:
         speed = self._speed(now)
         waiting = len(self._waiting)
         entry, refusal = self._prepare(request, now, speed)
-        victim = None
+        victims: list[Entry] = []
         if refusal is None:
-            refusal, victim = self._room(entry, now, speed)
-        with self._without([] if victim is None else [victim]):
+            refusal, victims = self._room(entry, now, speed)
+        with self._without(victims):
             return explained(
                 entry,
                 refusal,

@@ -224,6 +224,21 @@ def test_a_higher_priority_takes_the_place_of_a_lower_one() -> None:
     assert scheduler.waiting == 2
 
 
+def test_those_of_lower_priority_give_way_where_one_would_be_late() -> None:
+    scheduler = Scheduler(make_latencies())
+    for i in range(100):
+        scheduler.submit(make_request(str(i), 20.0, priority=3), 0.0)
+    taken = scheduler.waiting
+
+    equal = scheduler.submit(make_request("equal", 10.0, priority=3), 0.0)
+    above = scheduler.submit(make_request("above", 10.0, priority=1), 0.0)
+
+    assert isinstance(equal, Refusal)
+    assert isinstance(above, Admitted)
+    assert 1 <= len(above.displaced) <= 4  # a batch
+    assert scheduler.waiting == taken + 1 - len(above.displaced)
+
+
 def test_an_equal_priority_displaces_nobody() -> None:
     scheduler = Scheduler(make_latencies(), max_queue=1)
     scheduler.submit(make_request("a", target_ms=None), 0.0)
