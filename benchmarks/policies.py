@@ -5,6 +5,8 @@ Latencies are drawn from a real profile with its spread: of ARTIFACT on this hos
 
 import argparse
 import math
+import multiprocessing
+import signal
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -193,12 +195,22 @@ def _one_seed(
 
 
 def _in_parallel(work: Callable[[Any], Any], cases: Sequence[Any], what: str) -> dict[Any, Any]:
-    """Return what the work gives for each case, done in as many processes as there are cores."""
-    with ProcessPoolExecutor(usable_cores()) as pool:
+    """Return what the work gives for each case, done in as many processes as there are cores.
+
+    They are spawned: a forked one has the sessions of an engine that measured a profile but not
+    their threads, and waits for these for ever when it frees one. An interrupt is this process's,
+    which then begins no more cases.
+    """
+    spawned = multiprocessing.get_context("spawn")
+    ignored = (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(usable_cores(), spawned, signal.signal, ignored) as pool:
         futures = {pool.submit(work, case): case for case in cases}
         done: Iterable[Any] = as_completed(futures)
         bar = track(done, what, len(futures), console=Console(stderr=True), transient=True)
-        return {futures[future]: future.result() for future in bar}
+        try:
+            return {futures[future]: future.result() for future in bar}
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def special_runs(

@@ -1,6 +1,7 @@
 """`maestro bench policies`: from an artifact and a profile to a verdict and a picture."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,35 @@ def test_the_program_writes_its_result_and_its_picture(
     assert {"ours", "slackfit", "bentoml"} < {row["policy"] for row in result["rows"]}
     assert result["reached"]["steady"]["met"] > 0.9
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+LEFT_HERE: list[object] = []  # as sessions of an engine are, whose threads a fork lacks
+
+
+def left_of_the_parent(_: int) -> int:
+    return len(LEFT_HERE)
+
+
+def test_processes_that_simulate_have_nothing_of_the_one_that_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tests.test_policies.LEFT_HERE", [object()])
+
+    assert policies._in_parallel(left_of_the_parent, [0, 1], "nothing") == {0: 0, 1: 0}
+
+
+def first_fails(mark: Path) -> None:
+    if mark.name == "0":
+        raise ValueError("the first")
+    mark.touch()
+    time.sleep(0.1)
+
+
+def test_where_one_case_fails_no_more_are_begun(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the first"):
+        policies._in_parallel(first_fails, [tmp_path / str(i) for i in range(100)], "nothing")
+
+    assert len(list(tmp_path.iterdir())) < 99
 
 
 def test_made_up_accuracies_rise_between_their_ends() -> None:
