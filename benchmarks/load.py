@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="300 requests, one round, a quick profile"
     )
-    parser.add_argument("--out", type=Path, default=report.RESULTS / "load.json")
+    parser.add_argument("--out", type=Path, help="else results/load.json, but for --quick")
     chosen = parser.parse_args(argv)
     if chosen.quick:
         chosen.requests, chosen.rounds = 300, 1
@@ -118,8 +118,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "rows": rows,
         "quantiles": asdict(quantiles),
     }
-    report.write(result, chosen.out)
-    draw(rows, chosen.out.with_suffix(".png"))
+    out = report.place("load.json", chosen.out, quick=chosen.quick)
+    report.write(result, out)
+    if out:
+        draw(rows, out.with_suffix(".png"))
 
 
 class Bench:

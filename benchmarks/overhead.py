@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--share", type=float, default=0.6, help="of the floor's throughput")
     parser.add_argument("--quick", action="store_true", help="one round of half a second each")
-    parser.add_argument("--out", type=Path, default=report.RESULTS / "overhead.json")
+    parser.add_argument("--out", type=Path, help="else results/overhead.json, but for --quick")
     chosen = parser.parse_args(argv)
     if chosen.quick:
         chosen.seconds, chosen.rounds = 0.5, 1
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "missing": missing,
         "rows": rows,
     }
-    report.write(result, chosen.out)
+    report.write(result, report.place("overhead.json", chosen.out, quick=chosen.quick))
     Console(stderr=True, width=120).print(table(rows))
 
 

@@ -25,6 +25,12 @@ def conditions() -> dict[str, Any]:
     }
 
 
+def place(name: str, out: Path | None, *, quick: bool) -> Path | None:
+    """Return where a result is written: `out`, else its place in `results/`, which a quick one does
+    not take."""
+    return out or (None if quick else RESULTS / name)
+
+
 def write(result: Mapping[str, Any], path: Path | None) -> None:
     """Print a result as one JSON object, and write it where a path is given.
 

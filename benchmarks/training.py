@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=arguments.count, default=20, help="steps of each kind")
     parser.add_argument("--threads", type=arguments.count, default=1)
     parser.add_argument("--quick", action="store_true", help="3 rounds of batch 16")
-    parser.add_argument("--out", type=Path, default=report.RESULTS / "training.json")
+    parser.add_argument("--out", type=Path, help="else results/training.json, but for --quick")
     chosen = parser.parse_args(argv)
     batch, rounds = (16, 3) if chosen.quick else (chosen.batch, chosen.rounds)
     torch.set_num_threads(chosen.threads)
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             elsewhere = Elsewhere()
             row = compared(network, batch, rounds)
             result[network.name] = {**row, "cores_used_by_others": elsewhere.share()}
-    report.write(result, chosen.out)
+    report.write(result, report.place("training.json", chosen.out, quick=chosen.quick))
 
 
 def compared(network: Network, batch: int, rounds: int) -> dict[str, Any]:

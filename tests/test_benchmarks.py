@@ -80,6 +80,21 @@ def test_a_result_is_written_with_its_conditions(
     assert {"date", "host", "versions", "commit", "value"} == set(result)
 
 
+def test_a_quick_run_leaves_the_published_result_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(training, "NETWORKS", ())
+
+    training.main(["--quick"])
+    quick, printed = list(tmp_path.iterdir()), json.loads(capsys.readouterr().out)
+    training.main([])
+
+    assert quick == []
+    assert printed["batch"] == 16
+    assert [path.name for path in tmp_path.iterdir()] == ["training.json"]
+
+
 @pytest.mark.parametrize(
     "given",
     [
