@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=arguments.positive, default=120.0, help="of serving")
     parser.add_argument("--out", type=Path, default=report.RESULTS / "calibration.json")
     chosen = parser.parse_args(argv)
+    if chosen.load >= 1:
+        raise ValueError(f"--load is {chosen.load:g}, not below 1: it would leave no pause")
     with tempfile.TemporaryDirectory() as folder:
         network = networks.resnet18()
         model = network.save(Path(folder) / "resnet18.maestro", network.uniform_chain(8))

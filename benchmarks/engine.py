@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from benchmarks import networks, report
+from benchmarks import arguments, networks, report
 from benchmarks.effort import Precision
 from benchmarks.memory import grown_mib, inline
 from benchmarks.profiler import measure
@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the result, and write it where `--out` says."""
     parser = argparse.ArgumentParser(prog="maestro bench engine", description=__doc__)
     parser.add_argument("artifact", type=Path, nargs="?", default=shipped_artifact())
-    parser.add_argument("--budget-s", type=float, default=60.0, help="for speed, per network")
+    parser.add_argument(
+        "--budget-s", type=arguments.positive, default=60.0, help="for speed, per network"
+    )
     parser.add_argument("--out", type=Path, default=report.RESULTS / "engine.json")
     chosen = parser.parse_args(argv)
     trained = artifact.load(chosen.artifact)

@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks import report
+from benchmarks import arguments, report
 from benchmarks.policies import read_quantiles
 from benchmarks.simulator import workloads
 from benchmarks.simulator.events import Replica, simulate
@@ -39,8 +39,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "artifact", type=Path, nargs="?", help="ResNet-18 of random weights if none"
     )
     parser.add_argument("--profile", type=Path, help="a profile.json, not measured again")
-    parser.add_argument("--rps", type=float, required=True, help="requests a second, of all")
-    parser.add_argument("--target-ms", type=float, required=True)
+    parser.add_argument(
+        "--rps", type=arguments.positive, required=True, help="requests a second, of all"
+    )
+    parser.add_argument("--target-ms", type=arguments.positive, required=True)
     parser.add_argument("--met", type=float, default=0.999, help="share of targets to meet")
     parser.add_argument("--accuracy", type=float, default=0.0, help="mean to reach, 0..1")
     parser.add_argument("--arrivals", choices=ARRIVALS, default="gamma4")
@@ -50,8 +52,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args(argv)
-    if not (chosen.rps > 0 and chosen.target_ms > 0):
-        raise ValueError("--rps and --target-ms must be above 0")
     if chosen.requests < 100 or chosen.seeds < 1 or chosen.replicas < 1:
         raise ValueError("--requests must be at least 100, --seeds and --replicas at least 1")
     quantiles, source = read_quantiles(chosen.artifact, chosen.profile)

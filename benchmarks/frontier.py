@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import report
+from benchmarks import arguments, report
 from benchmarks.effort import Precision
 from benchmarks.methods import ABLATIONS, METHODS, TEXT, Bench, Task
 from benchmarks.profiler import measure
@@ -146,13 +146,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, help="for checkpoints and results; out/frontier-TASK")
     parser.add_argument("--methods", nargs="+", choices=METHODS)
     parser.add_argument("--ablations", action="store_true", help="other ways to sample ranks, too")
-    parser.add_argument("--epochs", type=int, help="of every method")
+    parser.add_argument("--epochs", type=arguments.count, help="of every method")
     parser.add_argument("--samples", type=int, help="to train every method on; 0: all")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--budget-s", type=float, default=60.0, help="of measuring latency")
+    parser.add_argument("--threads", type=arguments.count, default=1)
+    parser.add_argument(
+        "--budget-s", type=arguments.positive, default=60.0, help="of measuring latency"
+    )
     parser.add_argument("--plot", type=Path, help="draw the methods into this PNG")
     parser.add_argument("--out", type=Path, help="else results/frontier-TASK.json")
     chosen = parser.parse_args(argv)
+    if chosen.samples is not None and chosen.samples < 0:
+        raise ValueError(f"--samples is {chosen.samples}, not 0 or more")
     torch.set_num_threads(chosen.threads)
     keep_freed_memory()
     task = TASKS[chosen.task]

@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from benchmarks import networks, report
+from benchmarks import arguments, networks, report
 from benchmarks.effort import Precision
 from benchmarks.profiler import measure
 from maestro_core.artifact import Layer
@@ -33,7 +33,7 @@ SHARES = (0.125, 0.25, 0.5, 0.75, 0.875)  # of the rank at which factors cost wh
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the result, and write it where `--out` says."""
     parser = argparse.ArgumentParser(prog="maestro bench layers", description=__doc__)
-    parser.add_argument("--budget-s", type=float, default=60.0, help="per network")
+    parser.add_argument("--budget-s", type=arguments.positive, default=60.0, help="per network")
     parser.add_argument("--out", type=Path, default=report.RESULTS / "layers.json")
     chosen = parser.parse_args(argv)
     result: dict[str, Any] = {**report.conditions(), "intra_op_threads": 1, "batch": 1}

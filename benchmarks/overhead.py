@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import networks, report
+from benchmarks import arguments, networks, report
 from benchmarks.http_load import Call, Latencies, closed_loop, open_loop
 from benchmarks.own_server import cores_apart, npy_sample, profiled
 from benchmarks.own_server import server as our_server
@@ -72,16 +72,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="NAME=PYTHON",
         help=f"a Python that has a rival, of {', '.join(PROGRAMS)}; else this one is tried",
     )
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each load in each round")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--seconds", type=arguments.positive, default=4.0, help="of each load in each round"
+    )
+    parser.add_argument("--rounds", type=arguments.count, default=5)
     parser.add_argument("--share", type=float, default=0.6, help="of the floor's throughput")
     parser.add_argument("--quick", action="store_true", help="one round of half a second each")
     parser.add_argument("--out", type=Path, help="else results/overhead.json, but for --quick")
     chosen = parser.parse_args(argv)
     if chosen.quick:
         chosen.seconds, chosen.rounds = 0.5, 1
-    if chosen.seconds <= 0 or chosen.rounds < 1 or not 0 < chosen.share < 1:
-        raise ValueError("--seconds must be above 0, --rounds at least 1, --share in (0, 1)")
+    if not 0 < chosen.share < 1:
+        raise ValueError(f"--share is {chosen.share}, not in (0, 1)")
     pythons = {FLOOR: sys.executable, **dict.fromkeys(PROGRAMS, sys.executable)}
     pythons |= _pythons(chosen.rival)
     elsewhere = Elsewhere()

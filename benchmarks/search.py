@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from benchmarks import host_artifact, host_points, report
+from benchmarks import arguments, host_artifact, host_points, report
 from benchmarks.host_points import Candidate, Network, Ranks
 from benchmarks.layer_latencies import Measuring
 from maestro_core import artifact
@@ -29,8 +29,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the result, and write it where `--out` says."""
     parser = argparse.ArgumentParser(prog="maestro bench search", description=__doc__)
     parser.add_argument("artifact", type=Path, help="one with eval.npz and errors.json")
-    parser.add_argument("--budget-s", type=float, default=60.0, help="of measuring, for each half")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--budget-s", type=arguments.positive, default=60.0, help="of measuring, for each half"
+    )
+    parser.add_argument("--threads", type=arguments.count, default=1)
     parser.add_argument("--plot", type=Path, help="draw the ways into this PNG")
     parser.add_argument("--out", type=Path, default=report.RESULTS / "search.json")
     chosen = parser.parse_args(argv)

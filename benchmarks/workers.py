@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import networks, report
+from benchmarks import arguments, networks, report
 from benchmarks.http_load import Call, closed_loop
 from benchmarks.memory import mapped_mib
 from benchmarks.own_server import npy_sample, serving
@@ -39,15 +39,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "artifact", type=Path, nargs="?", help="ResNet-18 of random weights if none"
     )
     parser.add_argument("--workers", type=int, default=len(cores))
-    parser.add_argument("--connections", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of load in each round")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--connections", type=arguments.count, default=8)
+    parser.add_argument(
+        "--seconds", type=arguments.positive, default=5.0, help="of load in each round"
+    )
+    parser.add_argument("--rounds", type=arguments.count, default=5)
     parser.add_argument("--out", type=Path, default=report.RESULTS / "workers.json")
     chosen = parser.parse_args(argv)
     if not 2 <= chosen.workers <= len(cores):
         raise ValueError(f"--workers must be in 2..{len(cores)}, the cores of this host")
-    if chosen.seconds <= 0 or chosen.rounds < 1 or chosen.connections < 1:
-        raise ValueError("--seconds must be above 0, --rounds and --connections at least 1")
     elsewhere = Elsewhere()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         model = artifact.load(chosen.artifact) if chosen.artifact else _resnet(Path(folder))

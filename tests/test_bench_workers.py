@@ -39,9 +39,7 @@ def test_processes_that_load_no_model_share_what_they_import() -> None:
     assert one < three < 3 * one
 
 
-@pytest.mark.parametrize(
-    "wrong", [["--workers", "1"], ["--workers", "999"], ["--seconds", "0"], ["--rounds", "0"]]
-)
+@pytest.mark.parametrize("wrong", [["--workers", "1"], ["--workers", "999"]])
 def test_what_cannot_be_measured_is_refused(tiny_artifact: Artifact, wrong: list[str]) -> None:
     with pytest.raises(ValueError, match=wrong[0]):
         workers.main([str(tiny_artifact.path), *wrong])

@@ -7,7 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import calibration, layers, load, prediction, report, slots, training
+from benchmarks import (
+    calibration,
+    engine,
+    fleet,
+    frontier,
+    layers,
+    load,
+    overhead,
+    prediction,
+    report,
+    search,
+    slots,
+    training,
+    workers,
+)
 from benchmarks.effort import Effort, Precision
 from benchmarks.memory import grown_mib
 from benchmarks.profiler import profile
@@ -103,8 +117,18 @@ def test_a_quick_run_leaves_the_published_result_alone(
         (training.main, "--rounds", "x"),
         (calibration.main, "--load", "nan"),
         (load.main, "--loads", "inf"),
+        (overhead.main, "--seconds", "nan"),
+        (workers.main, "--seconds", "inf"),
+        (workers.main, "--connections", "0"),
+        (fleet.main, "--rps", "inf"),
+        (fleet.main, "--target-ms", "-1"),
+        (engine.main, "--budget-s", "-1"),
+        (layers.main, "--budget-s", "0"),
+        (search.main, "--threads", "0"),
+        (frontier.main, "--threads", "0"),
+        (frontier.main, "--epochs", "-3"),
     ],
-    ids=lambda given: given[0].__module__,
+    ids=lambda given: f"{given[0].__module__} {given[1]}",
 )
 def test_numbers_that_make_no_sense_are_refused_at_once(
     given: tuple[Callable[[Sequence[str]], None], str, str], capsys: pytest.CaptureFixture[str]
@@ -115,6 +139,16 @@ def test_numbers_that_make_no_sense_are_refused_at_once(
         program([option, value])
 
     assert f"argument {option}: {value} is not a " in capsys.readouterr().err
+
+
+def test_a_load_that_leaves_no_pause_is_refused() -> None:
+    with pytest.raises(ValueError, match="--load is 50, not below 1"):
+        calibration.main(["--load", "50"])
+
+
+def test_fewer_samples_than_none_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--samples is -1"):
+        frontier.main(["--data", str(tmp_path), "--samples", "-1"])
 
 
 def test_a_trace_is_read_before_anything_is_measured(tmp_path: Path) -> None:
