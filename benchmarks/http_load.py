@@ -214,8 +214,8 @@ async def closed_loop(call: Call, connections: int, seconds: float) -> tuple[Lat
             one.close()
 
 
-async def open_loop(call: Call, arrivals_s: Sequence[float]) -> Latencies:
-    """Return what came back of requests sent at these times.
+async def open_loop(call: Call, arrivals_s: Sequence[float]) -> tuple[Latencies, float]:
+    """Return what came back of requests sent at these times, and after how many seconds all had.
 
     Raises:
         OSError: nobody listens there.
@@ -223,14 +223,15 @@ async def open_loop(call: Call, arrivals_s: Sequence[float]) -> Latencies:
     found, request = Latencies(), call.to_bytes()
     pool = Pool(call.address)
 
-    async def send(_: int, due_s: float) -> None:
+    async def send(i: int, due_s: float) -> float:
         answer = await pool.send(request)
-        found.add(answer.status, time.perf_counter() - due_s)
+        latency_s = time.perf_counter() - due_s
+        found.add(answer.status, latency_s)
+        return arrivals_s[i] + latency_s
 
     await pool.open()
     try:
-        await at_their_times(arrivals_s, send)
-        return found
+        return found, max(await at_their_times(arrivals_s, send))
     finally:
         pool.close()
 

@@ -180,7 +180,7 @@ class Bench:
         rng = np.random.default_rng(seed)  # the same arrivals for every server
         count = max(1, round(self._rates[form] * self._seconds))
         arrivals_s = rng.exponential(1 / self._rates[form], count).cumsum()
-        return asyncio.run(open_loop(call, arrivals_s.tolist())), float(arrivals_s[-1])
+        return asyncio.run(open_loop(call, arrivals_s.tolist()))
 
 
 def settle(cores: set[int]) -> None:

@@ -64,6 +64,30 @@ def test_each_connection_waits_for_its_answer_before_it_sends_again() -> None:
     assert min(found.ms) > 10
 
 
+def opened(arrivals_s: list[float]) -> Load:
+    async def load(call: Call) -> Latencies:
+        return (await open_loop(call, arrivals_s))[0]
+
+    return load
+
+
+def test_an_open_load_lasts_until_the_last_answer() -> None:
+    lasted_s = []
+
+    async def slow(_: web.Request) -> web.Response:
+        await asyncio.sleep(0.1)
+        return web.Response()
+
+    async def load(call: Call) -> Latencies:
+        found, seconds = await open_loop(call, [0.0, 0.01])
+        lasted_s.append(seconds)
+        return found
+
+    loaded(slow, load)
+
+    assert lasted_s[0] >= 0.11, "answers that come after all was sent take their time too"
+
+
 def test_an_open_load_does_not_wait_and_counts_from_when_it_should_have_sent() -> None:
     async def handler(_: web.Request) -> web.StreamResponse:
         await asyncio.sleep(0.1)
@@ -71,7 +95,7 @@ def test_an_open_load_does_not_wait_and_counts_from_when_it_should_have_sent() -
         response.enable_chunked_encoding()
         return response
 
-    found = loaded(handler, lambda call: open_loop(call, [0.0, 0.01, 0.02]))
+    found = loaded(handler, opened([0.0, 0.01, 0.02]))
 
     assert len(found.ms) == 3
     assert all(100 < ms < 300 for ms in found.ms)
@@ -81,7 +105,7 @@ def test_answers_other_than_200_have_no_latency() -> None:
     async def handler(_: web.Request) -> web.Response:
         return web.Response(status=503)
 
-    found = loaded(handler, lambda call: open_loop(call, [0.0, 0.0]))
+    found = loaded(handler, opened([0.0, 0.0]))
 
     assert (found.ms, found.failed) == ([], 2)
 
@@ -91,7 +115,7 @@ async def closed(call: Call) -> Latencies:
     return found
 
 
-@pytest.mark.parametrize("load", [lambda call: open_loop(call, [0.0, 0.01]), closed])
+@pytest.mark.parametrize("load", [opened([0.0, 0.01]), closed])
 def test_a_server_that_hangs_up_has_failed_and_is_asked_again(load: Load) -> None:
     async def handler(request: web.Request) -> web.Response:
         assert request.transport is not None
@@ -110,7 +134,7 @@ def test_an_open_load_connects_again_where_an_idle_connection_was_ended() -> Non
         asyncio.get_running_loop().call_later(0.02, request.transport.close)
         return web.Response()
 
-    found = loaded(handler, lambda call: open_loop(call, [0.0, 0.1, 0.2]))
+    found = loaded(handler, opened([0.0, 0.1, 0.2]))
 
     assert (len(found.ms), found.failed) == (3, 0)
 
