@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = report.place("load.json", chosen.out, quick=chosen.quick)
     report.write(result, out)
     if out:
-        draw(rows, out.with_suffix(".png"))
+        picture(rows).savefig(out.with_suffix(".png"), dpi=110)
 
 
 class Bench:
@@ -287,8 +287,8 @@ def _difference(
     return over_seeds([{name: a[name] - b[name]} for a, b in pairs])[name]
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """Write a picture: targets met, and accuracy of those, simulated against live."""
+def picture(rows: Sequence[Row]) -> Figure:
+    """Return a picture: targets met, and accuracy of those, simulated against live."""
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     for axes, name, what in zip(
         figure.subplots(1, 2),
@@ -300,13 +300,14 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             own = [row for row in rows if row["policy"] == policy]
             pairs = [(row["simulated"][name], row["live"][name]) for row in own]
             known = [(100 * a[0], 100 * b[0]) for a, b in pairs if a and b]
-            axes.plot(*zip(*known, strict=True), "o", label=policy, alpha=0.7)
+            x, y = [pair[0] for pair in known], [pair[1] for pair in known]
+            axes.plot(x, y, "o", label=policy, alpha=0.7)
         ends = axes.get_xlim()
         axes.plot(ends, ends, color="gray", linewidth=0.8, zorder=0)
         axes.set_xlabel(f"simulated: {what}")
         axes.set_ylabel(f"live: {what}")
         axes.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ SHOWN = {
     "bentoml": "tab:brown",
     "clockwork": "tab:olive",
     "nexus": "tab:pink",
+    "nexus-smallest": "goldenrod",
     "largest": "tab:gray",
+    "middle": "darkseagreen",
     "smallest": "tab:green",
 }
 
@@ -25,7 +27,7 @@ SHOWN = {
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write a picture: a column for each kind of arrivals; missed targets above, accuracy below."""
     columns = list(dict.fromkeys(row["arrivals"] for row in rows))
-    figure = Figure(figsize=(3 * len(columns), 6), layout="constrained")
+    figure = Figure(figsize=(3 * len(columns) + 1.5, 6), layout="constrained")
     axes = figure.subplots(2, len(columns), sharex=True, sharey="row", squeeze=False)
     for column, arrivals in enumerate(columns):
         for policy, color in SHOWN.items():
@@ -48,5 +50,6 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes[1][column].set_xlabel("load over the largest point's capacity")
     axes[0][0].set_ylabel("targets missed (1e-5: none)")
     axes[1][0].set_ylabel("accuracy of targets met, %")
-    axes[0][-1].legend(fontsize="small")
+    lines = axes[0][0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=110)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from aiohttp import web
 
@@ -94,6 +95,22 @@ def test_a_server_that_does_not_start_says_why(tiny_artifact: Artifact, tmp_path
         own_server.server(tiny_artifact, tmp_path, wrong, os.sched_getaffinity(0)),
     ):
         pass
+
+
+def test_a_policy_that_met_no_target_has_no_accuracy_in_the_picture() -> None:
+    known = {"met": (0.9, 0.0), "accuracy": (0.8, 0.0)}
+    unknown = {"met": (0.0, 0.0), "accuracy": None}
+    rows = [
+        {"policy": "largest", "live": unknown, "simulated": unknown},
+        {"policy": "smallest", "live": known, "simulated": known},
+    ]
+
+    met, accuracy = load.picture(rows).axes
+
+    found = [
+        [np.asarray(line.get_xydata()).tolist() for line in a.lines[:2]] for a in (met, accuracy)
+    ]
+    assert found == [[[[0, 0]], [[90, 90]]], [[], [[80, 80]]]]
 
 
 @pytest.mark.slow

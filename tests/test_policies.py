@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import policies
+from benchmarks import policies, policies_plot
+from benchmarks.simulator.rivals import RIVALS
 from benchmarks.simulator.scenarios import ARRIVALS
 from maestro_core.artifact import Artifact
 from maestro_core.host import Host
@@ -68,6 +69,10 @@ def test_where_one_case_fails_no_more_are_begun(tmp_path: Path) -> None:
         policies._in_parallel(first_fails, [tmp_path / str(i) for i in range(100)], "nothing")
 
     assert len(list(tmp_path.iterdir())) < 99
+
+
+def test_the_picture_leaves_no_policy_out() -> None:
+    assert policies_plot.SHOWN.keys() == {*policies.OURS, *RIVALS}
 
 
 def test_made_up_accuracies_rise_between_their_ends() -> None:
