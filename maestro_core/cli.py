@@ -94,7 +94,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (CommandError, ServiceError, ValueError, OSError) as error:
-        terminal.errors.print(f"maestro: {error}", style="red", markup=False, soft_wrap=True)
+        terminal.errors.print(f"maestro: {error}", style="red", soft_wrap=True)
         sys.exit(1)
 
 
@@ -119,7 +119,7 @@ def train(
     running = _train_side("maestro_core.recipes.running")
     if list_:
         for name, summary in running.summaries().items():
-            terminal.console.print(f"{name}: {summary}")
+            terminal.tell(f"{name}: {summary}")
         return
     if recipe is None or data is None:
         raise CommandError("train: give a RECIPE and --data PATH; --list names the recipes")
@@ -129,10 +129,10 @@ def train(
         return  # another process of torchrun has it
     if path.suffix == ".json":
         terminal.print_text_points(json.loads(path.read_text()))
-        terminal.console.print(f"wrote {path}")
+        terminal.tell(f"wrote {path}")
         return
     show(path)
-    terminal.console.print(f"serve it: maestro serve {path}")
+    terminal.tell(f"serve it: maestro serve {path}")
 
 
 @app.command()
@@ -168,7 +168,7 @@ def show(
     terminal.print_points(loaded, rows, as_json)
     if plot:
         _train_side("maestro_core.plot").draw(loaded, rows, plot)
-        terminal.errors.print(f"wrote {plot}")
+        terminal.warn(f"wrote {plot}")
 
 
 @app.command()
@@ -341,7 +341,7 @@ def infer(
         return
     for name, value in answer.items():
         if value is not None and name != "outputs":
-            terminal.console.print(f"{name}: {value}")
+            terminal.tell(f"{name}: {value}")
 
 
 @app.command(
@@ -356,7 +356,7 @@ def bench(
     """Measure this project against what a user would pick instead; NAME --help for its options."""
     if list_ or name not in BENCHES:
         for known, what in BENCHES.items():
-            terminal.console.print(f"{known}: {what}")
+            terminal.tell(f"{known}: {what}")
         if name not in (None, "--help"):
             raise CommandError(f"bench: there is no '{name}'")
         return

@@ -16,8 +16,9 @@ from maestro_core.artifact import Artifact
 if TYPE_CHECKING:
     from maestro_core.profile import Profile
 
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+# Paths, labels and addresses are printed as they are: "[fd00::5]" would pass for a style.
+console = Console(highlight=False, markup=False, emoji=False)
+errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def tell(line: str) -> None:
@@ -26,9 +27,9 @@ def tell(line: str) -> None:
 
 
 def warn(note: str | None) -> None:
-    """Print a note, if there is one, where it doesn't mix with a result."""
+    """Print a note whole, if there is one, where it doesn't mix with a result."""
     if note:
-        errors.print(note)
+        errors.print(note, soft_wrap=True)
 
 
 def print_points(loaded: Artifact, rows: list[dict[str, Any]], as_json: bool) -> None:
@@ -54,7 +55,7 @@ def print_points(loaded: Artifact, rows: list[dict[str, Any]], as_json: bool) ->
         )
     console.print(table)
     if rows[0]["p50_ms"] is None:
-        errors.print(f"not profiled on this host yet: maestro profile {loaded.path}")
+        warn(f"not profiled on this host yet: maestro profile {loaded.path}")
 
 
 def print_text_points(report: dict[str, Any]) -> None:

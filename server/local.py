@@ -16,7 +16,7 @@ from server import inputs
 from server.answers import Inference, infer_answer
 from server.dispatcher import refused
 from server.engine import Engine
-from server.errors import UnsupportedMediaError
+from server.errors import InvalidError, UnsupportedMediaError
 from server.measuring import Hooks, HostModel, latencies_of
 from server.requests import Refusal
 from server.scheduler import Scheduler
@@ -75,7 +75,10 @@ def read_input(path: Path, tensor: Tensor) -> Floats:
     if kind == ".npy":
         return inputs.from_npy(body, tensor)
     if kind == ".json":
-        return inputs.from_json(body, tensor)[0]
+        x, given = inputs.from_json(body, tensor)
+        if given:  # it would be passed over
+            raise InvalidError(f"{path}: has {', '.join(given)}; a file holds `inputs` alone")
+        return x
     raise UnsupportedMediaError(f"{path}: give a .png, .jpg, .npy or .json file")
 
 

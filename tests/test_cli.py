@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maestro_core import cli
+from maestro_core import cli, terminal
 from maestro_core.artifact import Artifact
 from server.settings import Settings
 
@@ -103,6 +103,7 @@ def test_wrong_calls_get_one_line(
     path = str(tiny_artifact.path)
     (tmp_path / "x.txt").write_text("7")
     (tmp_path / "x.png").write_bytes(b"7")
+    (tmp_path / "x.json").write_text(json.dumps({"inputs": [[[0.0] * 8] * 8], "point": 1}))
 
     check_error(maestro(environment, "show", str(tmp_path)), "manifest.json: No such file")
     check_error(maestro(environment, "show", "none.maestro"), "no such artifact directory")
@@ -111,12 +112,30 @@ def test_wrong_calls_get_one_line(
     check_error(maestro(environment, "infer", path, "none.png"), "No such file")
     check_error(maestro(environment, "infer", path, str(tmp_path / "x.txt")), "give a .png")
     check_error(maestro(environment, "infer", path, str(tmp_path / "x.png")), "neither a PNG")
+    check_error(maestro(environment, "infer", path, str(tmp_path / "x.json")), "x.json: has point")
     png = min((Path(__file__).parents[1] / "examples").glob("*.png"))
     target = maestro(environment, "infer", path, str(png), "--max-latency-ms", "-1")
     check_error(target, "max_latency_ms: Input should be greater than 0")
     check_error(maestro(environment, "serve", str(tmp_path)), "manifest.json: No such file")
     odd = environment | {"MAESTRO_PORT": "many"}
     check_error(maestro(odd, "serve", path), "MAESTRO_PORT: Input should be a valid integer")
+
+
+def test_paths_and_addresses_are_printed_as_they_are(
+    environment: dict[str, str],
+    tiny_artifact: Artifact,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    moved = tmp_path / "[v1] :key: of many words and more words" / "tiny.maestro"
+    moved.parent.mkdir()
+    tiny_artifact.path.rename(moved)
+
+    shown = maestro(environment | {"COLUMNS": "40"}, "show", str(moved))
+    terminal.tell("tiny on http://[fd00::5]:8000")
+
+    assert f"not profiled on this host yet: maestro profile {moved}\n" in shown.stderr
+    assert capsys.readouterr().out == "tiny on http://[fd00::5]:8000\n"
 
 
 def test_what_serve_takes_names_the_setting_that_it_stands_for(environment: dict[str, str]) -> None:
@@ -134,10 +153,10 @@ def test_it_says_its_version(environment: dict[str, str]) -> None:
 def test_bench_lists_what_it_compares(
     environment: dict[str, str], options: tuple[str, ...]
 ) -> None:
-    listed = maestro(environment, "bench", *options)
+    listed = maestro(environment | {"COLUMNS": "40"}, "bench", *options)
 
     assert listed.returncode == 0, listed.stderr
-    assert "overhead: " in listed.stdout
+    assert [line.partition(": ")[0] for line in listed.stdout.splitlines()] == [*cli.BENCHES]
 
 
 def test_train_names_what_is_missing(environment: dict[str, str], tmp_path: Path) -> None:
