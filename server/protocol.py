@@ -156,21 +156,25 @@ def _mapping(holder: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _text(holder: Mapping[str, Any], name: str) -> str:
-    value = holder.get(name, "")
+    value = holder.get(name)
+    if value is None:
+        return ""
     if not isinstance(value, str):
         raise InvalidError(f"{name}: must be a string")
     return value
 
 
 def _whole(holder: Mapping[str, Any], name: str, largest: int) -> int:
-    value = holder.get(name, 0)
+    value = holder.get(name)
+    if value is None:
+        return 0
     if type(value) is not int or not 0 <= value <= largest:
         raise InvalidError(f"{name}: must be a whole number in 0..{largest}, not {value!r:.40}")
     return value
 
 
 def _ours(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters that are ours. Priority 0 says nothing: it is the default."""
+    """Return the parameters that are ours. Priority 0 or null says nothing: it is the default."""
     ours = {name: given[name] for name in PARAMETERS if name in given}
     if _whole(given, "priority", 2**32 - 1) == 0:
         ours.pop("priority", None)

@@ -16,6 +16,7 @@ from maestro_core import artifact
 from server import protocol
 from server.app import create_app
 from server.errors import InvalidError, ServiceError
+from server.schemas import parse_parameters
 from server.settings import Settings
 from tests.conftest import tiny_contents, tiny_manifest
 from tests.test_app import check_problem, wait_until_ready
@@ -99,6 +100,17 @@ def test_parameters_of_others_are_left_alone() -> None:
 
     assert wanted.timeout_ms == 25.0
     assert wanted.parameters == {"max_latency_ms": 30, "priority": 1}
+
+
+def test_null_is_as_if_it_were_not_there() -> None:
+    parameters = dict.fromkeys((*protocol.PARAMETERS, "timeout", "binary_data_output"))
+    output = {"name": "y", "parameters": {"classification": None, "binary_data": None}}
+
+    wanted = read(orjson.dumps(json_request(id=None, parameters=parameters, outputs=[output])))
+
+    assert (wanted.id, wanted.timeout_ms, wanted.classes, wanted.is_binary) == ("", None, 0, False)
+    asked = parse_parameters((), wanted.parameters)
+    assert asked == parse_parameters((), {})
 
 
 def test_answers_in_json_and_binary_hold_the_same_numbers() -> None:
