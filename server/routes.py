@@ -147,7 +147,8 @@ def check_admin(request: Request, settings: Settings) -> None:
     if settings.admin_token is not None:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         expected = settings.admin_token.get_secret_value()
-        is_right = secrets.compare_digest(given.strip().encode(), expected.encode())
+        sent = given.strip(" \t").encode("latin-1")  # as it came: clients write UTF-8
+        is_right = secrets.compare_digest(sent, expected.encode())
         if scheme.lower() != "bearer" or not is_right:  # the scheme in any case: RFC 9110, 11.1
             raise UnauthorizedError("send 'Authorization: Bearer ' with MAESTRO_ADMIN_TOKEN")
     elif not _is_loopback(request.client.host if request.client else ""):

@@ -464,6 +464,17 @@ def test_calibrating_is_for_this_machine_or_for_the_token(settings: Settings) ->
             assert started.status_code in (202, 409)
 
 
+def test_an_admin_token_may_hold_any_letters(settings: Settings) -> None:
+    token = "pä€ß à"  # of UTF-8, its last byte is one that text takes for a space
+    guarded = settings.model_copy(update={"admin_token": Settings(admin_token=token).admin_token})
+    with TestClient(create_app(guarded), client=("127.0.0.1", 1), base_url=HERE) as client:
+        wait_until_ready(client)
+        for sent, status in ((token, 202), ("pä€ß", 401)):
+            authorization = f"Bearer {sent}".encode()
+            answer = client.post("/profile", headers={b"authorization": authorization})
+            assert answer.status_code == status
+
+
 HOSTS = [
     ("localhost", True),
     ("LOCALHOST:8000", True),
