@@ -14,6 +14,7 @@ import pytest
 import uvicorn
 
 from maestro_core import artifact
+from maestro_core.artifact import Score
 from maestro_core.profile import Latency, Profile
 from maestro_core.profile_store import ProfileStore
 from server.app import create_app
@@ -145,6 +146,9 @@ class Reader:
 
     def choose(self, file: Path) -> None:
         self.find("#file").send_keys(str(file))
+
+    def evaluate(self, script: str) -> Any:
+        return self.browser.execute_script(script)
 
     def scrolls_sideways(self) -> bool:
         script = "return document.documentElement.scrollWidth > window.innerWidth"
@@ -316,6 +320,70 @@ def test_a_server_that_is_gone_is_said_and_found_again(reader: Reader) -> None:
 
     reader.browser.execute_cdp_cmd("Network.setBlockedURLs", {"urls": []})
     reader.until_ready()
+
+
+def test_what_shows_amounts_is_seen_in_the_readers_own_colours(reader: Reader) -> None:
+    own = {"features": [{"name": "forced-colors", "value": "active"}]}
+    reader.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", own)
+    reader.choose(PICTURE)
+    reader.until(lambda: reader.find("#answer").is_displayed())
+
+    background = "getComputedStyle(document.querySelector('{}'), '{}').backgroundColor"
+    for shown, around in ((".spent .compute", ".spent"), ("progress", "#waiting")):
+        colours = (background.format(part, "") for part in (shown, around))
+        assert reader.evaluate(f"return {' !== '.join(colours)}"), shown
+    share = background.format(".bars li", "::before")
+    assert reader.evaluate(f"return {share} !== {background.format('.try', '')}")
+    reader.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+@pytest.mark.parametrize(("accuracy", "step"), [(0.91, 0.0005), (1.0, 0.0), (0.2, 0.2)])
+def test_no_two_accuracies_of_the_axis_are_written_alike(
+    browser: Any, settings: Settings, accuracy: float, step: float
+) -> None:
+    manifest = tiny_manifest()
+    points = tuple(
+        replace(point, score=Score(accuracy + step * i, 0.0, 1.0))
+        for i, point in enumerate(manifest.points)
+    )
+    path = settings.artifact.parent / "close.maestro"
+    artifact.save(path, replace(manifest, points=points), tiny_contents())
+    spy = """
+        const write = CanvasRenderingContext2D.prototype.fillText;
+        window.written = {};
+        CanvasRenderingContext2D.prototype.fillText = function (text, x, y) {
+            (window.written[text] ??= []).push(y);
+            return write.call(this, text, x, y);
+        };
+    """
+    browser.execute_cdp_cmd("Page.enable", {})
+    added = browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": spy})
+    with serving(settings.model_copy(update={"artifact": path})) as site:
+        site.gate.set()
+        reader = Reader(browser, site).until_ready()
+        browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+
+        reader.evaluate("window.written = {}")
+        reader.move(Keys.END)
+        written = reader.evaluate("return window.written")
+
+    heights = {text: set(y) for text, y in written.items() if text.endswith(" %")}
+    assert len(heights) > 1
+    assert all(len(y) == 1 for y in heights.values()), heights
+    assert max(float(text.removesuffix(" %")) for text in heights) <= 100
+
+
+def test_figures_begin_anew_with_the_server(reader: Reader) -> None:
+    reader.browser.set_script_timeout(WAIT_S)
+    anew = reader.browser.execute_async_script("""
+        const tell = arguments[0];
+        import("/static/metrics.js").then(({isAnew, snapshot}) => {
+            const seen = (n) => snapshot(`maestro_requests_total{outcome="invalid"} ${n}`, n);
+            tell([isAnew(seen(1), seen(2)), isAnew(seen(2), seen(1))]);
+        });
+    """)
+
+    assert anew == [False, True]
 
 
 def test_a_phone_does_not_scroll_sideways(browser: Any, site: Site) -> None:

@@ -175,18 +175,21 @@ function logTicks(u) {
   return ticks.filter((tick) => tick >= low && tick <= high);
 }
 
-function accuracyTicks() {
-  const [low, high] = range.y;
-  const rough = (high - low) / 6;
+function accuracyStep() {
+  const rough = (range.y[1] - range.y[0]) / 6;
   const unit = 10 ** Math.floor(Math.log10(rough));
-  const step = unit * ([1, 2, 5].find((s) => s * unit >= rough) ?? 10);
-  const first = Math.ceil(low / step);
-  const count = Math.floor(high / step) - first + 1;
+  return unit * ([1, 2, 5].find((s) => s * unit >= rough) ?? 10);
+}
+
+function accuracyTicks() {
+  const step = accuracyStep();
+  const first = Math.ceil(Math.max(range.y[0], 0) / step);
+  const count = Math.floor(Math.min(range.y[1], 1) / step) - first + 1;
   return Array.from({ length: count }, (_, i) => Number(((first + i) * step).toPrecision(12)));
 }
 
 function make() {
-  const digits = () => (range.y[1] - range.y[0] < 0.05 ? 1 : 0);
+  const digits = () => Math.max(0, Math.ceil(-Math.log10(100 * accuracyStep()) - 1e-9));
   const options = {
     padding: [8, THUMB_PX, 0, 0],
     scales: {

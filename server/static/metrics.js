@@ -42,7 +42,7 @@ function count(seen, { outcome, point }, value) {
 
 /** Return whether `later` cannot follow `earlier`: the server began anew in between. */
 export function isAnew(earlier, later) {
-  return later.inTime < earlier.inTime || later.late < earlier.late || later.missed < earlier.missed;
+  return ["inTime", "late", "missed", "wrong"].some((name) => later[name] < earlier[name]);
 }
 
 /** Return what happened between two snapshots. */
