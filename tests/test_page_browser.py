@@ -46,11 +46,11 @@ class Site:
 
 
 @contextmanager
-def serving(settings: Settings) -> Iterator[Site]:
+def serving(settings: Settings, port: int = 0) -> Iterator[Site]:
     """Serve from a thread; calibrations go on once the gate is set."""
     gate = threading.Event()
     service = Service(settings, on_progress=lambda _: gate.wait(WAIT_S))
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+    with socket.create_server(("127.0.0.1", port)) as listening:
         server = uvicorn.Server(uvicorn.Config(create_app(settings, service), log_level="error"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
@@ -146,6 +146,11 @@ class Reader:
 
     def choose(self, file: Path) -> None:
         self.find("#file").send_keys(str(file))
+
+    def block(self, *addresses: str) -> None:
+        """Let none of these calls through, as if the server were gone; without any, let all."""
+        self.browser.execute_cdp_cmd("Network.enable", {})
+        self.browser.execute_cdp_cmd("Network.setBlockedURLs", {"urls": addresses})
 
     def evaluate(self, script: str) -> Any:
         return self.browser.execute_script(script)
@@ -276,7 +281,11 @@ def test_the_admin_token_is_asked_for_where_one_is_set(browser: Any, profiled: S
 
         reader.find("#start").click()
         reader.until(lambda: reader.find("#token").is_displayed())
-        reader.find("#token").send_keys("s3" + Keys.ENTER)
+        assert reader.text("#job-error") == "This needs the admin token"
+
+        reader.find("#token").send_keys("€" + Keys.ENTER)
+        reader.until(lambda: reader.text("#job-error") == "This is not the admin token")
+        reader.find("#token").send_keys(Keys.BACKSPACE + "s3" + Keys.ENTER)
 
         reader.until(lambda: reader.find("#cancel").is_displayed())
         assert not reader.find("#job-error").is_displayed()
@@ -313,13 +322,52 @@ def test_a_first_calibration_that_was_cancelled_is_not_waited_for(
 
 
 def test_a_server_that_is_gone_is_said_and_found_again(reader: Reader) -> None:
-    reader.browser.execute_cdp_cmd("Network.enable", {})
-    reader.browser.execute_cdp_cmd("Network.setBlockedURLs", {"urls": ["*/metrics"]})
+    reader.block("*/metrics", "*/infer*")
     reader.until(lambda: reader.text("#status") == "Not connected")
     assert "does not answer" in reader.text("#waiting-text")
+    reader.choose(PICTURE)
+    reader.until(lambda: "does not answer" in reader.text("#try-error"))
 
-    reader.browser.execute_cdp_cmd("Network.setBlockedURLs", {"urls": []})
+    reader.block()
     reader.until_ready()
+    check_answer(reader, PICTURE)
+    assert not reader.find("#try-error").is_displayed()
+
+
+def test_a_calibration_is_watched_on_when_the_server_is_found_again(reader: Reader) -> None:
+    reader.find("#start").click()
+    reader.until(lambda: reader.find("#job-progress").is_displayed())
+
+    reader.block("*/metrics", "*/profile/jobs/*")
+    reader.until(lambda: reader.text("#status") == "Not connected")
+    reader.block()
+    reader.until_ready()
+    reader.site.gate.set()
+
+    reader.until(lambda: reader.text("#job-state").startswith("Done"))
+
+
+def test_a_server_that_began_anew_is_shown_as_it_is(browser: Any, profiled: Settings) -> None:
+    with serving(profiled) as site:
+        reader = Reader(browser, site).until_ready()
+        reader.find("#start").click()
+        reader.until(lambda: reader.find("#job-progress").is_displayed())
+    reader.until(lambda: reader.text("#status") == "Not connected")
+
+    port = int(site.address.rpartition(":")[2])
+    with serving(profiled, port):
+        reader.until_ready()
+        reader.until(lambda: "there is no calibration" in reader.text("#job-error"))
+        assert reader.text("#job-state") == ""
+    reader.until(lambda: reader.text("#status") == "Not connected")
+
+    renamed = replace(artifact.load(profiled.artifact).manifest, name="another")
+    other = profiled.artifact.parent / "another.maestro"
+    artifact.save(other, renamed, tiny_contents())
+    with serving(profiled.model_copy(update={"artifact": other}), port) as again:
+        again.gate.set()
+        reader.until(lambda: reader.text("#model") == "another")
+        reader.until_ready()
 
 
 def test_what_shows_amounts_is_seen_in_the_readers_own_colours(reader: Reader) -> None:

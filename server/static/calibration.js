@@ -42,20 +42,28 @@ async function attempt(work) {
     await work();
   } catch (error) {
     if (!(error instanceof Problem)) throw error;
-    if (error.status === 401) byId("token-field").hidden = false;
-    show(byId("job-error"), error.message);
-    if (error.status === 401) byId("token").focus();
+    if (error.status === 401) askForToken();
+    else show(byId("job-error"), error.message);
   }
 }
 
+function askForToken() {
+  byId("token-field").hidden = false;
+  const given = byId("token").value;
+  show(byId("job-error"), given ? "This is not the admin token" : "This needs the admin token");
+  byId("token").focus();
+}
+
+/** Return the token's header, as UTF-8: of a letter that Latin-1 lacks no header is made. */
 function headers() {
-  const token = byId("token").value;
-  return token ? { authorization: `Bearer ${token}` } : {};
+  const token = new TextEncoder().encode(byId("token").value);
+  return token.length ? { authorization: `Bearer ${String.fromCharCode(...token)}` } : {};
 }
 
 async function begin() {
   const kind = new FormData(byId("calibrate")).get("kind");
   byId("start").disabled = true;
+  write(byId("job-state"), "");
   try {
     job = await call("/profile", {
       method: "POST",
@@ -80,17 +88,28 @@ async function cancel() {
 async function watch() {
   setRunning(true);
   try {
-    do {
-      job = await call(`/profile/jobs/${job.id}`);
-      showJob();
-      if (job.state === "running") await new Promise((resolve) => setTimeout(resolve, LOOK_MS));
-    } while (job.state === "running");
+    while (await isUnderWay()) await new Promise((resolve) => setTimeout(resolve, LOOK_MS));
+  } catch (error) {
+    write(byId("job-state"), "");
+    throw error;
   } finally {
     setRunning(false);
   }
   write(byId("job-state"), job.note ?? ENDED[job.state] ?? "");
   if (job.state === "failed") show(byId("job-error"), `The calibration failed: ${job.error}`);
   if (job.state === "done") await onProfile();
+}
+
+/** Show the job as it stands, and return whether to look again: also where nobody answers now. */
+async function isUnderWay() {
+  try {
+    job = await call(`/profile/jobs/${job.id}`);
+  } catch (error) {
+    if (error.status !== 0) throw error;
+    return true;
+  }
+  showJob();
+  return job.state === "running";
 }
 
 function setRunning(isRunning) {

@@ -10,7 +10,7 @@ import * as traffic from "./traffic.js";
 const LOOK_MS = 1000;
 const LEAVING = "The server is shutting down, or is not up yet: new requests should go elsewhere.";
 
-let isEntered = false;
+let shown = null;
 let wasReady = false;
 let asked = null;
 
@@ -18,15 +18,20 @@ async function measured() {
   await Promise.all([frontier.load(), calibration.showProfile()]);
 }
 
+/** Show the model that is served. A server that comes back may serve another: then all is anew. */
 async function enter() {
   const model = await call("/page.json");
+  if (shown) {
+    if (JSON.stringify(model) !== shown) location.reload();
+    return;
+  }
   write(byId("model"), model.name);
   write(byId("metric"), `Accuracy: ${model.metric}, ${model.data}.`);
   document.title = `Maestro: ${model.name}`;
   frontier.start(askWhereNew);
   ask.start(model, frontier.targetMs);
   calibration.start(measured);
-  isEntered = true;
+  shown = JSON.stringify(model);
 }
 
 function askWhereNew(target) {
@@ -43,12 +48,14 @@ async function look() {
     wasReady = false;
     return;
   }
-  if (!isEntered) await enter();
+  if (!wasReady) await enter();
   showStatus("ready", "Ready");
   byId("waiting").hidden = true;
   byId("main").hidden = false;
-  if (!wasReady) await measured();
-  else if (await frontier.load()) await calibration.showProfile();
+  if (!wasReady) {
+    await measured();
+    ask.askAgain(); // what was asked meanwhile has no answer
+  } else if (await frontier.load()) await calibration.showProfile();
   wasReady = true;
   traffic.render();
 }
