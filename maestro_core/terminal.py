@@ -38,8 +38,8 @@ def print_points(loaded: Artifact, rows: list[dict[str, Any]], as_json: bool) ->
     if as_json:
         print(json.dumps({"name": manifest.name, "version": manifest.version, "points": rows}))
         return
-    table = Table(title=f"{manifest.name} {manifest.version}: {manifest.metric.name}, %")
-    table.box = box.SIMPLE_HEAD
+    title = f"{manifest.name} {manifest.version}: {manifest.metric.name}, %"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     for head in ("", "score", "95 %", "MACs", "dense", "params", "p50 ms", "p95 ms", "front"):
         table.add_column(head, justify="right", no_wrap=True)
     for row in rows:

@@ -6,15 +6,17 @@ import re
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from maestro_core import cli, terminal
+from maestro_core import artifact, cli, terminal
 from maestro_core.artifact import Artifact
 from server.settings import Settings
+from tests.conftest import tiny_contents, tiny_manifest
 
 
 @pytest.fixture
@@ -83,6 +85,21 @@ def test_show_prints_a_table_and_draws(
     assert "7.30 k" in shown.stdout
     assert "not profiled on this host yet" in shown.stderr
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_of_the_widest_scores_fits_a_terminal(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    manifest = tiny_manifest()
+    right = replace(manifest.points[0], score=artifact.Score(1.0, 0.98, 1.0))
+    points = (right, *manifest.points[1:])
+    path = tmp_path / "right.maestro"
+    artifact.save(path, replace(manifest, points=points), tiny_contents())
+
+    shown = maestro(environment | {"COLUMNS": "80"}, "show", str(path)).stdout
+
+    assert "100.00   98.00-100.00" in shown
+    assert "p95 ms   front" in shown
 
 
 def test_infer_calibrates_a_host_that_is_new(
