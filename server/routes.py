@@ -195,9 +195,11 @@ def _is_loopback(host: str) -> bool:
 def _profile_description() -> dict[str, Any]:
     """Return what OpenAPI says of what to calibrate, in the query or in a JSON body."""
     schema = ProfileRequest.model_json_schema()
+    fields = schema["properties"]
+    as_json = {**schema, "properties": _or_null(fields), "example": {}}
     return {
-        "parameters": in_query(schema["properties"]),
-        "requestBody": {"content": {JSON: {"schema": {**schema, "example": {}}}}},
+        "parameters": in_query(fields),
+        "requestBody": {"content": {JSON: {"schema": as_json}}},
     }
 
 

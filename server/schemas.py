@@ -88,9 +88,14 @@ def parse_parameters(
     if form:
         own.append(_validate_texts(form))
     if body:
-        fields = InferParameters.model_fields
-        own.append(_validate({k: v for k, v in body.items() if v is not None or k not in fields}))
+        own.append(_validate(_without_null(body, InferParameters)))
     return _together(own, [_target(ms) for ms in targets_ms if ms is not None])
+
+
+def _without_null(body: Mapping[str, Any], fields: type[BaseModel]) -> dict[str, Any]:
+    """Return what a body gives, without those of the fields that are null."""
+    known = fields.model_fields
+    return {k: v for k, v in body.items() if v is not None or k not in known}
 
 
 def _together(own: list[InferParameters], targets: list[InferParameters]) -> InferParameters:
@@ -210,7 +215,7 @@ class ProfileRequest(BaseModel):
 
 
 def parse_profile_request(query: Iterable[Pair], body: Mapping[str, Any]) -> ProfileRequest:
-    """Return what to calibrate. The body wins over the query.
+    """Return what to calibrate. The body wins over the query; null in it is as if not there.
 
     Raises:
         InvalidError: a field is unknown, out of its range, or twice in the query with other values.
@@ -218,7 +223,7 @@ def parse_profile_request(query: Iterable[Pair], body: Mapping[str, Any]) -> Pro
     asked = {name: _TRUTHS.get(text, text) for name, text in _single(query).items()}
     try:
         ProfileRequest.model_validate(asked)  # the body may hide what is wrong with it
-        return ProfileRequest.model_validate({**asked, **body})
+        return ProfileRequest.model_validate({**asked, **_without_null(body, ProfileRequest)})
     except ValidationError as error:
         raise _invalid(error) from error
 

@@ -92,6 +92,9 @@ def test_what_to_calibrate_is_in_the_query_and_in_the_body_which_wins() -> None:
     both = parse_profile_request(query, {"search": False})
     assert (both.kind, both.search) == ("quick", False)
     assert parse_profile_request([], {}).kind == "full"
+    assert parse_profile_request(query, {"kind": None, "search": None}) == asked
+    with pytest.raises(InvalidError, match="budget"):
+        parse_profile_request([], {"budget": None})
 
 
 def test_a_wrong_header_is_named() -> None:
