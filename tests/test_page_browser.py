@@ -458,6 +458,15 @@ def test_everything_to_work_with_has_a_name(reader: Reader) -> None:
     assert nameless == []
 
 
+def test_a_target_is_said_once_by_the_slider_itself(reader: Reader) -> None:
+    target_ms, _ = reader.move(Keys.PAGE_UP)
+    slider = reader.find("#target")
+
+    assert slider.accessible_name == "Target"
+    said = str(slider.get_attribute("aria-valuetext")).removesuffix(" milliseconds")
+    assert float(said) == target_ms
+
+
 def test_tab_reaches_every_control_in_the_order_of_the_page(reader: Reader) -> None:
     wanted = ["target", "", "file", "", "", "", "", "start"]  # between: summary, examples, radios
     reader.browser.execute_script("document.getElementById('main').focus()")
