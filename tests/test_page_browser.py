@@ -221,6 +221,19 @@ def test_a_dropped_picture_is_answered(reader: Reader) -> None:
     check_answer(reader, picture)
 
 
+def test_a_file_may_be_chosen_twice(reader: Reader) -> None:
+    reader.choose(PICTURE)
+    check_answer(reader, PICTURE)
+    example = reader.find("#examples button:last-child")
+    example.click()
+    reader.until(lambda: example.get_attribute("aria-pressed") == "true")
+
+    reader.choose(PICTURE)
+
+    reader.until(lambda: example.get_attribute("aria-pressed") == "false")
+    check_answer(reader, PICTURE)
+
+
 def test_moving_the_slider_asks_again(reader: Reader) -> None:
     reader.choose(PICTURE)
     reader.until(lambda: reader.find("#answer").is_displayed())
@@ -325,6 +338,8 @@ def test_a_server_that_is_gone_is_said_and_found_again(reader: Reader) -> None:
     reader.block("*/metrics", "*/infer*")
     reader.until(lambda: reader.text("#status") == "Not connected")
     assert "does not answer" in reader.text("#waiting-text")
+    above, main = reader.find("#waiting").rect, reader.find("#main").rect
+    assert above["y"] + above["height"] < main["y"]
     reader.choose(PICTURE)
     reader.until(lambda: "does not answer" in reader.text("#try-error"))
 

@@ -19,7 +19,10 @@ export function start(model, target) {
     show(byId("try-other"), `This model takes no pictures. POST its input, ${shape}, to /infer as JSON or .npy.`);
     return;
   }
-  byId("file").addEventListener("change", (event) => choose(event.target.files[0]));
+  byId("file").addEventListener("change", ({ target }) => {
+    choose(target.files[0]);
+    target.value = ""; // else the same file again would be no change
+  });
   byId("examples").replaceChildren(...model.examples.map(example));
   byId("examples").hidden = !model.examples.length;
   takeDrops();
