@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
@@ -16,9 +16,17 @@ from maestro_core.artifact import Artifact
 if TYPE_CHECKING:
     from maestro_core.profile import Profile
 
+
+class _Errors(Console):
+    """Standard error. Where nobody reads it any more, what was begun goes on: rich would exit."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 # Paths, labels and addresses are printed as they are: "[fd00::5]" would pass for a style.
 console = Console(highlight=False, markup=False, emoji=False)
-errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
+errors = _Errors(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def tell(line: str) -> None:
@@ -107,6 +115,10 @@ def progress(what: str, form: Literal["text", "json"] = "text") -> Iterator[Call
     state: dict[Literal["line"], tuple[int, int]] = {}
 
     def update(seen: Any) -> None:  # noqa: ANN401  effort.Progress, without importing it
+        with suppress(OSError):  # a full disk, or a terminal that is gone, ends no calibration
+            show(seen)
+
+    def show(seen: Any) -> None:  # noqa: ANN401
         left = f"{seen.done} of {seen.total}"
         if seen.left_s is not None:
             left += f", {seen.left_s:.0f} s at most"
@@ -127,4 +139,5 @@ def progress(what: str, form: Literal["text", "json"] = "text") -> Iterator[Call
         yield update
     finally:
         if bar.live.is_started:  # else a console that is no terminal gets an empty line
-            bar.stop()
+            with suppress(OSError):
+                bar.stop()

@@ -32,7 +32,7 @@ def server_process(
 ) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
     """Start `maestro serve` on a free port; yield its address and itself once it is ready."""
     with starting_server(state_dir, artifact, max_files, **variables) as (address, process):
-        _wait_until_ready(address, process)
+        wait_until_ready(address, process)
         yield address, process
 
 
@@ -68,7 +68,12 @@ def starting_server(
         process.communicate(timeout=30)
 
 
-def _wait_until_ready(address: str, process: "subprocess.Popen[str]") -> None:
+def wait_until_ready(address: str, process: "subprocess.Popen[str]") -> None:
+    """Return once it is ready.
+
+    Raises:
+        RuntimeError: it ended, or it takes too long.
+    """
     give_up_s = time.monotonic() + START_S
     while time.monotonic() < give_up_s:
         if process.poll() is not None:

@@ -19,10 +19,11 @@ import uvicorn
 import uvloop
 
 from maestro_core.artifact import Artifact
+from maestro_core.host import usable_cores
 from server.listening import listen
 from server.running import _Server
 from server.signals import REPEAT_S
-from tests.server_process import server_process, starting_server
+from tests.server_process import server_process, starting_server, wait_until_ready
 
 BODY = {"inputs": np.zeros((1, 8, 8)).tolist()}
 
@@ -175,6 +176,19 @@ def _status(url: str) -> int:
         return httpx.get(url).status_code
     except httpx.TransportError:
         return 0
+
+
+@pytest.mark.parametrize("workers", range(1, 1 + min(2, usable_cores())))
+def test_a_calibration_goes_on_where_nobody_reads_of_it(
+    workers: int, tiny_artifact: Artifact, tmp_path: Path
+) -> None:
+    variables = {"MAESTRO_CALIBRATION_BUDGET_S": "1", "MAESTRO_WORKERS": str(workers)}
+    with starting_server(tmp_path, tiny_artifact.path, **variables) as (address, process):
+        assert process.stderr is not None
+        process.stderr.close()
+        process.stderr = None
+
+        wait_until_ready(address, process)
 
 
 def test_a_port_that_is_taken_is_one_clear_error(tiny_artifact: Artifact, tmp_path: Path) -> None:
