@@ -63,6 +63,8 @@ BENCHES = {
     "search": "points found by this host's milliseconds, by MACs, and by other rules",
 }
 
+_STDERR = 2  # the last of the files that a process begins with
+
 # Modules that not every installation has -> the extra that brings them.
 _EXTRAS = {
     "torch": "train",
@@ -224,6 +226,7 @@ def serve(
     """Start the server."""
     # Until the server takes it: else a container's first process ignores it, and serves on.
     signal.signal(signal.SIGTERM, _end)
+    _take_standard_files()
     from server import logs
     from server.errors import ServiceError
     from server.settings import read_settings
@@ -247,6 +250,13 @@ def serve(
     except (CommandError, ServiceError, ValueError, OSError) as error:
         log.error(error)
         raise typer.Exit(1) from error
+
+
+def _take_standard_files() -> None:
+    """Leave none of 0, 1 and 2 closed: a socket in their place is lost to each worker."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
+        os.set_inheritable(number, True)
+    os.close(number)
 
 
 def _end(_number: int, _frame: object) -> None:

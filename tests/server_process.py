@@ -28,29 +28,26 @@ def running_server(
 
 @contextmanager
 def server_process(
-    state_dir: Path, artifact: Path | None = None, max_files: int | None = None, /, **variables: str
+    state_dir: Path, artifact: Path | None = None, first: str = "pass", /, **variables: str
 ) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
     """Start `maestro serve` on a free port; yield its address and itself once it is ready."""
-    with starting_server(state_dir, artifact, max_files, **variables) as (address, process):
+    with starting_server(state_dir, artifact, first, **variables) as (address, process):
         wait_until_ready(address, process)
         yield address, process
 
 
 @contextmanager
 def starting_server(
-    state_dir: Path, artifact: Path | None = None, max_files: int | None = None, /, **variables: str
+    state_dir: Path, artifact: Path | None = None, first: str = "pass", /, **variables: str
 ) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
     """Start `maestro serve` on a free port; yield its address and itself at once.
 
-    max_files: how many it may have open.
+    first: what the process does before, in Python.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    program = "from maestro_core.cli import main; main()"
-    if max_files is not None:
-        limit = f"resource.RLIMIT_NOFILE, ({max_files}, {max_files})"
-        program = f"import resource; resource.setrlimit({limit}); {program}"
+    program = f"{first}; from maestro_core.cli import main; main()"
     command = [sys.executable, "-c", program, "serve"]
     ours = {"MAESTRO_STATE_DIR": str(state_dir), "MAESTRO_PORT": str(port)}
     process = subprocess.Popen(

@@ -118,10 +118,9 @@ def test_idle_connections_give_up_their_places(server: tuple[str, int]) -> None:
 
 def test_where_few_files_may_be_open_idle_connections_give_up_their_places(tmp_path: Path) -> None:
     max_files = 128
-    with (
-        server_process(tmp_path, None, max_files, MAESTRO_CALIBRATION_BUDGET_S="1") as (address, _),
-        ExitStack() as stack,
-    ):
+    limit = f"resource.setrlimit(resource.RLIMIT_NOFILE, ({max_files}, {max_files}))"
+    first, budget = f"import resource; {limit}", {"MAESTRO_CALIBRATION_BUDGET_S": "1"}
+    with server_process(tmp_path, None, first, **budget) as (address, _), ExitStack() as stack:
         for _ in range(max_files):
             stack.enter_context(connect(address))
 

@@ -351,6 +351,14 @@ def test_a_signal_that_comes_twice_at_once_is_one(
         assert process.wait(WAIT_S) == 0
 
 
+def test_workers_serve_where_standard_input_is_closed(
+    server: Server, tiny: Artifact, state: Path
+) -> None:
+    del server
+    with server_process(state, tiny.path, "import os; os.close(0)", **TWO) as (address, _):
+        assert httpx.post(f"{address}/infer", json=BODY).status_code == 200
+
+
 def test_no_worker_outlives_its_supervisor(server: Server, tiny: Artifact, state: Path) -> None:
     del server
     with server_process(state, tiny.path, **TWO) as (_, process):
