@@ -62,6 +62,7 @@ class Metrics:
         self._batch = self._histogram("batch_size", "Samples per batch.", _BATCH)
         self.queue_depth = self._gauge("queue_depth", "Requests that wait.", "livesum")
         self.slowdown = self._gauge("slowdown", "Measured over profiled latency, now.", "livemax")
+        self.slowdown.set(1.0)  # nothing is known yet; 0 would be a host that takes no time
         self.ready = self._gauge("ready", "1 when requests are served.", "livemin")
         # Children by their labels: to look one up in the library costs more than to count.
         self._request_of = cache(lambda outcome, point: self._requests.labels(outcome, str(point)))

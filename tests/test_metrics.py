@@ -55,6 +55,10 @@ def test_an_answer_is_counted_as_it_says_that_it_was(tiny_artifact: Artifact) ->
     assert answer["target_met"] == (was_on_time == 1) == (answer["total_ms"] <= target_ms)
 
 
+def test_a_host_that_is_not_profiled_yet_has_not_drifted() -> None:
+    assert Metrics().registry.get_sample_value("maestro_slowdown") == 1
+
+
 def test_a_target_of_nothing_leaves_sums_finite() -> None:
     metrics = Metrics()
 
