@@ -85,7 +85,12 @@ def profiled(model: Artifact, folder: Path, cores: set[int], *, quick: bool) -> 
     """
     given = ["profile", str(model.path), *(["--quick"] if quick else [])]
     log = folder / "profile.log"
-    if _run(given, folder, cores, log).wait():
+    process = _run(given, folder, cores, log)
+    try:
+        failed = process.wait()
+    finally:
+        _end(process)
+    if failed:
         raise ChildProcessError(f"no profile could be made:\n{_end_of(log)}")
     (path,) = (folder / "profiles").glob("*/profile.json")
     return Profile.from_json(path.read_text(encoding="utf-8"))
@@ -127,8 +132,13 @@ def serving(
             time.sleep(0.2)
         yield address, process.pid
     finally:
-        process.terminate()
-        process.wait(30)
+        _end(process)
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """End what was started, if it has not ended by itself."""
+    process.terminate()
+    process.wait(30)
 
 
 def _run(

@@ -370,6 +370,7 @@ def bench(
         if name not in (None, "--help"):
             raise CommandError(f"bench: there is no '{name}'")
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers that it started end with it
     _train_side(f"benchmarks.{name}").main(context.args)
 
 

@@ -4,6 +4,9 @@ import asyncio
 import json
 import math
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -111,6 +114,29 @@ def test_a_policy_that_met_no_target_has_no_accuracy_in_the_picture() -> None:
         [np.asarray(line.get_xydata()).tolist() for line in a.lines[:2]] for a in (met, accuracy)
     ]
     assert found == [[[[0, 0]], [[90, 90]]], [[], [[80, 80]]]]
+
+
+def measuring(pid: int) -> list[int]:
+    """Return the children of a process that have loaded a runtime."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+    maps = {int(one): Path(f"/proc/{one}/maps").read_text(encoding="utf-8") for one in children}
+    return [one for one, mapped in maps.items() if "onnxruntime" in mapped]
+
+
+@pytest.mark.parametrize("signalled", [signal.SIGINT, signal.SIGTERM])
+def test_what_a_bench_started_ends_with_it(tiny_artifact: Artifact, signalled: int) -> None:
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = f"{heard}; from maestro_core.cli import main; main()"
+    command = [sys.executable, "-c", program, "bench", "load", str(tiny_artifact.path), "--quick"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as bench:
+        while not (started := measuring(bench.pid)):
+            assert bench.poll() is None
+
+        bench.send_signal(signalled)
+        status = bench.wait(60)
+
+    assert status == 128 + signalled
+    assert not any(Path(f"/proc/{pid}").exists() for pid in started)
 
 
 @pytest.mark.slow
