@@ -208,3 +208,9 @@ def test_the_layers_that_a_task_keeps_dense_are_its_network_s(name: str) -> None
         if any(fnmatchcase(name, pattern) for pattern in task.kept)
     }
     assert {name for name, reason in done.dense.items() if reason == "kept"} == named
+
+
+def test_methods_that_have_no_points_have_no_latencies(tmp_path: Path) -> None:
+    made: dict[str, dict[str, Any]] = {"svd_recalibrated": {"rows": []}}
+
+    assert frontier.with_latencies(tmp_path, made, 1, 1.0) == {"svd_recalibrated": []}

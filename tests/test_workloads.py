@@ -87,10 +87,13 @@ def test_a_trace_keeps_its_gaps_in_their_cycle(trace: Path) -> None:
 
 def test_a_trace_that_is_none_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "short.txt"
-    for text in ("1.0\n", "2.0\n1.0\n", "1.0\n1.0\n"):
+    for text in ("1.0\n", "2.0\n1.0\n", "1.0\n1.0\n", "1.0\ninf\n", "1 2\n3 4\n"):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"short\.txt must hold at least two times"):
             replay(path, 1.0, 10, rng())
+    path.write_text("time\n1.0\n")
+    with pytest.raises(ValueError, match=r"short\.txt must hold one time in seconds a line: could"):
+        replay(path, 1.0, 10, rng())
     with pytest.raises(ValueError, match="trace: give a file"):
         Scenario("trace", 1.0).workload(LATENCIES, 10, 0)
 

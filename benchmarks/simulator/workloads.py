@@ -58,11 +58,13 @@ def replay(path: Path, rate: float, count: int, rng: np.random.Generator) -> Arr
     over; the seed sets where it begins.
 
     Raises:
-        ValueError: the file holds fewer than two times, or times that fall.
+        ValueError: the file holds fewer than two times, times that fall, or what is no time.
     """
-    times = np.loadtxt(path, ndmin=1)
-    gaps = np.diff(times)
-    if len(gaps) == 0 or (gaps < 0).any() or not gaps.sum() > 0:
+    try:
+        gaps = np.diff(np.loadtxt(path, ndmin=1))
+    except ValueError as error:
+        raise ValueError(f"{path} must hold one time in seconds a line: {error}") from None
+    if gaps.ndim > 1 or len(gaps) == 0 or (gaps < 0).any() or not 0 < gaps.sum() < math.inf:
         raise ValueError(f"{path} must hold at least two times in seconds that rise")
     turned = np.roll(gaps, -int(rng.integers(len(gaps))))
     repeated = np.tile(turned, math.ceil(count / len(gaps)))[:count]
