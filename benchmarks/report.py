@@ -1,6 +1,7 @@
 """What every result says of where it comes from, and how it is written."""
 
 import json
+import math
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -34,7 +35,8 @@ def place(name: str, out: Path | None, *, quick: bool) -> Path | None:
 def write(result: Mapping[str, Any], path: Path | None) -> None:
     """Print a result as one JSON object, and write it where a path is given.
 
-    Numbers have six significant digits, and a row of a table has one line.
+    Numbers have six significant digits, those that JSON lacks (NaN, infinity) are null, and a row
+    of a table has one line.
     """
     text = _text(_rounded(result))
     print(text)
@@ -45,7 +47,7 @@ def write(result: Mapping[str, Any], path: Path | None) -> None:
 
 def _rounded(value: Any) -> Any:  # noqa: ANN401  any JSON
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {name: _rounded(each) for name, each in value.items()}
     if isinstance(value, list | tuple):

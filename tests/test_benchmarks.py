@@ -1,6 +1,7 @@
 """The programs that measure, on the tiny artifact: what they count, not how fast it is."""
 
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -92,6 +93,14 @@ def test_a_result_is_written_with_its_conditions(
     result = json.loads(path.read_text())
     assert result == json.loads(capsys.readouterr().out)
     assert {"date", "host", "versions", "commit", "value"} == set(result)
+
+
+def test_a_figure_that_is_no_number_is_null_in_a_result(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+
+    report.write({"rows": [{"accuracy": math.nan}], "met": math.inf, "n": 0.25}, path)
+
+    assert json.loads(path.read_text()) == {"rows": [{"accuracy": None}], "met": None, "n": 0.25}
 
 
 def test_a_quick_run_leaves_the_published_result_alone(
