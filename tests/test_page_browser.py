@@ -459,6 +459,25 @@ def test_a_phone_does_not_scroll_sideways(browser: Any, site: Site) -> None:
     assert not reader.scrolls_sideways()
 
 
+def test_a_share_stays_on_one_line_beside_a_long_label(browser: Any, settings: Settings) -> None:
+    labels = tuple(f"{i} of a kind with a long name, or another long name" for i in range(10))
+    path = settings.artifact.parent / "wordy.maestro"
+    artifact.save(path, replace(tiny_manifest(), labels=labels), tiny_contents())
+    with serving(settings.model_copy(update={"artifact": path})) as site:
+        site.gate.set()
+        reader = Reader(browser, site, PHONE_PX).until_ready()
+        reader.choose(PICTURE)
+        reader.until(lambda: reader.find("#answer").is_displayed())
+
+        lines = reader.evaluate("""
+            const share = document.createRange();
+            share.selectNodeContents(document.querySelector("#top li span:last-child"));
+            return share.getClientRects().length;
+        """)
+        assert lines == 1
+        assert not reader.scrolls_sideways()
+
+
 def test_everything_to_work_with_has_a_name(reader: Reader) -> None:
     controls = reader.browser.find_elements(
         By.CSS_SELECTOR, "input, button, a, summary, progress, img, [role]"
