@@ -101,6 +101,11 @@ def test_clockwork_counts_on_the_longest_of_the_last_ten_batches() -> None:
         assert choice.count == (4 if batch_id == 11 else 3)
 
 
+def test_clockwork_gives_up_heads_where_enough_others_fill_a_larger_batch() -> None:
+    assert first_choice(rivals.Clockwork(0), [1.2, 9, 9, 9, 9]) == Choice(4, 0, drop=1)
+    assert first_choice(rivals.Clockwork(0), [1.6, 1.6, 9]) == Choice(2, 0)
+
+
 def view_after(finished: Finished | None, waiting: int, target_ms: float = 100.0) -> View:
     scheduler = Scheduler(LATENCIES, sheds=False)
     for i in range(waiting):

@@ -94,10 +94,10 @@ def nexus(point: int) -> Policy:
 
 @dataclass(slots=True)
 class Clockwork:
-    """Clockwork (OSDI 2020): one model; the largest batch that is in time for all in it.
+    """Clockwork (OSDI 2020): one model; the largest batch that enough requests are in time for.
 
-    A batch is thought to take the most of the last ten of its size, and a request that has not
-    that time left is given up before it runs.
+    A queue for each batch size holds those that have the time left that such a batch is thought to
+    take, the most of the last ten of its size. Who comes before those that run is given up.
     """
 
     point: int
@@ -109,18 +109,26 @@ class Clockwork:
         if last is not None and last.batch_id != self._seen:
             self._seen = last.batch_id
             self._took_ms.setdefault(last.rows, deque(maxlen=10)).append(last.measured_ms)
-        drop = doomed(view, self.point)
         entries, tables = view.waiting.entries, view.tables
-        while drop < len(entries) and _slack_ms(view, drop) < self._estimate_ms(
-            tables, entries[drop].request.rows
-        ):
-            drop += 1
+        drop = self._first_in_time(view, doomed(view, self.point), 1)
         if drop == len(entries):
             return Choice(0, drop=drop)
-        slack_ms, rows = _slack_ms(view, drop), tables.latencies.max_batch
-        while rows > 1 and self._estimate_ms(tables, rows) > slack_ms:
-            rows -= 1
+        rows = 1
+        while rows < tables.max_batch:
+            first = self._first_in_time(view, drop, rows + 1)
+            if len(entries) - first <= rows:
+                break
+            drop, rows = first, rows + 1
         return _start(view, drop, self.point, rows)
+
+    def _first_in_time(self, view: View, first: int, rows: int) -> int:
+        """Return the first place from `first` on that a batch of so many rows is in time for."""
+        entries = view.waiting.entries
+        while first < len(entries) and _slack_ms(view, first) < self._estimate_ms(
+            view.tables, max(rows, entries[first].request.rows)
+        ):
+            first += 1
+        return first
 
     def _estimate_ms(self, tables: Tables, rows: int) -> float:
         seen = self._took_ms.get(rows)
