@@ -173,8 +173,8 @@ def check_exportable(model: nn.Module, keep: Sequence[str], image: Image, labels
     Raises:
         ExportError: an embedding is not kept dense, a parameter is not a number, factors or outputs
             are not float32, there is not one output for each label, an answer depends on what else
-            is in its batch, or torch or ONNX Runtime can't run the network, or they answer
-            differently.
+            is in its batch, a factorised layer is computed again in the backward pass, or torch or
+            ONNX Runtime can't run the network, or they answer differently.
         ValueError: a factorised layer is never called, or a pattern in `keep` matches none.
     """
     check_embeddings(model, keep)
@@ -203,6 +203,13 @@ def check_exportable(model: nn.Module, keep: Sequence[str], image: Image, labels
             cost = measure(copied, x[:1])
             template, weights = graph.pack(make_template(copied, x), cost.layers)
         _check_outputs(copied.train(), x, labels)
+        with _refusing("the network can't be trained"):
+            _check_backward(copied, x)
+    if template.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value"):
+        raise ExportError(
+            f"torch can export the network for batches of {len(x)} alone: its forward may not loop "
+            f"over a batch, and takes the size from x.shape[0], not from len(x)"
+        )
     point = graph.build(template, cost.layers, [layer.max_rank for layer in cost.layers])
     with (
         _refusing("ONNX Runtime can't run the network"),
@@ -266,6 +273,30 @@ def _check_outputs(model: nn.Module, x: Tensor, labels: int) -> Tensor:
     if y.dtype != torch.float32:
         raise ExportError(f"the network's output{mode} is {_type(y)}; it must be float32")
     return y
+
+
+def _check_backward(model: nn.Module, x: Tensor) -> None:
+    """Refuse a network that calls a factorised layer in its backward pass.
+
+    Ranks are lent to it for a call (`forward_at`): by then the layer is whole again, and where
+    shapes are not compared, gradients are silently those of another rank.
+    """
+    called: list[str] = []
+    handles = [
+        layer.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+        for name, layer in low_rank_layers(model).items()
+    ]
+    y = model(x)
+    called.clear()
+    if y.requires_grad:
+        torch.autograd.backward(y.sum())
+    for handle in handles:
+        handle.remove()
+    if called:
+        raise ExportError(
+            f"'{called[0]}' is computed again in the backward pass, as by torch.utils.checkpoint: "
+            f"its rank is gone by then; name it in `keep`, or compute it once"
+        )
 
 
 def _type(values: Tensor) -> str:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from maestro_core import export as exporting
 from maestro_core.accounting import measure
@@ -419,6 +420,26 @@ class Remembering(Small):
         return {"calls": 3}
 
 
+class Recomputing(Small):
+    """Saves memory: what a part of it computes is computed again in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(24, 24)
+        self.part = nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.first(x.mean(3).flatten(1))
+        if self.training and torch.is_grad_enabled():
+            return self.fc(checkpoint(self.part, h, use_reentrant=True))
+        return self.fc(self.part(h))
+
+
+class OfOneSize(Small):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x.reshape(len(x), 3, 8, 8))
+
+
 class NamedAsInput(Small):
     def __init__(self) -> None:
         super().__init__()
@@ -440,6 +461,11 @@ class NamedAsInput(Small):
         (Decomposing, "^torch can't export the network: No ONNX function found for"),
         (NotCopied, "^the network can't be copied: cannot pickle 'generator' object"),
         (Remembering, "'_extra_state' is a dict; checkpoints hold tensors"),
+        (
+            Recomputing,
+            "'part' is computed again in the backward pass, as by torch.utils.checkpoint",
+        ),
+        (OfOneSize, r"for batches of 2 alone: .* takes the size from x\.shape\[0\], not from len"),
         (NamedAsInput, "'image' is what graphs call their own"),
         (InPairs, "output for a batch of 2 is a tuple; for 8 labels it must be"),
         (PairsInTraining, "output in training for a batch of 2 is a tuple"),
