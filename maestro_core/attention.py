@@ -89,7 +89,8 @@ class LowRankAttention(nn.Module):
             shape = scores.shape if attn_mask.dim() == 3 else attn_mask.shape
             scores = _masked(scores, attn_mask.view(shape))
         if key_padding_mask is not None:
-            scores = _masked(scores, key_padding_mask.view(len(scores), 1, 1, -1))
+            # Not len(): it would fix the size of the batch in an exported graph.
+            scores = _masked(scores, key_padding_mask.view(scores.shape[0], 1, 1, -1))
         if need_weights or (attn_mask is None and key_padding_mask is None):
             weights = scores.softmax(-1)
         else:

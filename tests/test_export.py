@@ -197,6 +197,25 @@ def test_attention_is_exported_and_its_maps_are_cut(tmp_path: Path) -> None:
     assert made.points[0].macs < made.points[1].macs
 
 
+class Padded(Attentive):
+    """Dark rows are padding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.rows(x.transpose(1, 2).flatten(2))
+        dark = x.mean((1, 3)) < -0.2
+        logits: Tensor = self.head(self.attention(h, h, h, dark, need_weights=False)[0].mean(1))
+        return logits
+
+
+def test_attention_to_padded_samples_is_exported() -> None:
+    model = Padded()
+    del model.place
+
+    names = check_exportable(model, [], pictures().image, 8)
+
+    assert names[1:-1] == [f"attention.{part}" for part in ("query", "key", "value", "output")]
+
+
 class Alike(nn.Module):
     """Two layers of the same shape, and one that is called twice."""
 
