@@ -166,6 +166,35 @@ def test_trials_are_interleaved_in_random_order() -> None:
     assert len(followers) > 4
 
 
+def test_the_last_cell_is_not_measured_with_warm_caches() -> None:
+    host = FakeHost()
+    rng = random.Random(2)
+
+    def run(point: int, batch: int, interrupt: Interrupt) -> None:
+        """Take a tenth right after the same cell; all but one cell are known long before it."""
+        warm = host.ran[-1:] == [(point, batch)]
+        host.run(point, batch, interrupt)
+        if (point, batch) == (3, 4):
+            host.now_s += 1e-3 * (0.0 if warm else rng.uniform(100, 200))
+
+    precision = Precision(relative=0.05, min_runs=20)
+    latencies, stopped_on = measure(
+        run,
+        range(4),
+        BATCHES,
+        budget_s=600.0,
+        precision=precision,
+        rng=random.Random(0),
+        clock=host.clock,
+    )
+
+    (last,) = (x for x in latencies if (x.point, x.batch) == (3, 4))
+    alone = max(x.n for x in latencies if x is not last)
+    assert stopped_on == "precision"
+    assert last.n > 2 * alone
+    assert last.p50_ms == pytest.approx(16 + 150, rel=0.1)
+
+
 def test_a_turn_holds_one_short_trial() -> None:
     host = FakeHost()
     measured(host)
