@@ -38,6 +38,8 @@ class Phase:
         _check_one_of("a phase's kind", self.kind, get_args(Kind))
         if self.epochs < 0:
             raise ValueError(f"a phase has 0 epochs or more, not {self.epochs}")
+        _check_least("learning_rate", self.learning_rate)
+        _check_least("distortion", self.distortion)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +93,12 @@ class HyperParameters:
             raise ValueError(f"phases come as dense, ordered, nested, not as {', '.join(kinds)}")
         _check_one_of("precision", self.precision, get_args(Precision))
         _check_one_of("sampling", self.sampling, get_args(Sampling))
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}, at least 1")
+        if not (isinstance(self.batch_size, int) and self.batch_size >= 1):
+            raise ValueError(f"batch_size is {self.batch_size}, not a whole number of at least 1")
+        for name in ("weight_decay", "lasso", "threshold"):
+            _check_least(name, getattr(self, name))
+        for name in ("momentum", "warmup", "label_smoothing"):
+            _check_share(name, getattr(self, name))
         shrinking = [phase for phase in self.phases if phase.kind == "ordered"]
         if self.target and not (len(shrinking) == 1 and shrinking[0].epochs):
             raise ValueError("a target needs one ordered phase, in which the network shrinks")
@@ -150,6 +156,16 @@ class HyperParameters:
 def _check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name} is one of {', '.join(known)}, not '{value}'")
+
+
+def _check_least(name: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} is {value}, not a number of at least 0")
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} is {value}, not in 0..1, 1 left out")
 
 
 def learning_rate(phase: Phase, warmup: float, epoch: float) -> float:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 from dataclasses import replace
 from itertools import pairwise
@@ -311,7 +312,13 @@ def test_a_teacher_that_is_gone_or_damaged_is_named(
         ),
         ({"precision": "bf16"}, "precision is one of float32, bfloat16, not 'bf16'"),
         ({"sampling": "pair"}, "sampling is one of pairs, layers, ratio, not 'pair'"),
-        ({"batch_size": 0}, "batch_size is 0, at least 1"),
+        ({"batch_size": 0}, "batch_size is 0, not a whole number of at least 1"),
+        ({"batch_size": 2.5}, "batch_size is 2.5, not a whole number of at least 1"),
+        ({"lasso": -1e-6}, "lasso is -1e-06, not a number of at least 0"),
+        ({"threshold": math.nan}, "threshold is nan, not a number of at least 0"),
+        ({"weight_decay": math.inf}, "weight_decay is inf, not a number of at least 0"),
+        ({"momentum": 1.0}, "momentum is 1.0, not in 0..1, 1 left out"),
+        ({"warmup": 1.0}, "warmup is 1.0, not in 0..1, 1 left out"),
     ],
 )
 def test_hyper_parameters_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -324,6 +331,8 @@ def test_a_phase_that_cannot_be_is_refused() -> None:
         Phase("orderd", 1, RATE)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="0 epochs or more, not -1"):
         Phase("dense", -1, RATE)
+    with pytest.raises(ValueError, match=r"learning_rate is -0.1, not a number of at least 0"):
+        Phase("dense", 1, -0.1)
 
 
 def test_phases_of_a_group_begin_from_one_network_and_end_in_their_mean(
