@@ -25,7 +25,7 @@ from maestro_core.accounting import Cost, measure
 from maestro_core.artifact import Score
 from maestro_core.data import Data, Pictures
 from maestro_core.evaluation import evaluate
-from maestro_core.export import INPUT, Description, export, make_template
+from maestro_core.export import Description, export
 from maestro_core.factorize import factorize_, low_rank_layers
 from maestro_core.frontier import Chain, pareto
 from maestro_core.host import Host
@@ -36,6 +36,7 @@ from maestro_core.sampling import Sampling
 from maestro_core.schedule import HyperParameters, Kind, Phase
 from maestro_core.search import Point, by_name, find_chain, make_points
 from maestro_core.sentences import Corpus, example
+from maestro_core.template import INPUT, make_template
 from maestro_core.training import train_
 from maestro_core.whitening import sample_inputs, whiten_
 

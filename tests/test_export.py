@@ -20,17 +20,13 @@ from maestro_core.accounting import measure
 from maestro_core.artifact import Artifact, ArtifactError, Image, Score
 from maestro_core.data import Pictures
 from maestro_core.evaluation import evaluate
-from maestro_core.export import (
-    Description,
-    ExportError,
-    check_embeddings,
-    check_exportable,
-    export,
-)
+from maestro_core.export import Description, export
+from maestro_core.exportable import check_embeddings, check_exportable
 from maestro_core.factorize import factorize_, forward_at, low_rank_layers
 from maestro_core.lod import truncate_
 from maestro_core.normalisation import recalibrate
 from maestro_core.search import Point, by_name
+from maestro_core.template import ExportError
 
 CHAIN = [(1, 0, 1, 0), (1, 2, 1, 2), (2, 9, 3, 4), (2, 12, 10, 6), (4, 20, 18, 8)]
 

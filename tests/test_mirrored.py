@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from maestro_core.accounting import measure
-from maestro_core.export import make_template
 from maestro_core.factorize import factorize_
 from maestro_core.models.mirrored import Mirrored
+from maestro_core.template import make_template
 
 
 def network() -> nn.Sequential:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from maestro_core import artifact, checkpoint, folders, held_out
 from maestro_core.data import DataError, Pictures, load
-from maestro_core.export import ExportError
 from maestro_core.factorize import factorize_, low_rank_layers
 from maestro_core.folders import Folders
 from maestro_core.models.resnet import ResNet50
@@ -21,6 +20,7 @@ from maestro_core.recipes.mnist_lenet import RECIPE
 from maestro_core.recipes.recipe import Recipe
 from maestro_core.schedule import Phase, learning_rate
 from maestro_core.target import Target
+from maestro_core.template import ExportError
 from maestro_core.training import train_epoch_
 from tests.test_folders import CLASSES, write_folders
 

@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 from maestro_core import checkpoint, cli, sentences
 from maestro_core.accounting import measure
 from maestro_core.evaluation import evaluate
-from maestro_core.export import ExportError
 from maestro_core.factorize import factorize_, low_rank_layers
 from maestro_core.models.transformer import Transformer
 from maestro_core.recipes import running
@@ -23,6 +22,7 @@ from maestro_core.recipes.text import run_text
 from maestro_core.schedule import Moments, Phase
 from maestro_core.sentences import Corpus, example
 from maestro_core.target import Target
+from maestro_core.template import ExportError
 from maestro_core.training import train_, train_epoch_
 from tests.stops import Stops
 from tests.text import write_text

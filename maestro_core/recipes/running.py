@@ -14,8 +14,9 @@ from torch import nn
 from maestro_core import artifact, checkpoint, data, distributed, folders, held_out
 from maestro_core.accounting import Cost, measure
 from maestro_core.data import Data
-from maestro_core.export import Description, ExportError, check_exportable
+from maestro_core.export import Description
 from maestro_core.export import export as export_artifact
+from maestro_core.exportable import check_exportable
 from maestro_core.factorize import factorize_
 from maestro_core.frontier import Chain
 from maestro_core.host import usable_cores
@@ -30,6 +31,7 @@ from maestro_core.recipes.recipe import Recipe, TextRecipe
 from maestro_core.recipes.text import run_text
 from maestro_core.search import check_removable, error_tables, find_chain, make_points
 from maestro_core.target import Target
+from maestro_core.template import ExportError
 from maestro_core.training import cut_, start_, train_
 
 RECIPES: dict[str, Recipe | TextRecipe] = {
