@@ -1,7 +1,8 @@
 """What a request costs outside the engine, measured with inferences that wait for no other.
 
-The engine computes in between, as it empties the caches for all that comes after it: with one that
-computes nothing the rest takes a fraction of the time.
+The engine computes in between, as it empties the caches for all that comes after it, and they come
+one by one, to threads that sleep. With an engine that computes nothing, or without a pause, the
+rest takes a fraction of the time.
 """
 
 import asyncio
@@ -32,6 +33,7 @@ Floats = NDArray[np.float32]
 # How long to measure, and the runs to have in any case.
 RUNS_S = 0.5
 LEAST_RUNS = 5
+PAUSE_S = 0.01
 # Of the runs. Others that use the cores meanwhile make most of the rest longer, not shorter.
 QUANTILE = 0.25
 
@@ -84,6 +86,7 @@ async def _overhead_ms(
         for number, point in enumerate(cycle(points)):
             if cancelled():
                 raise CancelledError
+            await asyncio.sleep(PAUSE_S)
             with turn(latencies.p50_ms[point][0] / 1e3) as runner.interrupt:
                 began_s = time.monotonic()
                 try:
