@@ -2,7 +2,7 @@
 
 The engine computes in between, as it empties the caches for all that comes after it, and they come
 one by one, to threads that sleep. With an engine that computes nothing, or without a pause, the
-rest takes a fraction of the time.
+rest takes less time.
 """
 
 import asyncio

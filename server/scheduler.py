@@ -107,21 +107,19 @@ class Scheduler:
         refusal = self._no_room(entry, now, speed)
         if refusal is None:
             return None, []
-        leaving = self._giving_way(entry)
-        if not leaving:
+        victims = self._giving_way(entry)
+        if not victims or not self._fits_without(victims, entry, now, speed):
             return refusal, []
-        for other in leaving:
-            self._waiting.remove(other)
-        fits = self._no_room(entry, now, speed) is None
-        victims = []
-        for other in reversed(leaving):
-            self._waiting.add(other)
-            if fits and self._no_room(entry, now, speed) is not None:
-                self._waiting.remove(other)
-                victims.append(other)
-        for other in victims:
-            self._waiting.add(other)
-        return (None, victims) if fits else (refusal, [])
+        for other in victims[::-1]:  # as few as need to
+            fewer = [victim for victim in victims if victim is not other]
+            if self._fits_without(fewer, entry, now, speed):
+                victims = fewer
+        return None, victims
+
+    def _fits_without(self, leaving: list[Entry], entry: Entry, now: float, speed: Speed) -> bool:
+        """Return whether the queue could take the entry if these others left."""
+        with self._without(leaving):
+            return self._no_room(entry, now, speed) is None
 
     def _giving_way(self, entry: Entry) -> list[Entry]:
         """Return who may give up their places for the entry, those that go first first.
