@@ -20,6 +20,7 @@ from uvicorn.protocols.http.httptools_impl import (
 
 from server.direct import FAILED
 from server.errors import PROBLEM_TYPE, BadRequestError
+from server.patience import Patience
 
 # A request's line and headers; the parser itself has no limit.
 HEAD_BYTES = 64 * 2**10
@@ -28,6 +29,8 @@ HEAD_BYTES = 64 * 2**10
 MOST_PIPELINED = 64
 # A body up to this size is waited for here; uvicorn itself reads as much before anybody asks.
 SMALL_BYTES = HIGH_WATER_LIMIT
+# For so long a connection may be silent between requests: uvicorn's own default.
+KEEP_ALIVE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -69,24 +72,39 @@ def limited(
     whole: Whole | None = None,
     on_count: Callable[[int], object] = lambda _: None,
     is_leaving: Callable[[], bool] = lambda: False,
-) -> type[asyncio.Protocol]:
-    """Return uvicorn's HTTP protocol on httptools, held to `limits` and to HEAD_BYTES.
+) -> Callable[..., asyncio.Protocol]:
+    """Return what makes connections of uvicorn's arguments, held to `limits` and to HEAD_BYTES.
 
     `whole` begins what it takes of requests that came whole; `on_count` is told how many
     connections are open whenever that changes; once `is_leaving`, each ends with its next answer.
     """
-    own: dict[str, Any] = {
-        "_limits": limits,
-        "_whole": whole,
-        "_on_count": staticmethod(on_count),
-        "_is_leaving": staticmethod(is_leaving),
-        "_waiting": {},
-    }
-    return type("Protocol", (LimitedProtocol,), own)
+    return partial(LimitedProtocol, Together(limits, whole, on_count, is_leaving))
+
+
+class Together:
+    """What all connections of a server have in common."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        whole: Whole | None,
+        on_count: Callable[[int], object],
+        is_leaving: Callable[[], bool],
+    ) -> None:
+        self.max_connections = limits.max_connections
+        self.whole, self.on_count, self.is_leaving = whole, on_count, is_leaving
+        # Those that a request is to arrive on, or that are to read an answer; and those between
+        # requests.
+        self.receiving: Patience[LimitedProtocol] = Patience(
+            limits.receive_timeout_s, LimitedProtocol.abort
+        )
+        self.idle: Patience[LimitedProtocol] = Patience(
+            KEEP_ALIVE_S, LimitedProtocol.timeout_keep_alive_handler
+        )
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """One connection: uvicorn's, held to limits. `limited` makes a class of it for a server.
+    """One connection: uvicorn's on httptools, held to limits. `limited` makes them for a server.
 
     uvicorn ends connections that are silent between requests, but waits for ever for a first
     request, for the rest of one, and until an answer is read. Here such a connection ends after
@@ -99,34 +117,34 @@ class LimitedProtocol(HttpToolsProtocol):
     refused here, once those before it are answered, and ends the connection.
     """
 
-    _limits: Limits
-    _whole: Whole | None
-    _on_count: Callable[[int], object]
-    _is_leaving: Callable[[], bool]
-    _waiting: dict[HttpToolsProtocol, None]  # of the server, in the order that they began to wait
-    _deadline: asyncio.TimerHandle | None = None
-    _head_bytes: int | None = None  # of the head that is arriving, if one is
-    _framing_bytes = 0  # of chunks' sizes and of trailers, since the last of the body came
-    _is_lost = False
-    _is_at_head = False
-    _is_at_upgrade = False  # at a head that is to be read again
-    _held: tuple[RequestResponseCycle, Any] | None = None  # until its body is here
-    _under_way: UnderWay | None = None
-    _answered: RequestResponseCycle | None = None  # the one that is, or was last
-    _refusal: str | None = None  # why nothing more is read
+    def __init__(self, together: Together, *given: Any, **named: Any) -> None:  # noqa: ANN401
+        super().__init__(*given, **named)
+        self._together = together
+        self._whole = together.whole
+        self._head_bytes: int | None = None  # of the head that is arriving, if one is
+        self._framing_bytes = 0  # of chunks' sizes and of trailers, since the last of the body came
+        self._is_lost = False
+        self._is_at_head = False
+        self._is_at_upgrade = False  # at a head that is to be read again
+        self._held: tuple[RequestResponseCycle, Any] | None = None  # until its body is here
+        self._under_way: UnderWay | None = None
+        self._answered: RequestResponseCycle | None = None  # the one that is, or was last
+        self._refusal: str | None = None  # why nothing more is read
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._on_count(len(self.connections))
+        together = self._together
+        together.on_count(len(self.connections))
         self._watch()
-        if len(self.connections) > self._limits.max_connections and self._waiting:
-            oldest = next(iter(self._waiting))
-            oldest.transport.abort()
-            del self._waiting[oldest]
+        oldest = together.receiving.first
+        if len(self.connections) > together.max_connections and oldest is not None:
+            together.receiving.end(oldest)
+            oldest.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._is_lost = True
-        self._stop_watching()
+        self._together.receiving.end(self)
+        self._together.idle.end(self)
         super().connection_lost(exc)
         self.pipeline.clear()
         cycle = self._answered
@@ -139,7 +157,7 @@ class LimitedProtocol(HttpToolsProtocol):
         under_way, self._under_way = self._under_way, None
         if under_way is not None:
             under_way.give_up()
-        self._on_count(len(self.connections))
+        self._together.on_count(len(self.connections))
 
     def data_received(self, data: bytes) -> None:
         if self._refusal is not None:
@@ -158,7 +176,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _parse(self, data: bytes) -> None:
         """Parse what came, as uvicorn does, but pass over wishes for another protocol."""
-        self._unset_keepalive_if_required()
+        self._together.idle.end(self)
         try:
             while data:
                 data = self._parsed(data)
@@ -205,7 +223,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._is_at_head = True
         super().on_headers_complete()
         self._is_at_head = False
-        if self._is_leaving() and self.cycle is not None:  # the client is to go elsewhere
+        if self._together.is_leaving() and self.cycle is not None:  # the client is to go elsewhere
             self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
@@ -217,7 +235,14 @@ class LimitedProtocol(HttpToolsProtocol):
             self._begin(*self._held)
 
     def on_response_complete(self) -> None:
-        super().on_response_complete()
+        """As uvicorn's, but for its timer."""
+        self.server_state.total_requests += 1
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
+            if self.pipeline:
+                self._start_asgi_task(*self.pipeline.pop())
+            else:
+                self._together.idle.begin(self, self.loop)
         if self._refusal is not None:
             self._refuse_in_turn()
         self._watch()
@@ -306,18 +331,13 @@ class LimitedProtocol(HttpToolsProtocol):
         arrived = cycle is not None and not (cycle.response_complete or cycle.more_body)
         unread = self.flow.write_paused or self.transport.is_closing()
         if self._is_lost or (arrived and not unread):
-            self._stop_watching()
-        elif self._deadline is None:
-            self._deadline = self.loop.call_later(
-                self._limits.receive_timeout_s, self.transport.abort
-            )
-            self._waiting[self] = None
+            self._together.receiving.end(self)
+        else:
+            self._together.receiving.begin(self, self.loop)
 
-    def _stop_watching(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-        self._waiting.pop(self, None)
+    def abort(self) -> None:
+        """End it, whatever is still to be sent."""
+        self.transport.abort()
 
 
 def _is_small(scope: Mapping[str, Any]) -> bool:

@@ -117,7 +117,7 @@ def run(service: Service, listeners: list[socket.socket], shared: Shared | None 
         access_log=False,
         ws="none",
         timeout_graceful_shutdown=GRACE_S,
-        http=limited(
+        http=limited(  # type: ignore[arg-type]  # it calls it, whatever it is
             limits,
             getattr(app.state, "whole", None),
             shared.count if shared else lambda _: None,
