@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import isfinite, prod, sqrt
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -195,6 +195,13 @@ class Artifact:
     path: Path
     manifest: Manifest
     digest: str
+    # Of each point, by the names of the layers. Made once: every answer has them.
+    ranks: tuple[dict[str, int], ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        names = [layer.name for layer in self.manifest.layers]
+        ranks = tuple(dict(zip(names, point.ranks, strict=True)) for point in self.points)
+        object.__setattr__(self, "ranks", ranks)
 
     @property
     def points(self) -> tuple[OperatingPoint, ...]:
@@ -302,10 +309,10 @@ def _check_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def _check_shapes(path: Path, manifest: Manifest) -> None:
-    for field, tensor in (("input", manifest.input), ("output", manifest.output)):
+    for side, tensor in (("input", manifest.input), ("output", manifest.output)):
         if tensor.shape[:1] != (-1,) or any(size < 1 for size in tensor.shape[1:]):
             raise ArtifactError(
-                f"{path}: {field}.shape: {list(tensor.shape)}; it must be -1 for the batch, and "
+                f"{path}: {side}.shape: {list(tensor.shape)}; it must be -1 for the batch, and "
                 "then sizes of 1 or more"
             )
     labels, shape = manifest.labels, manifest.output.shape

@@ -51,7 +51,7 @@ def infer_answer(
         "labels": labels and [labels[i] for i in output.argmax(-1).tolist()],
         "top": top,
         "point": inference.point,
-        "ranks": {layer.name: r for layer, r in zip(manifest.layers, point.ranks, strict=True)},
+        "ranks": artifact.ranks[inference.point],
         "accuracy": point.score.value,
         "predicted_ms": round(inference.predicted_ms, 3),
         "queue_ms": round(inference.queue_ms, 3),
@@ -72,7 +72,6 @@ def frontier_rows(
     Raises:
         ProfileError: the batch size was not profiled.
     """
-    names = [layer.name for layer in artifact.manifest.layers]
     rows: list[dict[str, Any]] = []
     for i, point in enumerate(artifact.points):
         latencies = dict.fromkeys(("p50_ms", "p50_low_ms", "p50_high_ms", "p95_ms", "p99_ms"))
@@ -83,7 +82,7 @@ def frontier_rows(
         rows.append(
             {
                 "point": i,
-                "ranks": dict(zip(names, point.ranks, strict=True)),
+                "ranks": artifact.ranks[i],
                 "accuracy": point.score.value,
                 "accuracy_low": point.score.low,
                 "accuracy_high": point.score.high,

@@ -10,7 +10,7 @@ from functools import partial
 from server.answers import Inference
 from server.metrics import Metrics
 from server.requests import Batch
-from server.statistics import Statistics
+from server.statistics import Answer, Statistics
 
 MS = 1e3
 
@@ -20,11 +20,14 @@ class Counting:
 
     def __init__(self, metrics: Metrics, statistics: Statistics) -> None:
         self.metrics, self.statistics = metrics, statistics
+        self._answers: list[Answer] = []
         self._uncounted: list[Callable[[], None]] = []
+        self._will_flush = False
 
     def answered(self, inference: Inference, total_ms: float, target_ms: float | None) -> None:
         """Count an answer."""
-        self._later(partial(self._answered, inference, total_ms, target_ms))
+        self._answers.append((inference, total_ms, target_ms))
+        self._flush_later()
 
     def refused(self, code: str, reason: str | None = None) -> None:
         """Count a request that was answered with an error; a `reason` is the scheduler's."""
@@ -33,28 +36,32 @@ class Counting:
 
     def ran(self, batch: Batch, compute_s: float) -> None:
         """Count a batch."""
-        self._later(partial(self._ran, batch, compute_s))
+        self._uncounted.append(partial(self._ran, batch, compute_s))
+        self._flush_later()
 
     def decided(self, decision_s: float) -> None:
         """Count a decision."""
-        self._later(partial(self.metrics.decided, decision_s))
+        self._uncounted.append(partial(self.metrics.decided, decision_s))
+        self._flush_later()
 
     def flush(self) -> None:
         """Count what is not counted yet."""
+        self._will_flush = False
         due, self._uncounted = self._uncounted, []
         for count in due:
             count()
+        answers, self._answers = self._answers, []
+        if answers:
+            for inference, total_ms, target_ms in answers:
+                self.metrics.answered(inference, total_ms, target_ms)
+            self.statistics.answered(answers)
 
-    def _later(self, count: Callable[[], None]) -> None:
+    def _flush_later(self) -> None:
         """Count once the answers of this turn of the event loop and of the next are sent."""
-        if not self._uncounted:
+        if not self._will_flush:
+            self._will_flush = True
             loop = asyncio.get_running_loop()
             loop.call_soon(loop.call_soon, self.flush)
-        self._uncounted.append(count)
-
-    def _answered(self, inference: Inference, total_ms: float, target_ms: float | None) -> None:
-        self.metrics.answered(inference, total_ms, target_ms)
-        self.statistics.answered(inference, total_ms)
 
     def _ran(self, batch: Batch, compute_s: float) -> None:
         self.metrics.ran(batch.point, batch.rows, compute_s, batch.predicted_ms / MS)

@@ -5,7 +5,8 @@ for what is wrong with it.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
+from functools import lru_cache
+from itertools import accumulate, chain
 from math import prod
 from operator import mul
 from typing import Any
@@ -24,7 +25,7 @@ _BRACKET = ord("[")
 _MOST_NAMES = 16
 
 
-def read(body: bytes, sample: Sequence[int]) -> tuple[NDArray[np.float64], dict[str, Any]] | None:
+def read(body: bytes, sample: tuple[int, ...]) -> tuple[NDArray[np.float64], dict[str, Any]] | None:
     """Return `inputs` as (n, *sample) or one (*sample), and the numbers and texts beside it.
 
     None for everything else, broken or not.
@@ -36,19 +37,24 @@ def read(body: bytes, sample: Sequence[int]) -> tuple[NDArray[np.float64], dict[
         found = parser.parse(body)
         if not isinstance(found, simdjson.Object) or len(found) > _MOST_NAMES:
             return None
-        given: dict[str, Any] = {name: found[name] for name in found}
-        values = given.pop("inputs")
-        numbers = np.frombuffer(values.as_buffer(of_type="d"), np.float64)
+        values: Any = found["inputs"]
+        given = _others(found) if len(found) > 1 else {}
         # A name came twice, or one has more than a number or a text.
         if len(found) != 1 + len(given) or not {*map(type, given.values())} <= {int, float, str}:
             return None
+        numbers = np.frombuffer(values.as_buffer(of_type="d"), np.float64)
         brackets = np.count_nonzero(np.frombuffer(body, np.uint8) == _BRACKET)
-        for shape in ((len(numbers) // prod(sample), *sample), tuple(sample)):
-            if _is_shaped(values, shape) and brackets == _arrays(shape):
+        for shape in ((len(numbers) // prod(sample), *sample), sample):
+            if brackets == _arrays(shape) and _is_shaped(values, shape):
                 return numbers.reshape(shape), given
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
         pass  # not JSON, or not of numbers alone; or another thread is reading with the parser
     return None
+
+
+def _others(found: Any) -> dict[str, Any]:  # noqa: ANN401  simdjson's object
+    """Return what stands beside `inputs`."""
+    return {name: found[name] for name in found if name != "inputs"}
 
 
 def _is_shaped(values: Any, shape: Sequence[int]) -> bool:  # noqa: ANN401  simdjson's array
@@ -57,10 +63,11 @@ def _is_shaped(values: Any, shape: Sequence[int]) -> bool:  # noqa: ANN401  simd
     for size in shape[:-1]:
         if {*map(len, level)} != {size}:
             return False
-        level = [inner for outer in level for inner in outer]
+        level = [*chain.from_iterable(level)]
     return {*map(len, level)} == {shape[-1]}
 
 
-def _arrays(shape: Sequence[int]) -> int:
+@lru_cache(maxsize=64)
+def _arrays(shape: tuple[int, ...]) -> int:
     """Return how many arrays nest to this shape."""
     return sum(accumulate(shape[:-1], mul, initial=1))

@@ -146,7 +146,7 @@ class Whole:
         except BaseException:
             held.give_back()
             raise
-        here = tracing.read(scope["headers"])
+        here = tracing.read(headers)
         return UnderWay(service, served, parameters, arrived_s, held, here, leave)
 
 

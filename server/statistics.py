@@ -14,6 +14,8 @@ from server.settings import LARGEST_BATCH
 NS_PER_MS = 1e6
 
 Row = memoryview  # of 64-bit integers
+# An answer, what it took in all, and its target, in ms.
+Answer = tuple[Inference, float, float | None]
 
 # Columns of a row. From _SUCCESS on each is a count, and nanoseconds in the column after it; from
 # _BATCHES on one for each size of a batch: a stored profile may have larger ones than the settings.
@@ -32,21 +34,27 @@ class Statistics:
     def __init__(self, row: Row, rows: Sequence[Row]) -> None:
         self._row, self._rows = row, rows
 
-    def answered(self, inference: Inference, total_ms: float) -> None:
-        """Count an answer."""
-        self._row[_INFERENCES] += len(inference.output)
+    def answered(self, answers: Sequence[Answer]) -> None:
+        """Count answers: some at once, as a batch has many."""
+        samples, success_ms, queue_ms, compute_ms = 0, 0.0, 0.0, 0.0
+        for inference, total_ms, _ in answers:
+            samples += len(inference.output)
+            success_ms += total_ms
+            queue_ms += inference.queue_ms
+            compute_ms += inference.compute_ms
+        self._row[_INFERENCES] += samples
         self._row[_LAST_UNIX_MS] = time.time_ns() // 1_000_000
-        self._add(_SUCCESS, total_ms)
-        self._add(_QUEUE, inference.queue_ms)
-        self._add(_COMPUTE, inference.compute_ms)
+        self._add(_SUCCESS, len(answers), success_ms)
+        self._add(_QUEUE, len(answers), queue_ms)
+        self._add(_COMPUTE, len(answers), compute_ms)
 
     def failed(self) -> None:
         """Count a request that was answered with an error."""
-        self._add(_FAIL, 0.0)
+        self._add(_FAIL, 1, 0.0)
 
     def ran(self, size: int, compute_ms: float) -> None:
         """Count a batch."""
-        self._add(_BATCHES + 2 * (size - 1), compute_ms)
+        self._add(_BATCHES + 2 * (size - 1), 1, compute_ms)
 
     def answer(self, name: str, version: str) -> dict[str, Any]:
         """Return the statistics extension's answer, of all workers together."""
@@ -84,8 +92,8 @@ class Statistics:
             ]
         }
 
-    def _add(self, at: int, ms: float) -> None:
-        self._row[at] += 1
+    def _add(self, at: int, count: int, ms: float) -> None:
+        self._row[at] += count
         self._row[at + 1] += round(ms * NS_PER_MS)
 
 

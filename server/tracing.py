@@ -9,7 +9,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -44,8 +44,6 @@ _NO_TRACE, _NO_SPAN = b"0" * 32, b"0" * 16
 
 _NO_SPAN_HERE = nullcontext()
 
-Headers = Iterable[tuple[bytes, bytes]]
-
 
 @dataclass(slots=True)
 class Trace:
@@ -72,13 +70,12 @@ class Trace:
 CURRENT: ContextVar[Trace | None] = ContextVar("maestro_trace", default=None)
 
 
-def read(headers: Headers) -> Trace:
+def read(headers: Mapping[bytes, bytes]) -> Trace:
     """Return the request's place in its client's trace, or in a new one; ids that are ill-formed
     are replaced, as the client can't be told."""
-    given = dict(headers)
-    made = f"{random.getrandbits(320):080x}"  # ids are to differ, not to be secret
+    made = random.randbytes(40).hex()  # ids are to differ, not to be secret
     request_id, trace_id, span_id, flags = made[:32], made[32:64], made[64:], "00"
-    own_id, parent = given.get(b"x-request-id"), given.get(b"traceparent")
+    own_id, parent = headers.get(b"x-request-id"), headers.get(b"traceparent")
     if own_id is not None and _REQUEST_ID.fullmatch(own_id):
         request_id = own_id.decode()
     ids = None if parent is None else _PARENT.fullmatch(parent)
@@ -118,7 +115,7 @@ class Tracing:
             await self._app(scope, receive, send)
             return
         scope[ARRIVED] = began_s = time.monotonic()
-        here = read(scope["headers"])
+        here = read(dict(scope["headers"]))
         status = 500
 
         with _span(scope) as span:

@@ -184,7 +184,7 @@ def test_statistics_are_those_of_all_workers() -> None:
         boards = [Board(directory, 3) for _ in range(3)]
         each = [Statistics(board.statistics[i], board.statistics) for i, board in enumerate(boards)]
         for statistics in each[:2]:
-            statistics.answered(ANSWERED, 8.0)
+            statistics.answered([(ANSWERED, 8.0, None)])
             statistics.ran(2, 4.0)
         each[2].failed()
 

@@ -26,7 +26,7 @@ PARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")
 
 
 def test_a_clients_trace_goes_on_with_a_span_of_our_own() -> None:
-    here = read([(b"traceparent", f"00-{TRACE}-{SPAN}-01".encode())])
+    here = read({b"traceparent": f"00-{TRACE}-{SPAN}-01".encode()})
 
     assert here.trace_id == TRACE
     assert here.span_id != SPAN
@@ -47,7 +47,7 @@ def test_a_clients_trace_goes_on_with_a_span_of_our_own() -> None:
     ],
 )
 def test_an_ill_formed_trace_is_left_and_a_new_one_begun(parent: str) -> None:
-    here = read([(b"traceparent", parent.encode())])
+    here = read({b"traceparent": parent.encode()})
 
     assert PARENT.fullmatch(here.traceparent)
     assert here.trace_id not in (TRACE, "0" * 32)
@@ -55,12 +55,12 @@ def test_an_ill_formed_trace_is_left_and_a_new_one_begun(parent: str) -> None:
 
 @pytest.mark.parametrize(("given", "kept"), [("order-17:a_b.c", True), ("a" * 129, False)])
 def test_a_request_id_is_kept_if_it_can_be_logged_safely(given: str, kept: bool) -> None:
-    assert (read([(b"x-request-id", given.encode())]).request_id == given) is kept
+    assert (read({b"x-request-id": given.encode()}).request_id == given) is kept
 
 
 @pytest.mark.parametrize("given", ["", "two\nlines", 'a"b', "ä"])
 def test_a_request_id_that_could_break_a_log_is_replaced(given: str) -> None:
-    made = read([(b"x-request-id", given.encode())]).request_id
+    made = read({b"x-request-id": given.encode()}).request_id
 
     assert re.fullmatch("[0-9a-f]{32}", made)
 
