@@ -38,7 +38,7 @@ def infer_answer(
         raise InvalidError("the output is not finite: the input is too large for this network")
     manifest = artifact.manifest
     point = artifact.points[inference.point]
-    total_ms = round(1e3 * total_s, 3)
+    total_ms = _microseconds(1e3 * total_s)
     target_ms = parameters.max_latency_ms
     labels, output = manifest.labels, inference.output
     top = (
@@ -53,15 +53,20 @@ def infer_answer(
         "point": inference.point,
         "ranks": artifact.ranks[inference.point],
         "accuracy": point.score.value,
-        "predicted_ms": round(inference.predicted_ms, 3),
-        "queue_ms": round(inference.queue_ms, 3),
-        "compute_ms": round(inference.compute_ms, 3),
+        "predicted_ms": _microseconds(inference.predicted_ms),
+        "queue_ms": _microseconds(inference.queue_ms),
+        "compute_ms": _microseconds(inference.compute_ms),
         "total_ms": total_ms,
         "max_latency_ms": target_ms,
         "target_met": None if target_ms is None else total_ms <= target_ms,
         "batch_size": inference.batch_size,
         "outputs": output,
     }
+
+
+def _microseconds(ms: float) -> float:
+    """Return a time rounded to whole microseconds: `round` looks for the nearest decimal."""
+    return int(1e3 * ms + 0.5) / 1e3
 
 
 def frontier_rows(

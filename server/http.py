@@ -51,10 +51,9 @@ class Json(Response):
 class Inferred(Response):
     """An inference's answer, of bytes; headers that are text would first be encoded."""
 
-    def __init__(self, body: bytes, media_type: bytes, *headers: Header) -> None:
+    def __init__(self, body: bytes, headers: list[Header]) -> None:
         self.status_code, self.background, self.body = 200, None, body
-        length = str(len(body)).encode()
-        self.raw_headers = [(b"content-type", media_type), (b"content-length", length), *headers]
+        self.raw_headers = headers
 
 
 @lru_cache(maxsize=128)

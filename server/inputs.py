@@ -24,6 +24,8 @@ Floats = NDArray[np.float32]
 MAX_PIXELS = 4096 * 4096
 MAX_DIMENSIONS = 32  # NumPy's arrays have 64 at most
 _NPY_HEADER_BYTES = 10_000
+# Numbers whose squares together are less are each within what float32 holds, and none is NaN.
+_SURELY_FLOAT32 = 1e76
 _SIGNATURES = {
     b"\x89PNG\r\n\x1a\n": "image/png",
     b"\xff\xd8\xff": "image/jpeg",
@@ -205,6 +207,8 @@ def shaped(array: NDArray[Any], tensor: Tensor) -> Floats:
         raise InvalidError(
             f"{tensor.name}: shape {list(array.shape)}, but the model takes {_text(tensor.shape)}"
         )
+    if array.dtype == np.float64 and np.vdot(array, array) < _SURELY_FLOAT32:
+        return array.astype(np.float32, order="C")
     if array.dtype != np.float32 or not array.flags.c_contiguous:
         with np.errstate(over="ignore"):
             array = np.ascontiguousarray(array, np.float32)

@@ -71,9 +71,9 @@ def infer_call(service: Service, bodies: Bodies) -> Call:
             parameters = parse_parameters(query_of(scope), given, targets_ms, form)
             served = service.artifact  # a search may replace it meanwhile
             result = await service.infer(x, parameters, arrived_s, request.receive)
-        answer, content = _answer(service, served, parameters, result, arrived_s)
+        fields, answer, content = _answer(service, served, parameters, result, arrived_s)
         scope[tracing.ANSWER] = content
-        return answer
+        return Inferred(answer, fields)
 
     return infer
 
@@ -99,10 +99,11 @@ class UnderWay:
         self._body.give_back()
         if isinstance(outcome, ServiceError):
             raise outcome
-        answer, _ = _answer(
+        headers, body, _ = _answer(
             self._service, self._artifact, self._parameters, outcome, self._arrived_s
         )
-        return [*answer.raw_headers, *self._here.headers()], bytes(answer.body)
+        headers += self._here.headers()
+        return headers, body
 
     def give_up(self) -> None:
         """Forget it: the client hung up."""
@@ -170,14 +171,20 @@ def _answer(
     parameters: InferParameters,
     result: Inference,
     arrived_s: float,
-) -> tuple[Inferred, dict[str, Any]]:
-    """Return the answer, counted, and what it says."""
+) -> tuple[list[Header], bytes, dict[str, Any]]:
+    """Return the answer, counted: headers, body, and what that says."""
     content = infer_answer(artifact, parameters, result, time.monotonic() - arrived_s)
     service.counting.answered(result, content["total_ms"], parameters.max_latency_ms)
-    return Inferred(to_json(content), _JSON_BYTES, _timing(content)), content
+    body = to_json(content)
+    headers = [
+        (b"content-type", _JSON_BYTES),
+        (b"content-length", b"%d" % len(body)),
+        (b"server-timing", _timing(content)),
+    ]
+    return headers, body, content
 
 
-def _timing(content: dict[str, Any]) -> Header:
-    """Return the header that browsers show beside a request."""
-    queue, compute, total = content["queue_ms"], content["compute_ms"], content["total_ms"]
-    return b"server-timing", f"queue;dur={queue}, compute;dur={compute}, total;dur={total}".encode()
+def _timing(content: dict[str, Any]) -> bytes:
+    """Return the header's value that browsers show beside a request."""
+    took_ms = content["queue_ms"], content["compute_ms"], content["total_ms"]
+    return b"queue;dur=%.3f, compute;dur=%.3f, total;dur=%.3f" % took_ms
