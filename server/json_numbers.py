@@ -4,7 +4,7 @@ For what is as usual only: whatever is not goes the long way (server.inputs), wh
 for what is wrong with it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import accumulate, chain
 from math import prod
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 _KEPT = simdjson.Parser()
 _SMALL_BYTES = 2**20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # simdjson passes it over; JSON has none
-_BRACKET = ord("[")
+_BRACKET = np.uint8(ord("["))
 # Each name is looked for from the first on.
 _MOST_NAMES = 16
 
@@ -59,11 +59,12 @@ def _others(found: Any) -> dict[str, Any]:  # noqa: ANN401  simdjson's object
 
 def _is_shaped(values: Any, shape: Sequence[int]) -> bool:  # noqa: ANN401  simdjson's array
     """Return whether nested arrays have these sizes. Deeper ones may be in the last of them."""
-    level = [values]
+    level: Iterable[Any] = (values,)
     for size in shape[:-1]:
+        level = [*level]
         if {*map(len, level)} != {size}:
             return False
-        level = [*chain.from_iterable(level)]
+        level = chain.from_iterable(level)
     return {*map(len, level)} == {shape[-1]}
 
 
