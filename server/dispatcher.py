@@ -27,6 +27,7 @@ from server.errors import (
 from server.hangups import HangUps, Receive
 from server.requests import Batch, Refusal, Request
 from server.scheduler import Scheduler
+from server.watchdog import Watchdog
 from server.worker import Turns, Worker
 
 Floats = NDArray[np.float32]
@@ -104,6 +105,7 @@ class Dispatcher:
         self._will_pump = False
         self._flights: dict[int, _Flight] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._watchdog: Watchdog | None = None  # of what is computed on the event loop
         self._drained = asyncio.Event()
 
     async def infer(self, request: Request, x: Floats, receive: Receive | None = None) -> Inference:
@@ -176,6 +178,8 @@ class Dispatcher:
         """Let the threads end."""
         if self._timer:
             self._timer.cancel()
+        if self._watchdog:
+            self._watchdog.close()
         for worker in self._free:
             worker.stop()
 
@@ -221,8 +225,11 @@ class Dispatcher:
         if is_short and lock.acquire(blocking=False):
             self._turns.note_request()
             flight = self._flights[batch.id] = _Flight(batch, callers)
+            if self._watchdog is None:
+                self._watchdog = Watchdog()
             try:
-                computed = self._computed(flight)
+                with self._watchdog:
+                    computed = self._computed(flight)
             finally:
                 lock.release()
             self._finished(batch.id, *computed)

@@ -1,6 +1,8 @@
 """The event loop around the scheduler, with a fake engine that answers when it is told to."""
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -245,6 +247,37 @@ def test_an_engine_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch) ->
         np.testing.assert_array_equal((await driver.infer(request("b"), rows(0))).output, rows(1))
 
     drive(scenario)
+
+
+def test_an_engine_that_hangs_on_the_event_loop_ends_the_process() -> None:
+    program = """
+import asyncio, threading, time
+import numpy as np
+from server.dispatcher import Dispatcher
+from server.latencies import Latencies
+from server.requests import Request
+from server.scheduler import Scheduler
+from server.worker import Turns
+
+class Hangs:
+    def run(self, batch, point):
+        threading.Event().wait()
+
+async def main():
+    scheduler = Scheduler(Latencies((0.8,), ((0.1,),), ((0.2,),)))
+    driver = Dispatcher(scheduler, Hangs(), Turns())
+    await driver.infer(Request("a", time.monotonic()), np.zeros((1, 2), np.float32))
+
+asyncio.run(main())
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert (run.returncode, run.stderr) == (
+        70,
+        "the engine did not answer the event loop: this process ends\n",
+    )
 
 
 def test_a_batch_that_waits_for_a_trial_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
