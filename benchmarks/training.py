@@ -26,6 +26,7 @@ from maestro_core.host import Elsewhere
 from maestro_core.lod import truncate_
 from maestro_core.models.resnet import ResNet18
 from maestro_core.models.resnet9 import ResNet9
+from maestro_core.models.vgg import VGG19
 from maestro_core.training import ordered_loss
 
 LASSO = 16e-6  # the paper's for ResNet-18; its cost is the same for any weight above 0
@@ -53,6 +54,7 @@ class Network:
 
 NETWORKS = (
     Network("resnet18", ResNet18, "float32", keep=()),
+    Network("vgg19", VGG19, "float32", keep=()),
     Network("resnet9", ResNet9, "bfloat16", keep=("whitening",)),
 )
 
