@@ -26,7 +26,7 @@ def grown_mib(path: Path, way: Way, points: int, batch: int, state_dir: Path) ->
     """
     arguments = (str(path), way, str(points), str(batch), str(state_dir))
     done = subprocess.run(  # noqa: S603
-        [sys.executable, "-m", "benchmarks.memory", *arguments],
+        [sys.executable, "-P", "-m", "benchmarks.memory", *arguments],
         capture_output=True,
         text=True,
         check=True,

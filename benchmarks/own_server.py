@@ -150,7 +150,7 @@ def _run(
         "MAESTRO_THREADS": str(max(1, len(cores) // workers)),
         "MAESTRO_MAX_QUEUE": str(scenarios.MAX_QUEUE),
     }
-    program = [sys.executable, "-c", "from maestro_core.cli import main; main()"]
+    program = [sys.executable, "-P", "-c", "from maestro_core.cli import main; main()"]
     with on_cores(cores), log.open("wb") as said:
         return subprocess.Popen(  # noqa: S603  our own program
             [*program, *arguments], env=os.environ | settings, stdout=said, stderr=said

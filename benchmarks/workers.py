@@ -116,7 +116,7 @@ def tree_mib(pid: int) -> dict[str, float]:
 def imported_mib(processes: int) -> float:
     """Return the memory of so many processes that have imported the server, and wait, in MiB."""
     program = "import sys, server.running; print(flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", program]
+    command = [sys.executable, "-P", "-c", program]
     with ExitStack() as stack:
         started = [
             stack.enter_context(
