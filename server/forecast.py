@@ -1,7 +1,6 @@
 """What to expect of requests that haven't come yet, learnt from those that have."""
 
 import math
-from copy import copy
 from dataclasses import dataclass, field
 
 # An observed burst is expected again until about so many requests have come without one like it;
@@ -65,7 +64,7 @@ class Envelope:
             while times_s[first] <= since:
                 first += 1
             firsts[j] = first
-            count = self._total - before[first]
+            count = float(self._total - before[first])
             burst, peak = FADING * self.bursts[j], FADING * self._peaks[j]
             is_new = self._peaked_s[j] <= since - window_s  # not of the burst that peaked last
             if count > peak:
@@ -114,8 +113,12 @@ class Forecast:
 
     def twin(self) -> "Forecast":
         """Return one that knows the same, and learns apart from this."""
-        twin = copy(self)
+        twin = Forecast(self._shortest_ms, self.windows_ms[-1])
+        twin.windows_ms, twin._windows_s = self.windows_ms, self._windows_s
         twin.envelopes = [envelope.twin() for envelope in self.envelopes]
+        twin._classes = self._classes
+        twin._tau_s = self._tau_s
+        twin._rate, twin._newest, twin._at = self._rate, self._newest, self._at
         return twin
 
     def observe(self, now: float, rows: int, target_ms: float) -> None:

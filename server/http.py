@@ -1,6 +1,6 @@
 """What every route needs of HTTP: JSON answers, types of bodies, targets from headers."""
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -10,6 +10,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers as HttpHeaders
 from starlette.datastructures import QueryParams, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.types import Message
 
 from server.errors import BadRequestError, InvalidError
 
@@ -102,12 +103,13 @@ async def form_file(request: Request, body: bytes) -> tuple[str, bytes, Pairs]:
         InvalidError: there is no file in it.
     """
 
-    async def replay() -> AsyncGenerator[bytes, None]:
-        yield body
+    async def receive() -> Message:
+        return {"type": "http.request", "body": body}
 
+    stream = Request(request.scope, receive).stream()
     headers = HttpHeaders(raw=[(b"content-type", _form_type(request))])
     try:
-        form = await _InMemory(headers, replay(), max_files=1, max_fields=8).parse()
+        form = await _InMemory(headers, stream, max_files=1, max_fields=8).parse()
     except (MultiPartException, ValueError) as error:
         text = getattr(error, "message", None) or str(error)
         raise BadRequestError(f"the form cannot be read: {text}") from error

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from fastapi import Request, Response
@@ -115,7 +115,7 @@ class UnderWay:
 class Whole:
     """The same call for requests that came whole, for who waits for no coroutine."""
 
-    paths = (INFER,)
+    paths: ClassVar = (INFER,)
 
     def __init__(self, service: Service, bodies: Bodies) -> None:
         self._service, self._bodies = service, bodies
