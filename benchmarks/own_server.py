@@ -150,6 +150,7 @@ def _run(
         "MAESTRO_THREADS": str(max(1, len(cores) // workers)),
         "MAESTRO_MAX_QUEUE": str(scenarios.MAX_QUEUE),
     }
+    # -P: the server that is installed, as this program is, not one of the directory we are in.
     program = [sys.executable, "-P", "-c", "from maestro_core.cli import main; main()"]
     with on_cores(cores), log.open("wb") as said:
         return subprocess.Popen(  # noqa: S603  our own program

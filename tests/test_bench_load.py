@@ -100,6 +100,21 @@ def test_a_server_that_does_not_start_says_why(tiny_artifact: Artifact, tmp_path
         pass
 
 
+def test_a_server_is_the_installed_one_whatever_directory_it_starts_in(
+    tiny_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "maestro_core.py").write_text("raise SystemExit('another program')")
+    monkeypatch.chdir(tmp_path)
+
+    with (
+        pytest.raises(ChildProcessError) as caught,
+        own_server.server(tiny_artifact, tmp_path, "no such policy", os.sched_getaffinity(0)),
+    ):
+        pass
+
+    assert "another program" not in str(caught.value)
+
+
 def test_a_policy_that_met_no_target_has_no_accuracy_in_the_picture() -> None:
     known = {"met": (0.9, 0.0), "accuracy": (0.8, 0.0)}
     unknown = {"met": (0.0, 0.0), "accuracy": None}
