@@ -4,6 +4,9 @@
 OpenTelemetry span as well, exported as OTEL_… variables say.
 """
 
+# Compiled where the extra may be missing:
+# mypy: disable-error-code="import-not-found"
+
 import logging
 import os
 import random
