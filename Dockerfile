@@ -1,17 +1,22 @@
-# Two stages: the first installs what the lock files pin, the second has only what serving needs.
-# No torch. Run it read-only, with one volume for the profiles (deploy/compose.yaml).
+# Two stages: the first installs what the lock files pin and compiles what every request runs, the
+# second has only what serving needs: no compiler, no torch. Run it read-only, with one volume for
+# the profiles (deploy/compose.yaml).
 ARG BASE=python:3.11-slim
-FROM ${BASE} AS build
+# The same Python, and a C compiler.
+ARG BUILD_BASE=python:3.11
+FROM ${BUILD_BASE} AS build
 WORKDIR /src
 COPY deploy/requirements.lock deploy/build.lock ./
 RUN python -m venv /opt/maestro && python -m venv /opt/build \
  && /opt/maestro/bin/pip install --no-cache-dir --disable-pip-version-check --require-hashes -r requirements.lock \
- && /opt/build/bin/pip install --no-cache-dir --disable-pip-version-check --require-hashes -r build.lock
+ && /opt/build/bin/pip install --no-cache-dir --disable-pip-version-check --require-hashes -r build.lock \
+ && echo /opt/maestro/lib/python3.*/site-packages >"$(echo /opt/build/lib/python3.*/site-packages)/types.pth"
 COPY pyproject.toml README.md LICENSE ./
 COPY maestro_core maestro_core
 COPY server server
 COPY benchmarks benchmarks
-RUN /opt/build/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir dist . \
+RUN HATCH_BUILD_HOOKS_ENABLE=1 LDFLAGS=-s \
+    /opt/build/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir dist . \
  && /opt/maestro/bin/pip install --no-cache-dir --no-deps --disable-pip-version-check dist/*.whl \
  && /opt/maestro/bin/pip uninstall --yes pip setuptools \
  && cd /opt/maestro/lib/python3.*/site-packages \

@@ -208,11 +208,28 @@ def test_an_image_is_searched_for_what_only_building_and_training_need(
     assert try_image["found_in"](tmp_path) == ["usr/bin/gcc", "usr/lib/site-packages/torch"]
 
 
+def test_an_image_is_searched_for_modules_that_are_not_compiled(
+    tmp_path: Path, try_image: dict[str, Any]
+) -> None:
+    project = tmp_path / "pyproject.toml"
+    project.write_text(
+        "[tool.hatch.build.targets.wheel.hooks.mypyc]\n"
+        'include = ["/server/a.py", "/server/b.py", "/server/c.py"]\n'
+    )
+    server = tmp_path / "opt/maestro/lib/python3.11/site-packages/server"
+    server.mkdir(parents=True)
+    for name in ("a.py", "a.cpython-311-x86_64-linux-gnu.so", "b.py", "ab.abi3.so"):
+        (server / name).touch()
+
+    assert try_image["interpreted_in"](tmp_path, project) == ["server/b.py", "server/c.py"]
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"unpacked_mb": 350.0},
         {"must_not_be_there": ["usr/bin/gcc"]},
+        {"interpreted": ["server/scheduler.py"]},
         {"start_with_profile_s": 3.01},
         {"uid": 0},
         {"exit_status": 1},
