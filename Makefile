@@ -9,7 +9,7 @@ COMPILED := $(VENV)-compiled
 SOURCES := $(shell find maestro_core server benchmarks -type f -not -name '*.pyc' -not -path 'benchmarks/results/*')
 # The tests of what is compiled, and of what builds on it.
 COMPILED_TESTS := $(patsubst %,tests/test_%.py,compiled app bodies calibration connections direct dispatcher \
-  forecast fuzz hostile_clients inputs json_numbers measuring metrics outlook pictures protocol scheduler \
+  forecast fuzz hostile_clients inputs json_numbers measuring metrics outlook patience pictures protocol scheduler \
   schemas selector server_policies simulator tracing unforeseen waiting)
 
 .PHONY: serve test slow fuzz clients compiled audit lint lock clean

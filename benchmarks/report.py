@@ -6,7 +6,9 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
+from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def conditions() -> dict[str, Any]:
-    """Return host, date, versions and commit ("unknown" outside a checkout)."""
+    """Return host, date, versions, whether the server is compiled, and the commit ("unknown"
+    outside a checkout)."""
     packages = ("maestro-serve", "numpy", "onnx", "onnxruntime")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": asdict(Host.here()),
         "versions": {package: version(package) for package in packages},
+        "compiled": _is_compiled(),
         "commit": _commit(),
     }
 
@@ -63,6 +67,11 @@ def _text(result: Mapping[str, Any]) -> str:
             text = "[\n  " + ",\n  ".join(json.dumps(row) for row in value) + "\n ]"
         lines.append(f" {json.dumps(name)}: {text}")
     return "{\n" + ",\n".join(lines) + "\n}"
+
+
+def _is_compiled() -> bool:
+    found = find_spec("server.scheduler")
+    return bool(found and found.origin and found.origin.endswith(tuple(EXTENSION_SUFFIXES)))
 
 
 def _commit() -> str:

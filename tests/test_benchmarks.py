@@ -92,7 +92,7 @@ def test_a_result_is_written_with_its_conditions(
 
     result = json.loads(path.read_text())
     assert result == json.loads(capsys.readouterr().out)
-    assert {"date", "host", "versions", "commit", "value"} == set(result)
+    assert {"date", "host", "versions", "compiled", "commit", "value"} == set(result)
 
 
 def test_a_figure_that_is_no_number_is_null_in_a_result(tmp_path: Path) -> None:
