@@ -65,7 +65,7 @@ $(VENV)-clients/.installed: pyproject.toml
 
 $(COMPILED)/.tools: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(COMPILED)
-	$(COMPILED)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt hatchling hatch-mypyc '.[tracing,dev]'
+	$(COMPILED)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt hatchling hatch-mypyc '.[bench,tracing,dev]'
 	$(COMPILED)/bin/pip uninstall --quiet --yes maestro-serve
 	touch $@
 
