@@ -1,8 +1,10 @@
 """`maestro bench overhead`: what a server adds to a network, ours beside others with the same one.
 
 The floor is a FastAPI handler written by hand around ONNX Runtime. Every server is up all along, on
-cores apart from the one that sends, and each round takes all of them in random order: one
-connection, sixteen, and Poisson arrivals at a share of what the floor answers over sixteen. All run
+cores apart from the one that sends. A round takes the loads in random order: one connection,
+sixteen, and Poisson arrivals at a share of what the floor answers over sixteen; and for each load
+all servers, one right after the other, in random order too. Ratios are of one round, and medians
+over the rounds: a host whose speed changes meanwhile changes both. All run
 the same point, from the same file, with as many threads. Ours answers from `/infer` with that point
 named, everything else as it comes: prediction, queue, metrics and headers included.
 """
@@ -14,8 +16,9 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -57,6 +60,8 @@ PATHS: Mapping[tuple[str, str], str] = {
 
 Row = dict[str, Any]
 Cell = tuple[str, str, str]  # server, form, load
+Run = tuple[Latencies, float]  # of one round, and its seconds
+Figure = Callable[[Run], float]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -146,21 +151,29 @@ class Bench:
 
     def compared(self, rounds: int) -> list[Row]:
         """Return a row per server, form and load; quantiles over all rounds, in ms."""
-        found: dict[Cell, list[tuple[Latencies, float]]] = {}
-        todo = [
-            (seed, cell)
-            for seed in range(rounds)
-            for cell in random.Random(seed).sample(self._cells(), len(self._cells()))
-        ]
+        found: dict[Cell, list[Run]] = {}
+        todo = [(seed, cell) for seed in range(rounds) for cell in self._in_turn(seed)]
         for seed, cell in track(todo, "load", console=Console(stderr=True), transient=True):
             found.setdefault(cell, []).append(self._run(cell, seed))
-        rows = [row(cell, found[cell]) for cell in self._cells()]
-        for one in rows:
-            one.update(against_floor(one, rows))
-        return rows
+        return [
+            {
+                **row(cell, found[cell]),
+                **over_floor(found[cell], found[FLOOR, cell[1], cell[2]]),
+                **(over_rivals(cell, found) if cell[0] == OURS else {}),
+            }
+            for cell in ((name, form, load) for name, form in self._calls for load in LOADS)
+        ]
 
-    def _cells(self) -> list[Cell]:
-        return [(name, form, load) for name, form in self._calls for load in LOADS]
+    def _in_turn(self, seed: int) -> list[Cell]:
+        """Return what a round takes: load by load, the servers of one load one after the other."""
+        rng = random.Random(seed)
+        loads = [(form, load) for form in FORMS for load in LOADS]
+        return [
+            (name, form, load)
+            for form, load in rng.sample(loads, len(loads))
+            for name, taken in rng.sample(list(self._calls), len(self._calls))
+            if taken == form
+        ]
 
     def _capacity(self, form: str) -> float:
         """Return how many requests a second the floor answers over many connections."""
@@ -169,7 +182,7 @@ class Bench:
         latencies, seconds = asyncio.run(closed_loop(call, MANY, self._seconds))
         return len(latencies.ms) / seconds
 
-    def _run(self, cell: Cell, seed: int) -> tuple[Latencies, float]:
+    def _run(self, cell: Cell, seed: int) -> Run:
         """Return what came of one load, after a short one to warm up, and its seconds."""
         name, form, load = cell
         call = self._calls[name, form]
@@ -193,7 +206,7 @@ def settle(cores: set[int]) -> None:
             return
 
 
-def row(cell: Cell, runs: Sequence[tuple[Latencies, float]]) -> Row:
+def row(cell: Cell, runs: Sequence[Run]) -> Row:
     """Return the figures of one server, form and load; throughput is the median over rounds."""
     name, form, load = cell
     ms = [one for latencies, _ in runs for one in latencies.ms]
@@ -204,26 +217,44 @@ def row(cell: Cell, runs: Sequence[tuple[Latencies, float]]) -> Row:
         "load": load,
         "n": len(ms),
         "failed": sum(latencies.failed for latencies, _ in runs),
-        "per_s": median(len(latencies.ms) / seconds for latencies, seconds in runs),
+        "per_s": median(map(_per_s, runs)),
         "p50_ms": p50,
         "p95_ms": p95,
         "p99_ms": p99,
     }
 
 
-def against_floor(one: Row, rows: Sequence[Row]) -> dict[str, float | None]:
-    """Return p50, p99 and throughput over those of the floor at the same form and load."""
-    (floor,) = (
-        other
-        for other in rows
-        if other["server"] == FLOOR and (other["form"], other["load"]) == (one["form"], one["load"])
-    )
-    return {
-        f"{figure}_over_floor": one[figure] / floor[figure]
-        if one[figure] and floor[figure]
-        else None
-        for figure in ("p50_ms", "p99_ms", "per_s")
+def over_floor(runs: Sequence[Run], floor: Sequence[Run]) -> dict[str, float | None]:
+    """Return p50, p99 and throughput over those of the floor in the same rounds."""
+    figures: dict[str, Figure] = {
+        "p50_ms": partial(_quantile_ms, q=0.5),
+        "p99_ms": partial(_quantile_ms, q=0.99),
+        "per_s": _per_s,
     }
+    return {f"{name}_over_floor": _over(of, runs, floor) for name, of in figures.items()}
+
+
+def over_rivals(cell: Cell, found: Mapping[Cell, Sequence[Run]]) -> dict[str, Any]:
+    """Return a cell's throughput over that of each other server in the same rounds."""
+    _, form, load = cell
+    others = [name for name in PROGRAMS if (name, form, load) in found]
+    over = {name: _over(_per_s, found[cell], found[name, form, load]) for name in others}
+    return {"per_s_over": over}
+
+
+def _over(figure: Figure, ours: Sequence[Run], theirs: Sequence[Run]) -> float | None:
+    """Return the median of the rounds' ratios, of rounds in which both answered."""
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a[0].ms and b[0].ms]
+    return median(figure(a) / figure(b) for a, b in pairs) if pairs else None
+
+
+def _quantile_ms(run: Run, q: float) -> float:
+    return float(np.quantile(run[0].ms, q))
+
+
+def _per_s(run: Run) -> float:
+    latencies, seconds = run
+    return len(latencies.ms) / seconds
 
 
 def table(rows: Sequence[Row]) -> Table:

@@ -177,19 +177,28 @@ def test_a_rival_that_is_not_installed_is_missing(tmp_path: Path) -> None:
         pass
 
 
-def test_figures_are_set_beside_the_floors() -> None:
-    rows = [
-        overhead.row((name, "json", "one"), [(Latencies([ms] * 10), 2.0), (Latencies([ms]), 0.5)])
-        for name, ms in (("floor", 2.0), ("maestro", 3.0))
-    ]
+def test_figures_of_all_rounds_are_taken_together() -> None:
+    runs = [(Latencies([3.0] * 10), 2.0), (Latencies([3.0]), 0.5), (Latencies([], failed=4), 1.0)]
 
-    beside = overhead.against_floor(rows[1], rows)
+    row = overhead.row(("maestro", "json", "one"), runs)
 
-    assert (rows[1]["n"], rows[1]["p50_ms"], rows[1]["per_s"]) == (11, 3.0, 3.5)
-    assert beside == {
+    assert (row["n"], row["failed"], row["p50_ms"], row["per_s"]) == (11, 4, 3.0, 2.0)
+
+
+def test_ratios_are_of_one_round_and_their_median_is_told() -> None:
+    floor = [(Latencies([ms] * 10), ms) for ms in (1.0, 10.0, 2.0)]  # the host is slow for a while
+    ours = [(Latencies([1.5 * ms] * 30), ms) for ms in (1.0, 10.0, 2.0)]
+    silent = [(Latencies(), 1.0), *floor[1:]]
+    found = {("maestro", "json", "many"): ours, ("mosec", "json", "many"): silent}
+
+    assert overhead.over_floor(ours, floor) == {
         "p50_ms_over_floor": 1.5,
         "p99_ms_over_floor": 1.5,
-        "per_s_over_floor": 1.0,
+        "per_s_over_floor": 3.0,
+    }
+    assert overhead.over_floor(silent[:1], floor[:1])["per_s_over_floor"] is None
+    assert overhead.over_rivals(("maestro", "json", "many"), found) == {
+        "per_s_over": {"mosec": 3.0}
     }
 
 
