@@ -2,13 +2,14 @@
 
 import io
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from maestro_core.artifact import Artifact
 from maestro_core.profile import Profile
 
 START_S = 180.0
+
+Process = subprocess.Popen[bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +88,8 @@ def profiled(model: Artifact, folder: Path, cores: set[int], *, quick: bool) -> 
     """
     given = ["profile", str(model.path), *(["--quick"] if quick else [])]
     log = folder / "profile.log"
-    process = _run(given, folder, cores, log)
-    try:
+    with ending(lambda: _run(given, folder, cores, log), _end) as process:
         failed = process.wait()
-    finally:
-        _end(process)
     if failed:
         raise ChildProcessError(f"no profile could be made:\n{_end_of(log)}")
     (path,) = (folder / "profiles").glob("*/profile.json")
@@ -121,8 +121,7 @@ def serving(
     words = [*options, "--workers", str(workers)]
     log = folder / f"{'-'.join(words).strip('-')}.log"
     given = ["serve", str(model.path), "--port", str(port), *words]
-    process = _run(given, folder, cores, log, workers)
-    try:
+    with ending(lambda: _run(given, folder, cores, log, workers), _end) as process:
         until_s = time.monotonic() + START_S
         while not _is_ready(address):
             if process.poll() is not None or time.monotonic() > until_s:
@@ -131,11 +130,32 @@ def serving(
                 )
             time.sleep(0.2)
         yield address, process.pid
+
+
+@contextmanager
+def ending(start: Callable[[], Process], end: Callable[[Process], None]) -> Iterator[Process]:
+    """Start a process, and end it whatever comes: a signal waits until it is known."""
+    process: Process | None = None
+    came: list[int] = []
+    handlers = {
+        each: signal.signal(each, lambda number, _: came.append(number))
+        for each in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        try:
+            process = start()
+        finally:
+            for each, handler in handlers.items():
+                signal.signal(each, handler)
+        for number in came:
+            signal.raise_signal(number)
+        yield process
     finally:
-        _end(process)
+        if process is not None:
+            end(process)
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
+def _end(process: Process) -> None:
     """End what was started, if it has not ended by itself."""
     process.terminate()
     process.wait(30)
@@ -143,7 +163,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 def _run(
     arguments: Sequence[str], folder: Path, cores: set[int], log: Path, workers: int = 1
-) -> "subprocess.Popen[bytes]":
+) -> Process:
     """Start the program on `cores`."""
     settings = {
         "MAESTRO_STATE_DIR": str(folder),

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.own_server import free_port, on_cores
+from benchmarks.own_server import Process, ending, free_port, on_cores
 
 START_S = 60.0
 END_S = 10.0
@@ -45,14 +45,10 @@ def rival(name: str, python: str, model: Path, cores: set[int]) -> Iterator[Star
     version = installed(package, python)
     program = _FOLDER / (f"{name}.py" if name == FLOOR else f"{name}_server.py")
     port = free_port()
-    process = _start(
-        [python, str(program), str(model.resolve()), str(len(cores)), str(port)], cores
-    )
-    try:
+    command = [python, str(program), str(model.resolve()), str(len(cores)), str(port)]
+    with ending(lambda: _start(command, cores), _end) as process:
         _wait_until_listening(name, process, port)
         yield Started(f"http://127.0.0.1:{port}", version, process.pid)
-    finally:
-        _end(process)
 
 
 def installed(package: str, python: str) -> str:
@@ -71,7 +67,7 @@ def installed(package: str, python: str) -> str:
     return found.stdout.strip()
 
 
-def _start(command: list[str], cores: set[int]) -> "subprocess.Popen[bytes]":
+def _start(command: list[str], cores: set[int]) -> Process:
     """Start a program on `cores`, the first of a group of its own."""
     with on_cores(cores):
         return subprocess.Popen(  # noqa: S603  our own program
@@ -82,7 +78,7 @@ def _start(command: list[str], cores: set[int]) -> "subprocess.Popen[bytes]":
         )
 
 
-def _wait_until_listening(name: str, process: "subprocess.Popen[bytes]", port: int) -> None:
+def _wait_until_listening(name: str, process: Process, port: int) -> None:
     until_s = time.monotonic() + START_S
     while time.monotonic() < until_s and process.poll() is None:
         with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0):
@@ -91,7 +87,7 @@ def _wait_until_listening(name: str, process: "subprocess.Popen[bytes]", port: i
     raise MissingError(f"{name} did not start within {START_S:g} s")
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
+def _end(process: Process) -> None:
     """End a server and the processes that it made."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)

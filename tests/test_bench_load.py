@@ -138,6 +138,38 @@ def measuring(pid: int) -> list[int]:
     return [one for one, mapped in maps.items() if "onnxruntime" in mapped]
 
 
+def test_a_signal_while_a_process_starts_waits_until_it_can_be_ended() -> None:
+    ended: list[own_server.Process] = []
+
+    def start() -> own_server.Process:
+        process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+        signal.raise_signal(signal.SIGINT)  # as if it came before anybody has the process
+        return process
+
+    def end(process: own_server.Process) -> None:
+        process.communicate(b"\n")
+        ended.append(process)
+
+    with pytest.raises(KeyboardInterrupt), own_server.ending(start, end):
+        pytest.fail("it went on")
+
+    assert [process.returncode for process in ended] == [0]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_nothing_is_ended_that_did_not_start() -> None:
+    def fails() -> own_server.Process:
+        raise OSError("no such program")
+
+    with (
+        pytest.raises(OSError, match="no such"),
+        own_server.ending(fails, lambda _: pytest.fail("ended")),
+    ):
+        pass
+
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 @pytest.mark.parametrize("signalled", [signal.SIGINT, signal.SIGTERM])
 def test_what_a_bench_started_ends_with_it(tiny_artifact: Artifact, signalled: int) -> None:
     heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
