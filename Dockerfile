@@ -26,7 +26,8 @@ RUN HATCH_BUILD_HOOKS_ENABLE=1 LDFLAGS=-s \
       pillow.libs/libavif-* pillow.libs/libfreetype-* pillow.libs/libharfbuzz-* pillow.libs/libwebp* \
  && find pygments/lexers -name '[a-z]*.py' -delete \
  && find . -type d -name tests -prune -exec rm -r {} + \
- && find . -type f -regex '.*\.\(h\|c\|cc\|cpp\|pyx\|pxd\|proto\|a\)' -delete
+ && find . -type f -regex '.*\.\(h\|c\|cc\|cpp\|pyx\|pxd\|proto\|a\)' -delete \
+ && strip --strip-unneeded uvloop/*.so httptools/parser/*.so csimdjson.*.so
 
 FROM ${BASE}
 RUN useradd --uid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin maestro \

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +138,15 @@ def measuring(pid: int) -> list[int]:
     return [one for one, mapped in maps.items() if "onnxruntime" in mapped]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Take SIGINT as Python does by itself, also where a shell has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_signal_while_a_process_starts_waits_until_it_can_be_ended() -> None:
     ended: list[own_server.Process] = []
 
@@ -157,6 +166,7 @@ def test_a_signal_while_a_process_starts_waits_until_it_can_be_ended() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_nothing_is_ended_that_did_not_start() -> None:
     def fails() -> own_server.Process:
         raise OSError("no such program")
