@@ -4,9 +4,9 @@ The floor is a FastAPI handler written by hand around ONNX Runtime. Every server
 cores apart from the one that sends. A round takes the loads in random order: one connection,
 sixteen, and Poisson arrivals at a share of what the floor answers over sixteen; and for each load
 all servers, one right after the other, in random order too. Ratios are of one round, and medians
-over the rounds: a host whose speed changes meanwhile changes both. All run
-the same point, from the same file, with as many threads. Ours answers from `/infer` with that point
-named, everything else as it comes: prediction, queue, metrics and headers included.
+over the rounds: a host whose speed changes meanwhile changes both. All run the same point, from the
+same file, with as many threads. Ours answers from `/infer` with that point named, everything else
+as it comes: prediction, queue, metrics and headers included.
 """
 
 import argparse

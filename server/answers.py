@@ -38,7 +38,7 @@ def infer_answer(
         raise InvalidError("the output is not finite: the input is too large for this network")
     manifest = artifact.manifest
     point = artifact.points[inference.point]
-    total_ms = _microseconds(1e3 * total_s)
+    total_ms = _rounded_ms(1e3 * total_s)
     target_ms = parameters.max_latency_ms
     labels, output = manifest.labels, inference.output
     top = (
@@ -53,9 +53,9 @@ def infer_answer(
         "point": inference.point,
         "ranks": artifact.ranks[inference.point],
         "accuracy": point.score.value,
-        "predicted_ms": _microseconds(inference.predicted_ms),
-        "queue_ms": _microseconds(inference.queue_ms),
-        "compute_ms": _microseconds(inference.compute_ms),
+        "predicted_ms": _rounded_ms(inference.predicted_ms),
+        "queue_ms": _rounded_ms(inference.queue_ms),
+        "compute_ms": _rounded_ms(inference.compute_ms),
         "total_ms": total_ms,
         "max_latency_ms": target_ms,
         "target_met": None if target_ms is None else total_ms <= target_ms,
@@ -64,8 +64,8 @@ def infer_answer(
     }
 
 
-def _microseconds(ms: float) -> float:
-    """Return a time rounded to whole microseconds: `round` looks for the nearest decimal."""
+def _rounded_ms(ms: float) -> float:
+    """Return a time to the microsecond. `round` would look for the nearest decimal, and longer."""
     return int(1e3 * ms + 0.5) / 1e3
 
 

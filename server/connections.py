@@ -111,16 +111,15 @@ class LimitedProtocol(HttpToolsProtocol):
     the time-out. When more connections than allowed are open, the one that has waited longest for
     a request gives up its place.
 
-    A request whose body is small waits for it here, and is begun by `_whole` where that takes it:
-    without a task, without coroutines, and answered with one write: the application takes
-    longer. It has all others, and errors are its to answer, but for what is no request: that is
-    refused here, once those before it are answered, and ends the connection.
+    A request whose body is small waits for it here, and is begun by the `whole` of `limited` where
+    that takes it: without a task, without coroutines, and answered with one write: the application
+    takes longer. It has all others, and errors are its to answer, but for what is no request: that
+    is refused here, once those before it are answered, and ends the connection.
     """
 
     def __init__(self, together: Together, *given: Any, **named: Any) -> None:  # noqa: ANN401
         super().__init__(*given, **named)
         self._together = together
-        self._whole = together.whole
         self._head_bytes: int | None = None  # of the head that is arriving, if one is
         self._framing_bytes = 0  # of chunks' sizes and of trailers, since the last of the body came
         self._is_lost = False
@@ -280,12 +279,12 @@ class LimitedProtocol(HttpToolsProtocol):
             self.send_400_response("the request's trailers are over 64 KiB")
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:  # noqa: ANN401
-        scope = cycle.scope
+        scope, whole = cycle.scope, self._together.whole
         self._answered = cycle
         if (
-            self._whole is not None
+            whole is not None
             and self._is_at_head  # else it has waited for those before it on its connection
-            and scope["path"] in self._whole.paths
+            and scope["path"] in whole.paths
             and scope["method"] == "POST"
             and not cycle.waiting_for_100_continue
             and not self.flow.write_paused
@@ -302,7 +301,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._held = None
         try:
             answer = partial(self._answer, cycle, app)
-            whole = self._whole
+            whole = self._together.whole
             under_way = whole.begin(cycle.scope, bytes(cycle.body), answer) if whole else None
         except Exception as error:
             cycle.scope["state"][FAILED] = error

@@ -22,12 +22,11 @@ class Counting:
         self.metrics, self.statistics = metrics, statistics
         self._answers: list[Answer] = []
         self._uncounted: list[Callable[[], None]] = []
-        self._will_flush = False
 
     def answered(self, inference: Inference, total_ms: float, target_ms: float | None) -> None:
         """Count an answer."""
-        self._answers.append((inference, total_ms, target_ms))
         self._flush_later()
+        self._answers.append((inference, total_ms, target_ms))
 
     def refused(self, code: str, reason: str | None = None) -> None:
         """Count a request that was answered with an error; a `reason` is the scheduler's."""
@@ -36,17 +35,16 @@ class Counting:
 
     def ran(self, batch: Batch, compute_s: float) -> None:
         """Count a batch."""
-        self._uncounted.append(partial(self._ran, batch, compute_s))
         self._flush_later()
+        self._uncounted.append(partial(self._ran, batch, compute_s))
 
     def decided(self, decision_s: float) -> None:
         """Count a decision."""
-        self._uncounted.append(partial(self.metrics.decided, decision_s))
         self._flush_later()
+        self._uncounted.append(partial(self.metrics.decided, decision_s))
 
     def flush(self) -> None:
         """Count what is not counted yet."""
-        self._will_flush = False
         due, self._uncounted = self._uncounted, []
         for count in due:
             count()
@@ -58,8 +56,7 @@ class Counting:
 
     def _flush_later(self) -> None:
         """Count once the answers of this turn of the event loop and of the next are sent."""
-        if not self._will_flush:
-            self._will_flush = True
+        if not self._answers and not self._uncounted:
             loop = asyncio.get_running_loop()
             loop.call_soon(loop.call_soon, self.flush)
 

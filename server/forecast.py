@@ -90,6 +90,7 @@ class Forecast:
     __slots__ = (
         "_at",
         "_classes",
+        "_longest_ms",
         "_newest",
         "_rate",
         "_shortest_ms",
@@ -105,7 +106,7 @@ class Forecast:
         self._windows_s = [window_ms / 1e3 for window_ms in self.windows_ms]
         self.envelopes: list[Envelope] = []  # tightest class first
         self._classes: list[int] = []
-        self._shortest_ms = shortest_ms
+        self._shortest_ms, self._longest_ms = shortest_ms, longest_ms
         self._tau_s = LOOK_BACK * longest_ms / 1e3
         self._rate = 0.0
         self._newest = 0
@@ -113,11 +114,9 @@ class Forecast:
 
     def twin(self) -> "Forecast":
         """Return one that knows the same, and learns apart from this."""
-        twin = Forecast(self._shortest_ms, self.windows_ms[-1])
-        twin.windows_ms, twin._windows_s = self.windows_ms, self._windows_s
+        twin = Forecast(self._shortest_ms, self._longest_ms)
         twin.envelopes = [envelope.twin() for envelope in self.envelopes]
         twin._classes = self._classes
-        twin._tau_s = self._tau_s
         twin._rate, twin._newest, twin._at = self._rate, self._newest, self._at
         return twin
 

@@ -38,7 +38,7 @@ def read(body: bytes, sample: tuple[int, ...]) -> tuple[NDArray[np.float64], dic
         if not isinstance(found, simdjson.Object) or len(found) > _MOST_NAMES:
             return None
         values: Any = found["inputs"]
-        given = _others(found) if len(found) > 1 else {}
+        given: dict[str, Any] = {name: found[name] for name in found if name != "inputs"}
         # A name came twice, or one has more than a number or a text.
         if len(found) != 1 + len(given) or not {*map(type, given.values())} <= {int, float, str}:
             return None
@@ -50,11 +50,6 @@ def read(body: bytes, sample: tuple[int, ...]) -> tuple[NDArray[np.float64], dic
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
         pass  # not JSON, or not of numbers alone; or another thread is reading with the parser
     return None
-
-
-def _others(found: Any) -> dict[str, Any]:  # noqa: ANN401  simdjson's object
-    """Return what stands beside `inputs`."""
-    return {name: found[name] for name in found if name != "inputs"}
 
 
 def _is_shaped(values: Any, shape: Sequence[int]) -> bool:  # noqa: ANN401  simdjson's array

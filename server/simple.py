@@ -115,7 +115,7 @@ class UnderWay:
 class Whole:
     """The same call for requests that came whole, for who waits for no coroutine."""
 
-    paths: ClassVar = (INFER,)
+    paths: ClassVar[tuple[str, ...]] = (INFER,)
 
     def __init__(self, service: Service, bodies: Bodies) -> None:
         self._service, self._bodies = service, bodies
