@@ -96,6 +96,7 @@ def compared(network: Network, batch: int, rounds: int) -> dict[str, Any]:
     return {
         "precision": network.precision,
         "step_s": {kind: _quantiles(times_s[kind]) for kind in KINDS},
+        "kept_for_backward_mib": {kind: _kept_mib(models[kind], network, batch) for kind in KINDS},
         "ordered_over_dense": _ratio(times_s["ordered"], times_s["dense"]),
         "half_over_dense": _ratio(times_s["ordered_half_rank"], times_s["dense"]),
         "half_over_ordered": _ratio(times_s["ordered_half_rank"], times_s["ordered"]),
@@ -120,7 +121,7 @@ def make(network: Network, kind: str) -> nn.Module:
 def step_of(model: nn.Module, kind: str, precision: Dtype, batch: int) -> Step:
     """Return one step of training on made-up pictures: loss, backward, optimiser."""
     optimizer = SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
-    x = torch.randn(batch, 32, 32, 3).permute(0, 3, 1, 2)  # channels innermost, as data.py has them
+    x = _pictures(batch)
     labels = torch.randint(10, (batch,))
     rng = random.Random(0)
 
@@ -150,6 +151,28 @@ def interleaved(
             steps[kind]()
             times[kind].append(clock() - start)
     return {kind: taken[WARM_UP:] for kind, taken in times.items()}
+
+
+def _kept_mib(model: nn.Module, network: Network, batch: int) -> float:
+    """Return the memory that a forward pass keeps for the backward pass, weights included."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, network.precision == "bfloat16"),
+    ):
+        _ = model(_pictures(batch))
+    return round(sum(kept.values()) / 2**20, 1)
+
+
+def _pictures(batch: int) -> Tensor:
+    """Return made-up pictures, channels innermost in memory, as data.py has them."""
+    return torch.randn(batch, 32, 32, 3).permute(0, 3, 1, 2)
 
 
 def _total_rank(model: nn.Module) -> int:

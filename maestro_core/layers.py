@@ -161,12 +161,24 @@ class LowRankConv2d(nn.Module):
         if down.shape[0] == 0:  # torch refuses a convolution to no channels
             y = torch.einsum("...rhw,ro->...ohw", x.new_empty(*x.shape[:-3], 0, *size), up)
             return y if self.bias is None else y + self.bias[:, None, None]
-        if _is_cheaper_whole(down, up, x.shape[:-3].numel() * size[0] * size[1]):
+        if self.is_cheaper_whole(x, down, up):
             windows = down.permute(0, 2, 3, 1)  # (r, kh, kw, in)
             whole = (up.t() @ windows.flatten(1)).view(-1, *windows.shape[1:]).permute(0, 3, 1, 2)
             return F.conv2d(x, whole, self.bias, self.stride, self.padding, self.dilation)
-        h = F.conv2d(x, down, None, self.stride, self.padding, self.dilation)  # (b, r, h', w')
-        return F.conv2d(h, up.t().contiguous()[:, :, None, None], self.bias)  # (b, out, h', w')
+        return self.expand(self.reduce(x, down), up)
+
+    def reduce(self, x: Tensor, down: Tensor) -> Tensor:
+        """Return what the first factor makes of x (b, in, h, w): (b, r, h', w')."""
+        return F.conv2d(x, down, None, self.stride, self.padding, self.dilation)
+
+    def expand(self, h: Tensor, up: Tensor) -> Tensor:
+        """Return what the second factor makes of h (b, r, h', w'): (b, out, h', w')."""
+        return F.conv2d(h, up.t().contiguous()[:, :, None, None], self.bias)
+
+    def is_cheaper_whole(self, x: Tensor, down: Tensor, up: Tensor) -> bool:
+        """Return whether to multiply the factors first saves MACs, for this batch."""
+        height, width = self.output_size(x.shape[-2], x.shape[-1])
+        return _is_cheaper_whole(down, up, x.shape[:-3].numel() * height * width)
 
     def _window(self) -> dict[str, Sequence[int]]:
         """Return the attributes of ONNX's Conv; its pads are all the begins, then all the ends."""

@@ -8,6 +8,17 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from maestro_core.normalised import normalised
+
+
+class Shortcut(nn.Sequential):
+    """A 1×1 convolution and its normalisation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (b, channels, h / stride, w / stride) for x (b, channels_in, h, w)."""
+        convolution, norm = self
+        return normalised(convolution, cast(nn.BatchNorm2d, norm), x)
+
 
 class Block(nn.Module):
     """Two 3×3 convolutions and a shortcut, 1×1 where the shape changes."""
@@ -20,15 +31,15 @@ class Block(nn.Module):
         self.norm2 = nn.BatchNorm2d(channels)
         self.shortcut = nn.Sequential()
         if stride != 1 or channels_in != channels:
-            self.shortcut = nn.Sequential(
+            self.shortcut = Shortcut(
                 nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
             )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (b, channels, h / stride, w / stride) for x (b, channels_in, h, w)."""
-        y = self.norm1(self.conv1(x)).relu_()
-        y = self.norm2(self.conv2(y))
-        return cast(Tensor, y.add_(self.shortcut(x)).relu_())
+        y = normalised(self.conv1, self.norm1, x).relu_()
+        y = normalised(self.conv2, self.norm2, y)
+        return y.add_(self.shortcut(x)).relu_()
 
 
 class ResNet18(nn.Module):
@@ -50,7 +61,7 @@ class ResNet18(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (b, classes) of pictures (b, 3, 32, 32)."""
-        x = self.norm(self.stem(x)).relu_()  # (b, 64, 32, 32)
+        x = normalised(self.stem, self.norm, x).relu_()  # (b, 64, 32, 32)
         x = self.blocks(x)  # (b, 512, 4, 4)
         return cast(Tensor, self.head(x.mean((2, 3))))
 
@@ -72,17 +83,17 @@ class Bottleneck(nn.Module):
         self.norm3 = nn.BatchNorm2d(channels_out)
         self.shortcut = nn.Sequential()
         if stride != 1 or channels_in != channels_out:
-            self.shortcut = nn.Sequential(
+            self.shortcut = Shortcut(
                 nn.Conv2d(channels_in, channels_out, 1, stride, bias=False),
                 nn.BatchNorm2d(channels_out),
             )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (b, 4 · channels, h / stride, w / stride) for x (b, channels_in, h, w)."""
-        y = self.norm1(self.conv1(x)).relu_()
-        y = self.norm2(self.conv2(y)).relu_()
-        y = self.norm3(self.conv3(y))
-        return cast(Tensor, y.add_(self.shortcut(x)).relu_())
+        y = normalised(self.conv1, self.norm1, x).relu_()
+        y = normalised(self.conv2, self.norm2, y).relu_()
+        y = normalised(self.conv3, self.norm3, y)
+        return y.add_(self.shortcut(x)).relu_()
 
 
 class ResNet50(nn.Module):
@@ -107,7 +118,7 @@ class ResNet50(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (b, classes) of pictures (b, 3, 224, 224)."""
-        x = self.pool(self.norm(self.stem(x)).relu_())  # (b, 64, 56, 56)
+        x = self.pool(normalised(self.stem, self.norm, x).relu_())  # (b, 64, 56, 56)
         x = self.stages(x)  # (b, 2048, 7, 7)
         return cast(Tensor, self.head(x.mean((2, 3))))
 
