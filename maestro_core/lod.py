@@ -6,9 +6,12 @@ Trainable Decomposition", ICML 2024 (arXiv 2308.14929), and nothing else.
 
 from collections.abc import Iterable, Sequence
 from random import Random
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 
 from maestro_core.factorize import low_rank_layers
@@ -53,15 +56,32 @@ def suffix_norms(factor: Tensor) -> Tensor:
 
     Rows are squared and summed once, then accumulated from the end: O(rank) beyond the first pass.
     """
-    squares = row_squares(factor).flip(0).cumsum(0).flip(0)
-    # sqrt has an infinite slope at 0, and 0 · ∞ is NaN; hide the zeros from it.
-    positive = squares > 0
-    return torch.where(positive, squares, 1).sqrt() * positive
+    return cast(Tensor, _SuffixNorms.apply(factor))  # type: ignore[no-untyped-call]
 
 
 def row_squares(factor: Tensor) -> Tensor:
     """Return ‖factor[b]‖² for every b, (rank,)."""
-    return factor.square().sum(tuple(range(1, factor.dim())))  # flattened, it would be copied
+    rest = tuple(range(1, factor.dim()))  # flattened, it would be copied
+    return cast(Tensor, torch.linalg.vector_norm(factor, dim=rest)).square()
+
+
+class _SuffixNorms(Function):
+    """Norms whose gradient is a multiple of each row: one pass in the place of several."""
+
+    @staticmethod
+    def forward(ctx: Any, factor: Tensor) -> Tensor:  # noqa: ANN401  torch's, not typed
+        norms = row_squares(factor).flip(0).cumsum(0).flip(0).sqrt()
+        ctx.save_for_backward(factor, norms)
+        return norms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ANN401
+        factor, norms = ctx.saved_tensors
+        # ‖factor[b:]‖ changes by factor[i] / ‖factor[b:]‖ for each i >= b; what is zero stays.
+        times = torch.where(norms > 0, gradient / norms, 0).cumsum(0)
+        gradient_of_rows: Tensor = factor * times.view(-1, *(1 for _ in factor.shape[1:]))
+        return gradient_of_rows
 
 
 def importance(layer: LowRankLayer) -> Tensor:
