@@ -1,5 +1,6 @@
 """Baked points: one copy of what they share, and made again when the key or a byte differs."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -56,6 +57,27 @@ def test_what_is_baked_is_used_again(tiny_artifact: Artifact, tmp_path: Path) ->
 
     assert baked(tiny_artifact, tmp_path / "baked") == first
     assert stamp(first.path) == made
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system has posix_fadvise")
+def test_weights_are_read_into_single_pages(
+    tiny_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, int]] = []
+    monkeypatch.setattr(
+        "server.baking.os.posix_fadvise",
+        lambda fd, _offset, _length, advice: told.append(
+            (Path(f"/proc/self/fd/{fd}").readlink().name, advice)
+        ),
+    )
+
+    baked(tiny_artifact, tmp_path / "baked")
+    made = [advice for name, advice in told if name == "weights.bin"]
+    assert made[:2] == [os.POSIX_FADV_DONTNEED, os.POSIX_FADV_RANDOM]
+
+    told.clear()
+    baked(tiny_artifact, tmp_path / "baked")
+    assert ("weights.bin", os.POSIX_FADV_RANDOM) in told
 
 
 @pytest.mark.parametrize(
