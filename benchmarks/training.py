@@ -131,7 +131,7 @@ def step_of(model: nn.Module, kind: str, precision: Dtype, batch: int) -> Step:
         return ordered_loss(model, x, labels, LASSO, rng)
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, precision == "bfloat16"):
+        with _precision(precision):
             value = loss()
         optimizer.zero_grad()
         torch.autograd.backward(value)
@@ -162,12 +162,14 @@ def _kept_mib(model: nn.Module, network: Network, batch: int) -> float:
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with (
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, network.precision == "bfloat16"),
-    ):
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, _precision(network.precision):
         _ = model(_pictures(batch))
     return round(sum(kept.values()) / 2**20, 1)
+
+
+def _precision(dtype: Dtype) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, dtype == "bfloat16")
 
 
 def _pictures(batch: int) -> Tensor:

@@ -7,6 +7,7 @@ is normalised. Values, gradients and running statistics are those of the two lay
 other, but for rounding; y itself is not kept for the backward pass.
 """
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -17,8 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from maestro_core.layers import LowRankConv2d
 
-# Normalisation moves 9 numbers of memory for each one of y, forth and back; the moments of h cost
-# 2 r² multiplications a position. One core of an Intel Xeon, float32: even at r² = 64 · out.
+# r² by outputs. Normalisation moves 9 numbers of memory for each one of y, forth and back; the
+# moments of h cost 2 r² multiplications a position. Found on one core of an Intel Xeon, float32.
 _MOST_SQUARED = 32
 # The variance is a difference of moments: float32 leaves it three digits where the squared mean is
 # a thousand times as large. Beyond, the two layers compute it.
@@ -40,7 +41,7 @@ def normalised(convolution: nn.Module, norm: nn.BatchNorm2d, x: Tensor) -> Tenso
         mapped = convolution.up.t() @ covariance_h  # (out, r)
         mean = mean_h @ convolution.up
         variance = (mapped * convolution.up.t()).sum(1).clamp(min=0)
-    if n < 2 or (mean.square() > _MOST_MEAN * (variance + norm.eps)).any():
+    if (mean.square() > _MOST_MEAN * (variance + norm.eps)).any():
         return cast(Tensor, norm(convolution.expand(h, convolution.up)))
     _remember_(norm, mean, variance * n / (n - 1))
     deviation = (variance + norm.eps).sqrt()
@@ -56,8 +57,9 @@ def _is_cheaper(convolution: LowRankConv2d, norm: nn.BatchNorm2d, x: Tensor) -> 
         and norm.affine
         and convolution.bias is None
         and x.dim() == 4
+        and len(x) > 1  # of one place there is no variance
         and x.device.type == "cpu"
-        and x.dtype == convolution.down.dtype
+        and x.dtype in (torch.float32, torch.float64)  # others have too few digits for moments
         and not torch.is_autocast_enabled("cpu")
         and 0 < convolution.rank**2 <= _MOST_SQUARED * convolution.out_channels
         and not convolution.is_cheaper_whole(x, convolution.down, convolution.up)
@@ -67,26 +69,37 @@ def _is_cheaper(convolution: LowRankConv2d, norm: nn.BatchNorm2d, x: Tensor) -> 
 def _moments(h: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Return mean (r,) and covariance (r, r) of h (b, r, h', w') over its `n` places."""
     mean = _sum(h) / n
-    _, products = _gradients(h, h.new_empty(h.shape[1], h.shape[1]), h, of_h=False)
-    return mean, products / n - torch.outer(mean, mean)
+    return mean, _weight_gradient(h, h) / n - torch.outer(mean, mean)
 
 
 def _sum(x: Tensor) -> Tensor:
-    """Return the sums over batch and positions; all at once takes twice as long."""
+    """Return the sums over batch and positions; all at once takes longer."""
     return x.sum((2, 3)).sum(0)
 
 
-def _gradients(h: Tensor, weight: Tensor, dy: Tensor, of_h: bool = True) -> tuple[Tensor, Tensor]:
-    """Return the gradients of h (b, in, h', w') and `weight` (out, in), whose map of h has `dy`.
+def _weight_gradient(h: Tensor, dy: Tensor) -> Tensor:
+    """Return Σ dy hᵀ over batch and positions, (out, r)."""
+    weight = h.new_empty(dy.shape[1], h.shape[1])
+    return _backward(h, weight, dy, (False, True, False))[1].view(weight.shape)
 
-    That of h is no tensor if it is not asked for. `torch.nn.grad` does not see how h lies in
-    memory: it would copy `dy` where channels are innermost.
+
+def _input_gradient(h: Tensor, weight: Tensor, dy: Tensor) -> Tensor:
+    """Return the gradient of h, like h, whose map by `weight` (out, r) has the gradient dy."""
+    return _backward(h, weight, dy, (True, False, False))[0]
+
+
+def _backward(
+    h: Tensor, weight: Tensor, dy: Tensor, wanted: tuple[bool, bool, bool]
+) -> Sequence[Tensor]:
+    """Return the gradients that are `wanted` of a 1×1 convolution: of h, weight and bias.
+
+    `torch.nn.grad` does not see how h lies in memory: it would copy where channels are innermost.
     """
-    whole, zeros, ones = weight[:, :, None, None], [0, 0], [1, 1]
-    d_h, d_weight, _ = torch.ops.aten.convolution_backward(
-        dy, h, whole, None, ones, zeros, ones, False, zeros, 1, [of_h, True, False]
+    stride, padding, dilation = (1, 1), (0, 0), (1, 1)
+    gradients: Sequence[Tensor] = torch.ops.aten.convolution_backward(
+        dy, h, weight[:, :, None, None], None, stride, padding, dilation, False, (0, 0), 1, wanted
     )
-    return d_h, d_weight.view(weight.shape)
+    return gradients
 
 
 def _remember_(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
@@ -129,12 +142,12 @@ class _Normalised(Function):
         h, up, weight, mean_h, mapped, deviation, scaled = ctx.saved_tensors
         n = h.numel() // h.shape[1]
         d_bias = _sum(dy)
-        d_h, d_scaled = _gradients(h, scaled, dy)
-        d_scaled -= torch.outer(d_bias, mean_h)
+        d_scaled = _weight_gradient(h, dy) - torch.outer(d_bias, mean_h)
         d_scale = (d_scaled * up.t()).sum(1)
         d_variance = -0.5 * d_scale * weight / deviation**3
         d_up = d_scaled * (weight / deviation)[:, None] + 2 * d_variance[:, None] * mapped
         d_covariance = up @ (d_variance[:, None] * up.t())
         d_mean = -(d_bias @ scaled) - 2 * d_covariance @ mean_h
+        d_h = _input_gradient(h, scaled, dy)
         d_h += F.conv2d(h, (2 / n * d_covariance)[:, :, None, None], d_mean / n)
         return d_h, d_up.t(), d_scale / deviation, d_bias, None, None, None

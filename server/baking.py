@@ -30,7 +30,7 @@ from server.products import down_first
 from server.pruning import mark_used, prune
 
 # Raised when what is baked changes: what was baked before, and profiles of it, hold no more.
-LAYOUT = 2
+LAYOUT = 3
 _WEIGHTS = "weights.bin"
 _INDEX = "baked.json"
 _PAGE_BYTES = 4096

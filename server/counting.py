@@ -46,9 +46,9 @@ class Counting:
     def flush(self) -> None:
         """Count what is not counted yet."""
         due, self._uncounted = self._uncounted, []
+        answers, self._answers = self._answers, []
         for count in due:
             count()
-        answers, self._answers = self._answers, []
         if answers:
             for inference, total_ms, target_ms in answers:
                 self.metrics.answered(inference, total_ms, target_ms)

@@ -166,6 +166,27 @@ def test_mixed_precision_is_left_to_torch(in_one: list[Tensor]) -> None:
     assert not in_one
 
 
+def test_few_digits_are_left_to_torch(in_one: list[Tensor]) -> None:
+    assert Pair().bfloat16()(torch.randn(4, 6, 9, 7).bfloat16()).dtype == torch.bfloat16
+    assert not in_one
+
+
+def test_less_is_kept_for_the_backward_pass() -> None:
+    def kept(model: nn.Module) -> int:
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            _ = model(x)
+        return sum(sizes.values())
+
+    pair, x = Pair(), torch.randn(8, 6, 32, 32)
+    assert kept(pair) < kept(Apart(pair)) - 0.9 * 4 * 8 * 16 * 16 * 16  # y, float32
+
+
 def test_one_place_has_no_variance(in_one: list[Tensor]) -> None:
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         Pair()(torch.randn(1, 6, 1, 1))
