@@ -30,6 +30,13 @@ class Pair(nn.Module):
         return normalised(self.convolution, self.norm, x)
 
 
+class Doubled(nn.BatchNorm2d):
+    """A normalisation of another kind."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
 class Apart(nn.Module):
     """What `pair` is, one after the other, in a copy."""
 
@@ -144,6 +151,7 @@ def test_elsewhere_it_is_the_two_layers(
     [
         pytest.param(Pair(bias=True), id="bias"),
         pytest.param(Pair(nn.BatchNorm2d(16, affine=False)), id="no scale"),
+        pytest.param(Pair(Doubled(16)), id="derived"),
     ],
 )
 def test_layers_of_other_kinds_are_called_one_after_the_other(
