@@ -26,7 +26,36 @@ from server.worker import Turns
 
 POINT = 3
 BATCH_SIZES = (1, 2, 4, 8)
-_WINDOW_S = 5.0  # long beside what a trial waits for its turn at most
+_WINDOW_S = 5.0
+
+
+class _Gate:
+    """Holds trials back while it is closed. That time does not count as one that they gave way."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._may_pass = threading.Event()
+        self._open_before_s = 0.0
+        self._opened_s = 0.0
+
+    def open(self) -> None:
+        if not self._may_pass.is_set():
+            self._opened_s = self._clock()
+            self._may_pass.set()
+
+    def close(self) -> None:
+        if self._may_pass.is_set():
+            open_s = self.open_s()
+            self._may_pass.clear()
+            self._open_before_s = open_s  # who asks in between is told less: trials wait longer
+
+    def wait(self) -> None:
+        self._may_pass.wait()
+
+    def open_s(self) -> float:
+        """Return the seconds that it was open for."""
+        now_s = self._clock() - self._opened_s if self._may_pass.is_set() else 0.0
+        return self._open_before_s + now_s
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -59,14 +88,15 @@ def compared(engine: Engine, load: float, seconds: float) -> dict[str, Any]:
     effort = Effort("full", seconds / 4, FULL.precision)
     quiet = _calibrated(engine, effort, Turns().trial)
     rate = load / (quiet.row(POINT)[0].p50_ms / 1e3)
-    turns, gate, ended = Turns(), threading.Event(), threading.Event()
+    gate, ended = _Gate(time.perf_counter), threading.Event()
+    turns = Turns(gate.open_s)
     busy: list[Profile] = []
     trials = {"finished": 0, "interrupted": 0}
 
     @contextmanager
-    def gated(expected_s: float) -> Iterator[Interrupt]:
+    def gated(expected_s: float, most_s: float) -> Iterator[Interrupt]:
         gate.wait()
-        with turns.trial(expected_s) as interrupt:
+        with turns.trial(expected_s, most_s) as interrupt:
             yield interrupt
         trials["interrupted" if interrupt.is_set else "finished"] += 1
 
@@ -81,7 +111,7 @@ def compared(engine: Engine, load: float, seconds: float) -> dict[str, Any]:
     thread.start()
     alone_ms, beside_ms = _served(engine, turns, gate, rate, seconds + _WINDOW_S)
     ended.set()
-    gate.set()
+    gate.open()
     thread.join()
     quiet_ms = {(x.point, x.batch): x.p50_ms for x in quiet.latencies}
     ratios = [x.p50_ms / quiet_ms[x.point, x.batch] for x in busy[0].latencies]
@@ -112,7 +142,7 @@ def _calibrated(
 
 
 def _served(
-    engine: Engine, turns: Turns, gate: threading.Event, rate: float, seconds: float
+    engine: Engine, turns: Turns, gate: "_Gate", rate: float, seconds: float
 ) -> tuple[list[float], list[float]]:
     """Return response times, ms, of requests that arrive `rate` times a second at random.
 
@@ -129,7 +159,7 @@ def _served(
         if (wait_s := due_s - time.perf_counter()) > 0:
             turns.set_idle(True)
             time.sleep(wait_s)
-        (gate.set if window else gate.clear)()
+        (gate.open if window else gate.close)()
         turns.set_idle(False)
         with turns.computing:
             engine.run(x, POINT)

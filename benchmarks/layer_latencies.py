@@ -62,7 +62,7 @@ class Measuring:
     def _in_turn(self, call: Call[T], expected_s: float) -> tuple[T, float]:
         """Return what the call returns, and the seconds that it took."""
         while not self.cancelled():
-            with self.turn(expected_s) as interrupt, suppress(InterruptedRunError):
+            with self.turn(expected_s, math.inf) as interrupt, suppress(InterruptedRunError):
                 began_s = time.perf_counter()
                 return call(interrupt), time.perf_counter() - began_s
         raise CancelledError

@@ -32,10 +32,12 @@ from maestro_core.host import Elsewhere
 from maestro_core.profile import Latency, Profile, Stop
 from server.engine import Engine
 from server.interrupt import Interrupt, InterruptedRunError
+from server.worker import Turns
 
 Run = Callable[[int, int, Interrupt], object]  # point, batch, what ends it early
 Clock = Callable[[], float]  # monotonic seconds
-Turn = Callable[[float], AbstractContextManager[Interrupt]]  # the seconds it will take, 0: unknown
+# The seconds that it will take, 0: unknown; those that it may be put off at most.
+Turn = Callable[[float, float], AbstractContextManager[Interrupt]]
 
 _BLOCK_S = 0.1  # runs so near in time share the state of the host
 _MIN_BLOCKS = 10
@@ -83,7 +85,7 @@ class _Cell:
         return float(np.median(self.blocks[-1])) / 1e3
 
 
-def alone(_: float) -> AbstractContextManager[Interrupt]:
+def alone(_takes_s: float, _most_s: float) -> AbstractContextManager[Interrupt]:
     """Return a turn where nobody else computes, and nobody interrupts."""
     return nullcontext(Interrupt())
 
@@ -199,11 +201,14 @@ class _Session:
         start_s = self.clock()
         limit_s = start_s + _FIRST_ROUND_SHARE * (end_s - start_s)
         cells: list[_Cell] = []
+        trials_to_go = 2 * len(points) * len(batch_sizes)
         pass_s = trial_s = 0.0  # of which a pass waits for its turns, too
         previous = batch_sizes[0]
         for batch in batch_sizes:
             growth = batch / previous
-            if cells and self.clock() + 2 * growth * pass_s > limit_s:
+            # What a pass waits for gaps between requests beyond that, it need not: `_trial`.
+            needs_s = min(pass_s, len(points) * trial_s / Turns.TRIAL_SHARE)
+            if cells and self.clock() + 2 * growth * needs_s > limit_s:
                 if batch <= self.largest_in_use:
                     raise TooLittleTimeError(
                         f"there was no time for batches of {batch}, which are in use: the profile "
@@ -216,7 +221,8 @@ class _Session:
                 began_s = self.clock()
                 for cell in self.rng.sample(row, len(row)):
                     cell.forget()  # what warmed it up
-                    self._trial(cell, expected_s)
+                    self._trial(cell, expected_s, limit_s, trials_to_go)
+                    trials_to_go -= 1
                 pass_s = self.clock() - began_s
             trial_s, previous = fmean(cell.typical_s() for cell in row), batch
             cells += row
@@ -233,17 +239,21 @@ class _Session:
             for cell in self.rng.sample(open_cells + company, len(open_cells) + len(company)):
                 if self.clock() + cell.typical_s() > end_s:
                     return "time"
-                self._trial(cell, cell.typical_s())
+                self._trial(cell, cell.typical_s(), end_s)
                 if not cell.known:
                     self._check(cell)
             done = sum(cell.known is not None for cell in cells)
             self.progress(Progress(done, len(cells), max(0.0, end_s - self.clock())))
         return "precision"
 
-    def _trial(self, cell: _Cell, expected_s: float) -> None:
-        """Run a cell once. Other cells ran before it, as other requests do when it is served."""
+    def _trial(self, cell: _Cell, expected_s: float, end_s: float, to_go: int = 1) -> None:
+        """Run a cell once. Other cells ran before it, as other requests do when it is served.
+
+        It is put off for its share of the time until `end_s` at most, of those that are `to_go`.
+        """
         while not self.cancelled():
-            with self.turn(expected_s) as interrupt, suppress(InterruptedRunError):
+            most_s = max(0.0, end_s - self.clock()) / to_go
+            with self.turn(expected_s, most_s) as interrupt, suppress(InterruptedRunError):
                 began_s = self.clock()
                 self.run(cell.point, cell.batch, interrupt)
                 cell.add(began_s, self.clock())

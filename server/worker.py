@@ -11,6 +11,8 @@ from server.interrupt import Interrupt
 
 Job = Callable[[], None]
 
+_LOOK_S = 1.0  # how often to look for another lock
+
 
 class Worker:
     """One daemon thread that runs jobs in order. Jobs see to their own errors."""
@@ -36,13 +38,16 @@ class Worker:
 class Turns:
     """Who computes now: serving first, and one trial of a calibration at a time in between.
 
-    A request that comes during a trial interrupts it. A trial that has been tried for PATIENCE_S
-    runs to its end: a server that is never idle still gets calibrated, by a trial a second.
+    A request that comes during a trial interrupts it. One that was put off for long enough runs to
+    its end, so that a server that is never idle gets calibrated too.
     """
 
-    PATIENCE_S = 1.0
+    # Of the time, for trials that requests have to wait for: few enough to stay out of their p95.
+    UNYIELDING_SHARE = 0.02
+    PATIENCE_S = 1.0  # with a trial of unknown length
     # While requests come in, trials take this share of the time at most, so that few meet one.
     TRIAL_SHARE = 0.5
+    LONGEST_PAUSE_S = 1.0
     TRAFFIC_S = 2.0  # since the last request
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -82,19 +87,28 @@ class Turns:
         """Return how long to leave to requests before a trial that takes `seconds`."""
         if self._clock() - self._last_request_s > self.TRAFFIC_S:
             return 0.0
-        return min(self.PATIENCE_S, seconds * (1 / self.TRIAL_SHARE - 1))
+        return min(self.LONGEST_PAUSE_S, seconds * (1 / self.TRIAL_SHARE - 1))
+
+    def patience_s(self, seconds: float) -> float:
+        """Return how long to put off a trial that takes `seconds`, 0 if that is not known."""
+        return seconds / self.UNYIELDING_SHARE if seconds else self.PATIENCE_S
 
     @contextmanager
-    def trial(self, seconds: float) -> Iterator[Interrupt]:
-        """Compute one trial inside, once no request waits or patience is over."""
-        time.sleep(self.pause_s(seconds))
+    def trial(self, seconds: float, most_s: float = math.inf) -> Iterator[Interrupt]:
+        """Compute one trial inside, once no request waits or it was put off for long enough.
+
+        It takes `seconds` (0: unknown), and may be put off for `most_s` at most, the times that it
+        was interrupted included.
+        """
+        time.sleep(min(most_s, self.pause_s(seconds)))
         if self._tried_since_s is None:
             self._tried_since_s = self._clock()
-        self._idle.wait(self.PATIENCE_S)
-        while not (lock := self._computing).acquire(timeout=self.PATIENCE_S):
+        gives_way_until_s = self._tried_since_s + min(most_s, self.patience_s(seconds))
+        self._idle.wait(max(0.0, gives_way_until_s - self._clock()))
+        while not (lock := self._computing).acquire(timeout=_LOOK_S):
             pass  # another may have taken the place of one that hangs
         interrupt = Interrupt()
-        if self._clock() - self._tried_since_s < self.PATIENCE_S:
+        if self._clock() < gives_way_until_s:
             self._trial = interrupt
             if not self._idle.is_set():  # a request came meanwhile
                 interrupt.set()

@@ -165,3 +165,16 @@ def test_a_trace_is_read_before_anything_is_measured(tmp_path: Path) -> None:
         load.main(["--arrivals", "trace"])
     with pytest.raises(OSError, match=r"none\.txt"):
         load.main(["--trace", str(tmp_path / "none.txt")])
+
+
+def test_time_behind_the_gate_does_not_count_as_giving_way() -> None:
+    now_s = 0.0
+    gate = calibration._Gate(lambda: now_s)
+
+    found_s = []
+    for action in (gate.close, gate.open, gate.open, gate.close, gate.open):
+        now_s += 1.0
+        action()
+        found_s.append(gate.open_s())
+
+    assert found_s == [0.0, 0.0, 1.0, 2.0, 2.0]

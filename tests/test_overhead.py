@@ -57,7 +57,7 @@ def test_a_run_that_a_request_interrupts_is_made_again(
     turns = 0
 
     @contextmanager
-    def turn(_: float) -> Iterator[Interrupt]:
+    def turn(_takes_s: float, _most_s: float) -> Iterator[Interrupt]:
         nonlocal turns
         turns += 1
         interrupt = Interrupt()

@@ -21,7 +21,7 @@ from benchmarks.effort import (
     Progress,
     TooLittleTimeError,
 )
-from benchmarks.profiler import Measured, measure, summary
+from benchmarks.profiler import Measured, Turn, measure, summary
 from benchmarks.smoothing import dominated_rows, isotonic, isotonic_grid, smooth
 from maestro_core.profile import Latency
 from server.interrupt import Interrupt, InterruptedRunError
@@ -52,7 +52,7 @@ class FakeHost:
         self.now_s += 1e-3 * (point + 1) * batch * noise * self._speed(self.now_s)
 
     @contextmanager
-    def turn(self, expected_s: float) -> Iterator[Interrupt]:
+    def turn(self, expected_s: float, most_s: float) -> Iterator[Interrupt]:
         assert not self.in_turn
         self.in_turn = True
         began_s = self.now_s
@@ -60,6 +60,7 @@ class FakeHost:
         self.turns_s.append(self.now_s - began_s)
         self.in_turn = False
         assert expected_s >= 0
+        assert most_s >= 0
 
 
 def measured(
@@ -208,9 +209,9 @@ def test_a_trial_that_is_interrupted_is_made_again_and_not_counted() -> None:
     host, rng, interrupted = FakeHost(), random.Random(2), 0
 
     @contextmanager
-    def turn(expected_s: float) -> Iterator[Interrupt]:
+    def turn(expected_s: float, most_s: float) -> Iterator[Interrupt]:
         nonlocal interrupted
-        with host.turn(expected_s):
+        with host.turn(expected_s, most_s):
             interrupt = Interrupt()
             if rng.random() < 0.5:
                 interrupt.set()
@@ -226,12 +227,12 @@ def test_a_trial_that_is_interrupted_is_made_again_and_not_counted() -> None:
         assert x.n >= LOOSE.min_runs
 
 
-def waits(host: FakeHost, times: float) -> Callable[[float], AbstractContextManager[Interrupt]]:
+def waits(host: FakeHost, times: float) -> Turn:
     """Return a turn that leaves requests so many times what a trial is said to take."""
 
-    def turn(expected_s: float) -> AbstractContextManager[Interrupt]:
+    def turn(expected_s: float, most_s: float) -> AbstractContextManager[Interrupt]:
         host.now_s += times * expected_s
-        return host.turn(expected_s)
+        return host.turn(expected_s, most_s)
 
     return turn
 
@@ -244,6 +245,20 @@ def test_waiting_for_turns_is_not_taken_for_computing() -> None:
 
     assert {x.batch for x in found.latencies} == set(BATCHES)
     assert host.now_s <= 41 * busy_s
+
+
+def test_where_requests_never_pause_all_batches_are_measured_in_time() -> None:
+    host = FakeHost()
+    busy_s = 2 * 1e-3 * sum(p * b for p in range(1, 5) for b in BATCHES)
+
+    def turn(expected_s: float, most_s: float) -> AbstractContextManager[Interrupt]:
+        host.now_s += min(most_s, 50 * expected_s)
+        return host.turn(expected_s, most_s)
+
+    found = measured(host, 6 * busy_s, turn=turn, largest_in_use=max(BATCHES))
+
+    assert {x.batch for x in found.latencies} == set(BATCHES)
+    assert host.now_s <= 7 * busy_s
 
 
 def test_a_calibration_that_would_leave_out_batches_in_use_fails() -> None:

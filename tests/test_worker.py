@@ -1,5 +1,6 @@
 """Turns: trials keep out of the way of requests."""
 
+import math
 import threading
 import time
 from pathlib import Path
@@ -34,7 +35,7 @@ def test_while_requests_come_in_trials_take_half_of_the_time() -> None:
 
     clock.now_s = Turns.TRAFFIC_S / 2
     assert 0.02 / (0.02 + turns.pause_s(0.02)) == Turns.TRIAL_SHARE
-    assert turns.pause_s(60.0) == Turns.PATIENCE_S
+    assert turns.pause_s(60.0) == Turns.LONGEST_PAUSE_S
     clock.now_s = Turns.TRAFFIC_S * 2
     assert turns.pause_s(0.02) == 0
 
@@ -56,6 +57,32 @@ def test_a_request_interrupts_a_trial_but_not_forever() -> None:
             assert is_interrupted()
         clock.now_s += Turns.PATIENCE_S
         assert not is_interrupted()  # the next may be, again
+
+
+def test_longer_trials_give_way_for_longer_but_no_longer_than_they_may() -> None:
+    clock = Clock()
+    turns = Turns(clock)
+
+    def gives_way(after_s: float, most_s: float = math.inf) -> bool:
+        turns.set_idle(True)
+        with turns.trial(0.01) as interrupt:
+            turns.set_idle(False)
+            assert interrupt.is_set  # so it was tried since now
+        turns.set_idle(True)
+        clock.now_s += after_s
+        with turns.trial(0.01, most_s) as interrupt:
+            turns.set_idle(False)
+            found = interrupt.is_set
+        turns.set_idle(True)
+        with turns.trial(0.01):
+            pass
+        return found
+
+    worth_s = 0.01 / Turns.UNYIELDING_SHARE
+    assert gives_way(0.99 * worth_s)
+    assert not gives_way(1.01 * worth_s)
+    assert gives_way(0.19, most_s=0.2)
+    assert not gives_way(0.21, most_s=0.2)
 
 
 def test_a_trial_that_found_no_idle_moment_runs_to_its_end() -> None:
