@@ -127,7 +127,7 @@ def _one(quantiles: Quantiles, policy: str, size: int, drawn: Workload, seed: in
 def _scheduler(quantiles: Quantiles, policy: str) -> Scheduler:
     latencies = quantiles.latencies()
     if policy == "ours":
-        return Scheduler(latencies, max_queue=MAX_QUEUE)
+        return Scheduler(latencies, max_queue=MAX_QUEUE, preempts=True)
     rival = RIVALS[policy](Tables(latencies), 0)
     return Scheduler(latencies, policy=rival, max_queue=MAX_QUEUE, sheds=False)
 

@@ -25,6 +25,7 @@ from server.errors import (
     UnavailableError,
 )
 from server.hangups import HangUps, Receive
+from server.interrupt import Interrupt, InterruptedRunError
 from server.requests import Batch, Refusal, Request
 from server.scheduler import Scheduler
 from server.watchdog import Watchdog
@@ -53,8 +54,12 @@ Tell = Callable[[Inference | ServiceError], None]
 class Runner(Protocol):
     """What computes: the engine, or a fake."""
 
-    def run(self, batch: Floats, point: int, /) -> Floats:
-        """Return the output (n, …) for a batch (n, …) at a point."""
+    def run(self, batch: Floats, point: int, interrupt: Interrupt | None = None, /) -> Floats:
+        """Return the output (n, …) for a batch (n, …) at a point.
+
+        Raises:
+            InterruptedRunError: it was ended before it had it.
+        """
 
 
 @dataclass(slots=True)
@@ -68,6 +73,7 @@ class _Flight:
     batch: Batch
     callers: dict[str, _Caller]
     worker: Worker | None = None  # None: computed on the event loop
+    interrupt: Interrupt | None = None  # None: it runs to its end
     watch: asyncio.TimerHandle | None = None
     began: bool = False  # the engine has it: a trial of a calibration may come before
     waits: int = 0
@@ -90,12 +96,14 @@ class Dispatcher:
         shares_core: bool = True,
         on_batch: Callable[[Batch, float], None] = lambda _batch, _seconds: None,
         on_decision: Callable[[float], None] = lambda _seconds: None,
+        on_preemption: Callable[[], None] = lambda: None,
     ) -> None:
         self.scheduler = scheduler
         self._runner = runner
         self._turns = turns
         self._on_batch = on_batch
         self._on_decision = on_decision
+        self._on_preemption = on_preemption
         self._slots = slots
         self._shares_core = shares_core
         self._loop = asyncio.get_running_loop()
@@ -199,6 +207,8 @@ class Dispatcher:
             for request in plan.expired:
                 late = OutOfTimeError("the deadline passed while it waited", reason="expired")
                 self._fail(request.id, late)
+            if plan.preempt is not None and (interrupt := self._flights[plan.preempt].interrupt):
+                interrupt.set()
             if plan.batch is None:
                 break
             self._start(plan.batch)
@@ -236,7 +246,8 @@ class Dispatcher:
             return
         self._turns.set_idle(False)
         worker = self._free.pop()
-        flight = self._flights[batch.id] = _Flight(batch, callers, worker)
+        interrupt = Interrupt() if self.scheduler.preempts else None
+        flight = self._flights[batch.id] = _Flight(batch, callers, worker, interrupt)
         self._watch(flight)
         worker.submit(partial(self._compute, flight))
 
@@ -265,7 +276,7 @@ class Dispatcher:
             inputs = [caller.x for caller in flight.callers.values()]
             x = inputs[0] if len(inputs) == 1 else np.concatenate(inputs)  # there may be no room
             began_s = time.monotonic()
-            output = self._runner.run(x, flight.batch.point)
+            output = self._runner.run(x, flight.batch.point, flight.interrupt)
         except Exception as caught:
             error = caught
         return output, error, began_s, time.monotonic() - began_s
@@ -300,7 +311,11 @@ class Dispatcher:
     ) -> None:
         flight = self._flights.pop(batch_id)
         now = time.monotonic()
-        if output is None:
+        if flight.interrupt and isinstance(error, InterruptedRunError):
+            for request in self.scheduler.preempted(batch_id, now):
+                self._callers[request.id] = flight.callers[request.id]
+            self._on_preemption()
+        elif output is None:
             failed = self.scheduler.failed(batch_id, now)
             self._reject(flight, failed, UnavailableError(f"the engine failed: {error}"))
         else:

@@ -39,6 +39,9 @@ class Metrics:
         self._shed = self._counter(
             "shed", "Requests refused or given up so that others are on time, by reason.", "reason"
         )
+        self._preempted = self._counter(
+            "preempted", "Batches interrupted for others; their requests waited again."
+        )
         self._decision = self._histogram(
             "decision_seconds", "To decide what to run next.", _DECISION
         )
@@ -99,6 +102,10 @@ class Metrics:
     def decided(self, decision_s: float) -> None:
         """Count a decision."""
         self._decision.observe(decision_s)
+
+    def preempted(self) -> None:
+        """Count a batch that was interrupted."""
+        self._preempted.inc()
 
     def ran(self, point: int, size: int, compute_s: float, predicted_s: float) -> None:
         """Count a batch."""

@@ -65,7 +65,7 @@ class _Interruptible:
         self._engine = engine
         self.interrupt = Interrupt()
 
-    def run(self, batch: Floats, point: int, /) -> Floats:
+    def run(self, batch: Floats, point: int, _: Interrupt | None = None, /) -> Floats:
         return self._engine.run(batch, point, self.interrupt)
 
 

@@ -23,7 +23,9 @@ def scheduler_of(
     with. Those that have one model deployed get the middle point.
     """
     if name in OWN:
-        return Scheduler(latencies, policy=OWN[name], max_queue=max_queue, slots=slots)
+        return Scheduler(
+            latencies, policy=OWN[name], max_queue=max_queue, slots=slots, preempts=True
+        )
     rivals = importlib.import_module("benchmarks.simulator.rivals")
     policy = rivals.RIVALS[name](Tables(latencies), len(latencies.accuracy) // 2)
     return Scheduler(latencies, policy=policy, max_queue=max_queue, slots=slots, sheds=False)

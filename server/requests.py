@@ -94,12 +94,15 @@ class Batch:
 class Plan:
     """What to do now. `expired` ran out of time; `wake_s` is when to plan again if nothing comes.
 
-    A plan with a batch may leave room for another: plan again until there is none.
+    `preempt` is a batch to interrupt: `Scheduler.preempted` hears that it ended early, or `done`
+    that it was done before. A plan with a batch may leave room for another: plan again until there
+    is none.
     """
 
     batch: Batch | None = None
     expired: tuple[Request, ...] = ()
     wake_s: float | None = None
+    preempt: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,14 @@ runs where, and who is told, is the caller's business.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from server.admission import Admission
 from server.explaining import explained
 from server.forecast import Forecast
 from server.latencies import Latencies
 from server.outlook import Expected, Finished, View, due_by_place, limits_behind_ms
+from server.preemption import MOST_PREEMPTED, STOP_SHARE, Remaining, delays, pays
 from server.requests import Admitted, Batch, Explanation, Plan, Refusal, Request
 from server.selector import Choice, Policy, choose, reserve
 from server.slowdown import Slowdown, Speed
@@ -27,8 +28,14 @@ MOST_GIVE_WAY = 8
 @dataclass(slots=True, eq=False)
 class _Running:
     batch: Batch
+    entries: list[Entry]
     ends_s: float  # when it usually ends
-    cancelled: set[str]
+    cancelled: set[str] = field(default_factory=set)
+    is_preempted: bool = False
+
+    def wanted(self) -> list[Entry]:
+        """Return the entries that somebody still waits for."""
+        return [entry for entry in self.entries if entry.request.id not in self.cancelled]
 
 
 class Scheduler:
@@ -36,6 +43,7 @@ class Scheduler:
 
     policy: which batch to run (`selector.choose`). slots: batches that may run at once.
     sheds: refuse and give up what can't be on time; False for policies that don't know how.
+    preempts: have batches interrupted for others (`server.preemption`).
     """
 
     def __init__(
@@ -46,6 +54,7 @@ class Scheduler:
         max_queue: int = 1024,
         slots: int = 1,
         sheds: bool = True,
+        preempts: bool = False,
     ) -> None:
         if max_queue < 1 or slots < 1:
             raise ValueError(f"max_queue and slots must be at least 1, not {max_queue}, {slots}")
@@ -54,6 +63,7 @@ class Scheduler:
         self._max_queue = max_queue
         self._slots = slots
         self._sheds = sheds
+        self.preempts = preempts
         self._admission = Admission(self._tables, sheds=sheds)
         self._slowdown = Slowdown()
         self._forecast = Forecast(self._tables.p50_ms[0][0], self._tables.tail_ms[-1][-1])
@@ -107,6 +117,8 @@ class Scheduler:
         refusal = self._no_room(entry, now, speed)
         if refusal is None:
             return None, []
+        if refusal.reason == "overloaded" and self._preemptible(now, speed, entry):
+            return None, []
         victims = self._giving_way(entry)
         if not victims or not self._fits_without(victims, entry, now, speed):
             return refusal, []
@@ -157,7 +169,7 @@ class Scheduler:
         if not self._sheds or entry.expiry_s == math.inf:  # it is never late
             return None
         view = self._view(now, speed) if self._waiting.entries else None
-        wait_ms = self._wait_ms(entry, now, view)
+        wait_ms = self._wait_ms(entry, self._residual_ms(now), view)
         in_time = now + (wait_ms + speed[1] * entry.alone_ms) / MS <= entry.expiry_s
         if in_time and (view is None or not self._delays(entry, view)):
             return None
@@ -190,8 +202,10 @@ class Scheduler:
             return Plan()
         speed = self._speed(now)
         gone = self._expire(now, speed)
-        if not waiting or not self.has_slot:
-            return Plan(None, gone, self._next_expiry_s(speed))
+        if not waiting:
+            return Plan(None, gone)
+        if not self.has_slot:
+            return Plan(None, gone, self._next_expiry_s(speed), self._preempt(now, speed))
         choice = self._policy(self._view(now, speed))
         if choice.count == 0:
             wake_s = min(self._next_expiry_s(speed) or math.inf, choice.wait_until_s)
@@ -219,6 +233,21 @@ class Scheduler:
         waited_ms = MS * (batch.started_s - batch.requests[0].arrival_s)
         self._finished = Finished(batch_id, batch.rows, batch.point, waited_ms, measured_ms)
         return self._release(batch_id)
+
+    def preempted(self, batch_id: int, now: float) -> tuple[Request, ...]:
+        """Return the requests that wait again as their batch was interrupted; no hung-up ones.
+
+        Raises:
+            KeyError: no such batch runs.
+        """
+        self._tick(now)
+        entries = self._running[batch_id].wanted()
+        requests = self._release(batch_id)
+        for entry in entries:
+            entry.preempted += 1
+            self._waiting.add(entry)
+            self._entries[entry.request.id] = entry
+        return requests
 
     def failed(self, batch_id: int, now: float) -> tuple[Request, ...]:
         """Return the requests to fail because their engine call raised or hung.
@@ -287,14 +316,18 @@ class Scheduler:
         victims: list[Entry] = []
         if refusal is None:
             refusal, victims = self._room(entry, now, speed)
-        with self._without(victims):
+        running = None if refusal else self._preemptible(now, speed, entry)
+        residual_ms = self._remaining(running, now, speed).stop_ms if running else None
+        if residual_ms is None:
+            residual_ms = self._residual_ms(now)
+        with self._without(victims), self._with(running.wanted() if running else []):
             return explained(
                 entry,
                 refusal,
                 self._tables.latencies,
                 expiry_s=self._admission.expiry_s(request),
-                planned=None if refusal else self._planned(entry, now, speed),
-                wait_ms=self._wait_ms(entry, now, self._view(now, speed)),
+                planned=None if refusal else self._planned(entry, now, residual_ms, speed),
+                wait_ms=self._wait_ms(entry, residual_ms, self._view(now, speed)),
                 slowdown=speed[0],
                 waiting=waiting,
                 now=now,
@@ -302,14 +335,50 @@ class Scheduler:
 
     # -- inside ------------------------------------------------------------------------------
 
-    def _planned(self, entry: Entry, now: float, speed: Speed) -> int | None:
+    def _preempt(self, now: float, speed: Speed) -> int | None:
+        """Return the batch to interrupt now, if there is one; once."""
+        running = self._preemptible(now, speed)
+        if running is None:
+            return None
+        running.is_preempted = True
+        running.ends_s = now + self._remaining(running, now, speed).stop_ms / MS
+        return running.batch.id
+
+    def _preemptible(self, now: float, speed: Speed, entry: Entry | None = None) -> _Running | None:
+        """Return the batch that should be interrupted for those that wait, the entry included."""
+        if not self.preempts or self.has_slot:
+            return None
+        running = max(self._running.values(), key=lambda each: each.ends_s)
+        wanted = running.wanted()
+        if running.is_preempted or any(each.preempted >= MOST_PREEMPTED for each in wanted):
+            return None
+        remaining = self._remaining(running, now, speed)
+        with self._with([] if entry is None else [entry]):
+            if not self._waiting.timed or remaining.usual_ms <= remaining.stop_ms:
+                return None
+            if not delays(self._view(now, speed), remaining):
+                return None
+            with self._with([each for each in wanted if each.expiry_s < math.inf]):
+                return running if pays(self._view(now, speed), remaining) else None
+
+    def _remaining(self, running: _Running, now: float, speed: Speed) -> Remaining:
+        batch, wanted, p50_ms = running.batch, running.wanted(), self._tables.p50_ms
+        rows = sum(entry.request.rows for entry in wanted)
+        lowest = max((entry.lowest for entry in wanted), default=0)
+        return Remaining(
+            MS * max(0.0, running.ends_s - now),
+            STOP_SHARE * speed[1] * p50_ms[batch.rows - 1][batch.point],
+            speed[1] * p50_ms[rows - 1][lowest] if wanted else 0.0,
+        )
+
+    def _planned(self, entry: Entry, now: float, residual_ms: float, speed: Speed) -> int | None:
         """Return the point of the next batch if the entry would be in it.
 
         None if it would not, or if the policy remembers what it is asked.
         """
         if self._policy not in (choose, reserve):
             return None
-        then = now + self._residual_ms(now) / MS
+        then = now + residual_ms / MS
         gone = self._waiting.doomed(then, speed[1]) if self._sheds else []
         forecast = self._forecast.twin()  # which it would be part of, if it came
         _observe(forecast, entry.request, now)
@@ -334,6 +403,17 @@ class Scheduler:
         finally:
             for entry in entries:
                 self._waiting.add(entry)
+
+    @contextmanager
+    def _with(self, entries: list[Entry]) -> Iterator[None]:
+        """Have these entries wait, inside."""
+        for entry in entries:
+            self._waiting.add(entry)
+        try:
+            yield
+        finally:
+            for entry in entries:
+                self._waiting.remove(entry)
 
     def _tick(self, now: float) -> float:
         if self._now < now < math.inf:
@@ -366,7 +446,8 @@ class Scheduler:
     def _start(self, choice: Choice, now: float, speed: Speed) -> Batch:
         factor, level = speed
         self._batches += 1
-        requests = self._forget(self._waiting.take(choice.start, choice.count))
+        entries = self._waiting.take(choice.start, choice.count)
+        requests = self._forget(entries)
         rows = 0
         for request in requests:
             rows += request.rows
@@ -374,7 +455,7 @@ class Scheduler:
         usual_ms = level * self._tables.p50_ms[rows - 1][choice.point]
         tail_ms = factor * self._tables.tail_ms[rows - 1][choice.point]
         batch = Batch(self._batches, requests, choice.point, rows, tail_ms, now)
-        self._running[batch.id] = _Running(batch, now + usual_ms / MS, set())
+        self._running[batch.id] = _Running(batch, entries, now + usual_ms / MS)
         return batch
 
     def _release(self, batch_id: int) -> tuple[Request, ...]:
@@ -416,12 +497,12 @@ class Scheduler:
             return 0.0
         return MS * max(0.0, min(running.ends_s for running in self._running.values()) - now)
 
-    def _wait_ms(self, entry: Entry, now: float, view: View | None) -> float:
+    def _wait_ms(self, entry: Entry, residual_ms: float, view: View | None) -> float:
         """Return how long the entry usually waits: running batches, and who comes before it.
 
         view: None where nobody waits.
         """
-        residual_ms, waiting = self._residual_ms(now), self._waiting
+        waiting = self._waiting
         if view is None or not waiting.entries:
             return residual_ms
         share = waiting.place(entry.order) / len(waiting.entries)

@@ -371,6 +371,7 @@ class Service:
             shares_core=self._host.takes_all_cores(engine),
             on_batch=self.counting.ran,
             on_decision=self.counting.decided,
+            on_preemption=self.counting.metrics.preempted,
         )
         self._serving = _Serving(dispatcher, profile, source)
         most = profile.batch_sizes[-1]

@@ -25,6 +25,7 @@ class Entry:
     alone_ms: what it usually takes in a batch of its own there.
     kind: what those have in common that can't be on time any more in the order that they wait;
     nan of one that is late, for which that depends on the host's speed when it came.
+    preempted: how often its batch was interrupted.
     """
 
     request: Request
@@ -36,6 +37,7 @@ class Entry:
     work_ms: float
     alone_ms: float
     late: bool = False  # no point makes its target; served as soon as may be
+    preempted: int = 0
     kind: float = field(init=False)
 
     def __post_init__(self) -> None:

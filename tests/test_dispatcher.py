@@ -17,6 +17,7 @@ from server import dispatcher as dispatcher_module
 from server.answers import Inference
 from server.dispatcher import Dispatcher
 from server.errors import InfeasibleError, InvalidError, OutOfTimeError, UnavailableError
+from server.interrupt import Interrupt, InterruptedRunError
 from server.latencies import Latencies
 from server.requests import Request
 from server.scheduler import Scheduler
@@ -35,9 +36,11 @@ class FakeEngine:
         self.ran: list[tuple[int, int]] = []
         self.error: Exception | None = None
 
-    def run(self, batch: Floats, point: int) -> Floats:
+    def run(self, batch: Floats, point: int, interrupt: Interrupt | None = None) -> Floats:
         self.ran.append((len(batch), point))
-        self.gate.wait(10)
+        while not self.gate.wait(0.001):
+            if interrupt and interrupt.is_set:
+                raise InterruptedRunError
         if self.error:
             raise self.error
         return batch + np.float32(point)
@@ -51,15 +54,18 @@ def drive(
     scenario: Callable[[Dispatcher, FakeEngine], Coroutine[Any, Any, None]],
     max_queue: int = 8,
     turns: Turns | None = None,
+    preempts: bool = False,
+    latencies: Latencies = LATENCIES,
 ) -> None:
     """Run a scenario on a fresh dispatcher; nothing is left running after it."""
 
     async def main() -> None:
         engine = FakeEngine()
-        scheduler = Scheduler(LATENCIES, max_queue=max_queue)
+        scheduler = Scheduler(latencies, max_queue=max_queue, preempts=preempts)
         driver = Dispatcher(scheduler, engine, turns or Turns())
         try:
-            await scenario(driver, engine)
+            async with asyncio.timeout(30):
+                await scenario(driver, engine)
         finally:
             engine.gate.set()
             driver.close()
@@ -249,6 +255,47 @@ def test_an_engine_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch) ->
     drive(scenario)
 
 
+SLOW = Latencies((0.8, 0.9), ((100.0,) * 4, (2000.0,) * 4), ((150.0,) * 4, (3000.0,) * 4))
+
+
+def test_a_batch_is_interrupted_for_one_that_would_be_late_and_answered_after_it() -> None:
+    async def scenario(driver: Dispatcher, engine: FakeEngine) -> None:
+        preemptions = []
+        driver._on_preemption = lambda: preemptions.append(1)
+        engine.gate.clear()
+        bulk = await start(driver, request("bulk", n=4), 10)
+        tight = await start(driver, request("tight", 1.5), 20)
+        while len(engine.ran) < 2:
+            await asyncio.sleep(0.001)
+        engine.gate.set()
+
+        first = await tight
+        assert not bulk.done()
+        np.testing.assert_array_equal(first.output, rows(20 + first.point))
+        np.testing.assert_array_equal((await bulk).output, rows(11, 4))
+        assert engine.ran == [(4, 1), (1, 0), (4, 1)]
+        assert preemptions == [1]
+
+    drive(scenario, preempts=True, latencies=SLOW)
+
+
+def test_who_hangs_up_while_the_batch_stops_is_not_computed_again() -> None:
+    async def scenario(driver: Dispatcher, engine: FakeEngine) -> None:
+        engine.gate.clear()
+        bulk = await start(driver, request("bulk", n=4), 10)
+        tight = await start(driver, request("tight", 1.5), 20)
+        bulk.cancel()
+        while len(engine.ran) < 2:
+            await asyncio.sleep(0.001)
+        engine.gate.set()
+
+        np.testing.assert_array_equal((await tight).output, rows(20))
+        assert driver.scheduler.is_idle
+        assert engine.ran == [(4, 1), (1, 0)]
+
+    drive(scenario, preempts=True, latencies=SLOW)
+
+
 def test_an_engine_that_hangs_on_the_event_loop_ends_the_process() -> None:
     program = """
 import asyncio, threading, time
@@ -260,7 +307,7 @@ from server.scheduler import Scheduler
 from server.worker import Turns
 
 class Hangs:
-    def run(self, batch, point):
+    def run(self, batch, point, interrupt):
         threading.Event().wait()
 
 async def main():

@@ -1,11 +1,13 @@
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.latencies import Latencies
+from server.preemption import MOST_PREEMPTED
 from server.requests import Admitted, Batch, Refusal, Request
 from server.scheduler import Scheduler
 from server.selector import Policy, choose, reserve
@@ -545,6 +547,128 @@ def test_explain_counts_neither_who_gives_way_nor_who_will_be_too_late() -> None
     assert explanation.waiting == 2
 
 
+def preempting(first_target_ms: float | None = None, **options: Any) -> tuple[Scheduler, Batch]:
+    """Return a scheduler whose idle host has begun a batch of 8 ms."""
+    scheduler = Scheduler(make_latencies(), preempts=True, **options)
+    scheduler.submit(make_request("runs", first_target_ms), 0.0)
+    return scheduler, run_now(scheduler)
+
+
+def test_a_batch_is_interrupted_for_one_that_would_be_late_behind_it() -> None:
+    scheduler, running = preempting()
+    tight = make_request("tight", 6.0, 0.002)
+
+    assert isinstance(scheduler.submit(tight, 0.002), Admitted)
+    assert scheduler.plan(0.002).preempt == running.id
+    assert scheduler.plan(0.002).preempt is None  # it was said
+    assert scheduler.preempted(running.id, 0.003) == running.requests
+
+    assert scheduler.waiting == 2
+    batch = run_now(scheduler, 0.003)
+    assert batch.requests[0] == tight
+    assert scheduler.done(batch.id, 2.0, 0.005) == batch.requests
+
+
+def test_a_batch_that_is_done_before_it_stops_is_answered() -> None:
+    scheduler, running = preempting()
+    scheduler.submit(make_request("tight", 6.0, 0.002), 0.002)
+    assert scheduler.plan(0.002).preempt == running.id
+
+    assert scheduler.done(running.id, 2.0, 0.002) == running.requests
+    assert scheduler.waiting == 1
+
+
+@pytest.mark.parametrize(
+    ("target_ms", "at"),
+    [
+        (20.0, 0.002),  # in time behind it
+        (5.0, 0.0076),  # it is as good as done
+        (None, 0.002),  # never late
+    ],
+)
+def test_a_batch_runs_on_where_nobody_is_late_behind_it(target_ms: float | None, at: float) -> None:
+    scheduler, _ = preempting()
+
+    scheduler.submit(make_request("behind", target_ms, at), at)
+
+    assert scheduler.plan(at).preempt is None
+
+
+def test_a_batch_runs_on_where_its_own_requests_would_be_late() -> None:
+    scheduler, _ = preempting(10.1)
+
+    answer = scheduler.submit(make_request("tight", 3.0, 0.0075), 0.0075)
+
+    assert isinstance(answer, Admitted)  # the rest is 0.5 ms
+    scheduler, _ = preempting(10.1)
+    answer = scheduler.submit(make_request("larger", 5.0, 0.005, rows=4), 0.005)
+    assert isinstance(answer, Refusal)
+    assert scheduler.plan(0.005).preempt is None
+
+
+def test_a_batch_is_interrupted_for_a_burst_that_has_begun() -> None:
+    def begun(expected: int) -> Scheduler:
+        scheduler = Scheduler(make_latencies(), preempts=True)
+        for second in (0.0, 1.0):
+            for i in range(expected):
+                scheduler.submit(make_request(f"{second}.{i}", 12.0, second), second)
+                scheduler.cancel(f"{second}.{i}", second)
+        scheduler.submit(make_request("first", 12.0, 2.0), 2.0)
+        assert run_now(scheduler, 2.0).point == 3  # idle
+        scheduler.submit(make_request("second", 12.0, 2.0001), 2.0001)
+        return scheduler
+
+    assert begun(expected=12).plan(2.0001).preempt is not None
+    assert begun(expected=2).plan(2.0001).preempt is None
+
+
+def test_nobody_is_interrupted_for_ever() -> None:
+    scheduler, batch = preempting()
+    now = 0.0
+    for i in range(MOST_PREEMPTED + 1):
+        now += 0.001
+        scheduler.submit(make_request(f"tight {i}", 6.0, now), now)
+        found = scheduler.plan(now).preempt
+        if i == MOST_PREEMPTED:
+            assert found is None
+            break
+        assert found == batch.id
+        scheduler.preempted(batch.id, now)
+        tight = run_now(scheduler, now)
+        while "runs" not in {request.id for request in tight.requests}:
+            took_ms = make_latencies().p50_ms[tight.point][tight.rows - 1]
+            now += took_ms / 1e3
+            scheduler.done(tight.id, took_ms, now)
+            tight = run_now(scheduler, now)
+        batch = tight
+
+
+def test_who_hung_up_does_not_wait_again() -> None:
+    scheduler, running = preempting()
+    scheduler.submit(make_request("tight", 6.0, 0.002), 0.002)
+    scheduler.plan(0.002)
+
+    assert scheduler.cancel("runs", 0.002)
+    assert scheduler.preempted(running.id, 0.003) == ()
+    assert scheduler.waiting == 1
+    assert not scheduler.cancel("runs", 0.003)
+
+
+def test_explain_counts_on_the_interruption() -> None:
+    scheduler, running = preempting()
+    request = make_request("tight", 6.0, 0.002)
+
+    explanation = scheduler.explain(request, 0.002)
+    scheduler.submit(request, 0.002)
+    assert scheduler.plan(0.002).preempt == running.id
+    stopped_s = 0.002 + explanation.wait_ms / 1e3
+    scheduler.preempted(running.id, stopped_s)
+
+    assert explanation.wait_ms < 1.0
+    assert explanation.refusal is None
+    assert explanation.point == run_now(scheduler, stopped_s).point
+
+
 def test_explain_says_why_not() -> None:
     scheduler = Scheduler(make_latencies())
 
@@ -571,7 +695,9 @@ class Ledger:
 
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["submit", "submit", "submit", "plan", "plan", "done", "failed", "cancel"]),
+        st.sampled_from(
+            ["submit", "submit", "submit", "plan", "plan", "done", "failed", "cancel", "preempted"]
+        ),
         st.integers(0, 10**6),
         st.floats(-0.002, 0.02),
     ),
@@ -580,13 +706,26 @@ STEPS = st.lists(
 
 
 @settings(max_examples=150)
-@given(STEPS, st.integers(1, 3), st.integers(1, 12), st.sampled_from([choose, reserve]))
+@given(
+    STEPS,
+    st.integers(1, 3),
+    st.integers(1, 12),
+    st.sampled_from([choose, reserve]),
+    st.booleans(),
+)
 def test_no_request_is_lost_or_answered_twice_or_wronged(
-    steps: list[tuple[str, int, float]], slots: int, max_queue: int, policy: Policy
+    steps: list[tuple[str, int, float]],
+    slots: int,
+    max_queue: int,
+    policy: Policy,
+    preempts: bool,
 ) -> None:
     latencies = make_latencies()
-    scheduler = Scheduler(latencies, policy=policy, slots=slots, max_queue=max_queue)
+    scheduler = Scheduler(
+        latencies, policy=policy, slots=slots, max_queue=max_queue, preempts=preempts
+    )
     ledger, running, now = Ledger(), {}, 0.0
+    to_stop = set[int]()
     for step, (act, pick, elapsed_s) in enumerate(steps):
         now += elapsed_s
         if act == "submit":
@@ -612,6 +751,15 @@ def test_no_request_is_lost_or_answered_twice_or_wronged(
             if plan.batch is not None:
                 check_batch(plan.batch, latencies)
                 running[plan.batch.id] = plan.batch
+            if plan.preempt is not None:
+                assert preempts
+                assert len(running) == slots
+                assert plan.preempt in running.keys() - to_stop
+                to_stop.add(plan.preempt)
+        elif act == "preempted" and (stopping := sorted(to_stop & running.keys())):
+            batch = running.pop(stopping[pick % len(stopping)])
+            wait_again = scheduler.preempted(batch.id, now)
+            assert not {request.id for request in wait_again} & ledger.ended.keys()
         elif act in ("done", "failed") and running:
             batch = running.pop(sorted(running)[pick % len(running)])
             if act == "done":

@@ -121,6 +121,14 @@ def test_an_unknown_policy_is_named_with_those_there_are() -> None:
         read_settings(policy="best")
 
 
+def test_our_own_policies_alone_interrupt_batches() -> None:
+    names = get_args(PolicyName)
+
+    preempting = {n for n in names if scheduler_of(n, LATENCIES, max_queue=10, slots=1).preempts}
+
+    assert preempting == set(OWN)
+
+
 def test_the_names_are_written_once() -> None:
     program = Path(cli.__file__).read_text()
 

@@ -74,6 +74,20 @@ def test_a_batch_takes_of_the_same_core_before_and_after_it_computes() -> None:
     assert outcome.latency_ms.tolist() == pytest.approx([11.5, 21.0])
 
 
+def test_a_batch_is_interrupted_at_the_end_of_an_operator() -> None:
+    alone = replica(quantiles(1.0))
+    alone = replace(alone, scheduler=Scheduler(alone.latencies, preempts=True))
+    arrivals = Workload("given", np.array([0, 0.004]), np.array([1000.0, 6.0]))
+
+    outcome = simulate(arrivals, [alone])
+
+    # The first computes for 4 ms of 16 and stops after a twentieth of them, at 4.8. The tight one
+    # then takes 4, and the first 16 again.
+    assert outcome.batch_rows == [1, 1, 1]
+    assert outcome.latency_ms.tolist() == pytest.approx([24.8, 4.8])
+    assert outcome.accuracy.tolist() == [0.8, 0.7]
+
+
 def test_the_next_batch_is_planned_once_the_last_is_answered() -> None:
     alone = replica(quantiles(1.0, overhead_ms=0.5))
 

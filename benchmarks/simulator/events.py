@@ -18,6 +18,9 @@ from server.scheduler import Scheduler
 _WOKEN = -1
 _RECEIVED = -2  # and below: less the number of the request
 
+# A run that is interrupted ends after the operator at hand, of about so many.
+OPERATORS = 20
+
 Balancer = Callable[[Sequence[Scheduler]], int]
 Clock = Callable[[], float]  # s
 
@@ -116,7 +119,7 @@ class _Run:
         self._fronts = [_Front(r.request_ms / 2e3, r.batch_ms / 2e3) for r in replicas]
         self._heap: list[tuple[float, int, int, int, float]] = []
         self._events = 0
-        self._running: dict[tuple[int, int], float] = {}
+        self._running: dict[tuple[int, int], tuple[float, float]] = {}  # accuracy, ms
         self._woken: list[float] = [math.inf] * len(replicas)
 
     def outcome(self) -> Outcome:
@@ -144,17 +147,25 @@ class _Run:
     def _submit(self, at: int, i: int, target_ms: float, now: float) -> None:
         scheduler = self._schedulers[at]
         request = Request(str(i), now, now + target_ms / 1e3)
-        if isinstance(scheduler.submit(request, now), Admitted) and scheduler.has_slot:
+        admitted = isinstance(scheduler.submit(request, now), Admitted)
+        if admitted and (scheduler.has_slot or scheduler.preempts):
             self._dispatch(at, now)
 
     def _finish(self, now: float, _: int, at: int, what: int, ms: float) -> None:
-        """Do what is due: a request received, a wake-up, or a batch that ends (its number, ms)."""
+        """Do what is due: a request received, a wake-up, or a batch that ends (its number, ms; NaN
+        where it is interrupted)."""
         if what <= _RECEIVED:
             self._submit(at, _RECEIVED - what, ms, now)
             return
         scheduler, front = self._schedulers[at], self._fronts[at]
         if what == _WOKEN:
             self._woken[at] = math.inf
+        elif (at, what) not in self._running:  # it was interrupted, or done before that
+            return
+        elif math.isnan(ms):
+            del self._running[at, what]
+            front.taken_s = 0.0
+            scheduler.preempted(what, now)
         elif front.taken_s:
             later_s, front.taken_s = now + front.taken_s, 0.0
             self._push(later_s, at, what, ms + 1e3 * (later_s - now))
@@ -168,7 +179,7 @@ class _Run:
             self._dispatch(at, now)
 
     def _answer(self, at: int, batch_id: int, measured_ms: float, now: float) -> None:
-        accuracy = self._running.pop((at, batch_id))
+        accuracy, _ = self._running.pop((at, batch_id))
         replica, arrivals_s = self._replicas[at], self._result.workload.arrivals_s
         front = self._fronts[at]
         front.busy_until(now, front.batch_s)
@@ -184,8 +195,11 @@ class _Run:
 
     def _dispatch(self, at: int, now: float) -> None:
         scheduler, replica = self._schedulers[at], self._replicas[at]
-        while scheduler.has_slot and scheduler.waiting:
+        while scheduler.waiting and (scheduler.has_slot or scheduler.preempts):
             plan = self._planned(scheduler, now)
+            if plan.preempt is not None:
+                _, took_ms = self._running[at, plan.preempt]
+                self._push(now + took_ms / OPERATORS / 1e3, at, plan.preempt, math.nan)
             if plan.batch is None:
                 if plan.wake_s is not None and now < plan.wake_s < self._woken[at]:
                     self._woken[at] = plan.wake_s
@@ -194,7 +208,7 @@ class _Run:
             batch = plan.batch
             self._result.batch_rows.append(batch.rows)
             took_ms = replica.host.draw_ms(batch.point, batch.rows, now)
-            self._running[at, batch.id] = replica.latencies.accuracy[batch.point]
+            self._running[at, batch.id] = replica.latencies.accuracy[batch.point], took_ms
             front = self._fronts[at]
             began_s = front.busy_until(now, front.batch_s)  # what came is received before
             self._push(began_s + took_ms / 1e3, at, batch.id, took_ms)

@@ -76,7 +76,8 @@ def run(
     batch_ms: float = 0.0,
     clock: Clock | None = None,
 ) -> Outcome:
-    """Return what becomes of a workload on one host. Rivals give up only what is late already.
+    """Return what becomes of a workload on one host. Rivals give up only what is late already, and
+    interrupt nothing.
 
     request_ms, batch_ms: what receiving and answering take (`events.Replica`). clock: times
     decisions.
@@ -84,7 +85,9 @@ def run(
     latencies = quantiles.latencies()
     host = Host(quantiles, np.random.default_rng(1000 + seed), spell)
     sheds = policy in OWN.values()
-    scheduler = Scheduler(latencies, policy=policy, max_queue=MAX_QUEUE, sheds=sheds)
+    scheduler = Scheduler(
+        latencies, policy=policy, max_queue=MAX_QUEUE, sheds=sheds, preempts=sheds
+    )
     replica = Replica(scheduler, host, latencies, request_ms, batch_ms)
     return simulate(workload, [replica], clock=clock)
 
