@@ -316,11 +316,10 @@ class Scheduler:
         victims: list[Entry] = []
         if refusal is None:
             refusal, victims = self._room(entry, now, speed)
-        running = None if refusal else self._preemptible(now, speed, entry)
-        residual_ms = self._remaining(running, now, speed).stop_ms if running else None
-        if residual_ms is None:
-            residual_ms = self._residual_ms(now)
-        with self._without(victims), self._with(running.wanted() if running else []):
+        residual_ms, back = self._residual_ms(now), list[Entry]()
+        if refusal is None and (running := self._preemptible(now, speed, entry)):
+            residual_ms, back = self._remaining(running, now, speed).stop_ms, running.wanted()
+        with self._without(victims), self._with(back):
             return explained(
                 entry,
                 refusal,
@@ -365,7 +364,7 @@ class Scheduler:
         batch, wanted, p50_ms = running.batch, running.wanted(), self._tables.p50_ms
         rows = sum(entry.request.rows for entry in wanted)
         lowest = max((entry.lowest for entry in wanted), default=0)
-        return Remaining(
+        return Remaining(  # of a batch whose clients all hung up, nothing again
             MS * max(0.0, running.ends_s - now),
             STOP_SHARE * speed[1] * p50_ms[batch.rows - 1][batch.point],
             speed[1] * p50_ms[rows - 1][lowest] if wanted else 0.0,
