@@ -108,15 +108,17 @@ def decision_us(
 ) -> Figures:
     """Return quantiles of the time of `plan` and `submit` by the clock, with mixed targets.
 
+    busy: of `plan` while a batch runs, which may be interrupted.
     waiting: requests in the queue, or as many as fit in time. loose: the least target, over the
     time to drain such a queue; the largest is twice that.
     """
     rng = np.random.default_rng(seed)
     latencies = _geometric(points)
     drain_s = Tables(latencies).drain_ms(waiting) / 1e3
-    scheduler = Scheduler(latencies, max_queue=2 * waiting)
+    scheduler = Scheduler(latencies, max_queue=2 * waiting, preempts=True)
     now, numbers = 0.0, count()
     took_us: list[float] = []
+    busy_us: list[float] = []
     submit_us: list[float] = []
     waited: list[int] = []
     while len(took_us) < decisions:
@@ -134,10 +136,14 @@ def decision_us(
         took_us.append(1e6 * (clock() - began_s))
         if batch is None:
             raise RuntimeError(f"nothing was planned with {waiting} requests waiting")
+        began_s = clock()
+        scheduler.plan(now)
+        busy_us.append(1e6 * (clock() - began_s))
         took_ms = latencies.p50_ms[batch.point][batch.rows - 1]
         now += took_ms / 1e3
         scheduler.done(batch.id, took_ms, now)
     p50, p99 = np.quantile(took_us, (0.5, 0.99)).tolist()
+    busy_p50, busy_p99 = np.quantile(busy_us, (0.5, 0.99)).tolist()
     submit_p50, submit_p99 = np.quantile(submit_us, (0.5, 0.99)).tolist()
     return {
         "waiting": float(np.median(waited)),
@@ -145,6 +151,8 @@ def decision_us(
         "loose": loose,
         "p50_us": p50,
         "p99_us": p99,
+        "busy_p50_us": busy_p50,
+        "busy_p99_us": busy_p99,
         "submit_p50_us": submit_p50,
         "submit_p99_us": submit_p99,
     }
