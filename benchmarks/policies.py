@@ -42,6 +42,8 @@ MAX_BATCH = 16
 MADE_UP = (0.73, 0.80)
 WAITING = (16, 64, 256, 1024)
 OURS = ("ours", "reserve")
+# Ours, but no batch is interrupted: what that is worth. Compared with rivals, and no rival itself.
+UNPREEMPTED = " unpreempted"
 
 Row = dict[str, Any]
 
@@ -86,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "reached": {
             "against_rivals": against_rivals(rows, "ours"),
             "reserve_against_rivals": against_rivals(rows, "reserve"),
+            "unpreempted_against_rivals": against_rivals(rows, "ours" + UNPREEMPTED),
+            "reserve_unpreempted_against_rivals": against_rivals(rows, "reserve" + UNPREEMPTED),
             "bursts": bursts(rows, "ours"),
             "reserve_bursts": bursts(rows, "reserve"),
             **special_runs(quantiles, chosen.requests, seeds, chosen.steady, request_ms),
@@ -178,6 +182,7 @@ def _one_seed(
     tables = Tables(latencies)
     workload = scenario.workload(latencies, requests, seed, trace)
     tried = scenarios.policies(tables, scenario.rate(tables)) | scenarios.slack_fits(tables)
+    tried |= {name + UNPREEMPTED: tried[name] for name in OURS}
     return {
         name: figures(
             scenarios.run(
@@ -186,6 +191,7 @@ def _one_seed(
                 policy,
                 seed,
                 request_ms=request_ms,
+                preempts=not name.endswith(UNPREEMPTED),
                 clock=perf_counter if policy is choose else None,
             ),
             latencies,

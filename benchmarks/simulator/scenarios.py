@@ -74,19 +74,20 @@ def run(
     spell: SlowSpell | None = None,
     request_ms: float = 0.0,
     batch_ms: float = 0.0,
+    preempts: bool = True,
     clock: Clock | None = None,
 ) -> Outcome:
     """Return what becomes of a workload on one host. Rivals give up only what is late already, and
     interrupt nothing.
 
-    request_ms, batch_ms: what receiving and answering take (`events.Replica`). clock: times
-    decisions.
+    request_ms, batch_ms: what receiving and answering take (`events.Replica`). preempts: ours have
+    batches interrupted. clock: times decisions.
     """
     latencies = quantiles.latencies()
     host = Host(quantiles, np.random.default_rng(1000 + seed), spell)
     sheds = policy in OWN.values()
     scheduler = Scheduler(
-        latencies, policy=policy, max_queue=MAX_QUEUE, sheds=sheds, preempts=sheds
+        latencies, policy=policy, max_queue=MAX_QUEUE, sheds=sheds, preempts=sheds and preempts
     )
     replica = Replica(scheduler, host, latencies, request_ms, batch_ms)
     return simulate(workload, [replica], clock=clock)
