@@ -206,7 +206,7 @@ class _Session:
         previous = batch_sizes[0]
         for batch in batch_sizes:
             growth = batch / previous
-            # What a pass waits for gaps between requests beyond that, it need not: `_trial`.
+            # A pass that waited longer, for gaps between requests, need not: `_trial`.
             needs_s = min(pass_s, len(points) * trial_s / Turns.TRIAL_SHARE)
             if cells and self.clock() + 2 * growth * needs_s > limit_s:
                 if batch <= self.largest_in_use:

@@ -11,7 +11,8 @@ from server.interrupt import Interrupt
 
 Job = Callable[[], None]
 
-_LOOK_S = 1.0  # how often to look for another lock
+# How often one that waits looks up: for another lock, and for who cancels the calibration.
+_LOOK_S = 1.0
 
 
 class Worker:
@@ -98,13 +99,14 @@ class Turns:
         """Compute one trial inside, once no request waits or it was put off for long enough.
 
         It takes `seconds` (0: unknown), and may be put off for `most_s` at most, the times that it
-        was interrupted included.
+        was interrupted included. Where requests leave no gap for a second it is interrupted before
+        it begins, so that its caller can give up.
         """
         time.sleep(min(most_s, self.pause_s(seconds)))
         if self._tried_since_s is None:
             self._tried_since_s = self._clock()
         gives_way_until_s = self._tried_since_s + min(most_s, self.patience_s(seconds))
-        self._idle.wait(max(0.0, gives_way_until_s - self._clock()))
+        self._idle.wait(min(_LOOK_S, max(0.0, gives_way_until_s - self._clock())))
         while not (lock := self._computing).acquire(timeout=_LOOK_S):
             pass  # another may have taken the place of one that hangs
         interrupt = Interrupt()

@@ -85,6 +85,17 @@ def test_longer_trials_give_way_for_longer_but_no_longer_than_they_may() -> None
     assert not gives_way(0.21, most_s=0.2)
 
 
+def test_one_that_gives_way_for_long_looks_up_in_between() -> None:
+    turns = Turns()
+    turns.set_idle(False)
+    began_s = time.monotonic()
+
+    with turns.trial(0.2) as interrupt:
+        assert interrupt.is_set
+
+    assert time.monotonic() - began_s < 0.2 / Turns.UNYIELDING_SHARE / 2
+
+
 def test_a_trial_that_found_no_idle_moment_runs_to_its_end() -> None:
     turns = Turns()
     turns.PATIENCE_S = 0.01
