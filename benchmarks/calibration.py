@@ -142,7 +142,7 @@ def _calibrated(
 
 
 def _served(
-    engine: Engine, turns: Turns, gate: "_Gate", rate: float, seconds: float
+    engine: Engine, turns: Turns, gate: _Gate, rate: float, seconds: float
 ) -> tuple[list[float], list[float]]:
     """Return response times, ms, of requests that arrive `rate` times a second at random.
 

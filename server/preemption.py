@@ -15,14 +15,12 @@ from server.outlook import (
     load,
     rows_between,
 )
+from server.selector import CARRIED
 
 # Nobody's batch is interrupted more often.
 MOST_PREEMPTED = 3
 # The runtime ends a run between two operators: after so much of its time, at most.
 STOP_SHARE = 0.1
-# Where to compute again takes longer than the rest would, the load must be at most this part of
-# what the cheapest point carries.
-SPARE = 0.8
 
 
 @dataclass(slots=True)
@@ -59,7 +57,8 @@ def pays(view: View, remaining: Remaining) -> bool:
     """Return whether all can be on time if the batch is interrupted.
 
     In `view` those of its requests wait that can be late, too.
-    Computing again what is nearly done adds work, which a host without spare time never gets done.
+    Computing again what is nearly done adds work: only where the cheapest point carries the load
+    well.
     """
     due = due_by_place(view)
     (limit_ms,) = limits_behind_ms(view, due, [0])
@@ -67,4 +66,4 @@ def pays(view: View, remaining: Remaining) -> bool:
         return False
     if remaining.gains_time:
         return True
-    return load(view, due).per_ms * view.tables.unit_ms[0] <= SPARE
+    return load(view, due).per_ms * view.tables.unit_ms[0] <= CARRIED

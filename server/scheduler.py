@@ -381,15 +381,11 @@ class Scheduler:
         gone = self._waiting.doomed(then, speed[1]) if self._sheds else []
         forecast = self._forecast.twin()  # which it would be part of, if it came
         _observe(forecast, entry.request, now)
-        with self._without(gone):
-            self._waiting.add(entry)
-            try:
-                view = self._view(then, speed, forecast)
-                view.running = min(view.running, self._slots - 1)
-                choice = self._policy(view)
-                place = self._waiting.place(entry.order) - choice.drop - choice.start
-            finally:
-                self._waiting.remove(entry)
+        with self._without(gone), self._with([entry]):
+            view = self._view(then, speed, forecast)
+            view.running = min(view.running, self._slots - 1)
+            choice = self._policy(view)
+            place = self._waiting.place(entry.order) - choice.drop - choice.start
         return choice.point if 0 <= place < choice.count else None
 
     @contextmanager

@@ -1,6 +1,5 @@
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -547,9 +546,9 @@ def test_explain_counts_neither_who_gives_way_nor_who_will_be_too_late() -> None
     assert explanation.waiting == 2
 
 
-def preempting(first_target_ms: float | None = None, **options: Any) -> tuple[Scheduler, Batch]:
+def preempting(first_target_ms: float | None = None) -> tuple[Scheduler, Batch]:
     """Return a scheduler whose idle host has begun a batch of 8 ms."""
-    scheduler = Scheduler(make_latencies(), preempts=True, **options)
+    scheduler = Scheduler(make_latencies(), preempts=True)
     scheduler.submit(make_request("runs", first_target_ms), 0.0)
     return scheduler, run_now(scheduler)
 
