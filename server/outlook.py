@@ -12,9 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-import numpy as np
-from numpy.typing import NDArray
-
 from server.forecast import Envelope
 from server.tables import MS, Tables
 from server.waiting import WaitingList
@@ -78,9 +75,13 @@ class Due:
     """When the queue is due, in blocks of places, and inf as one more: first place, rows before
     the last place, ms."""
 
-    firsts: Sequence[int]
-    rows: NDArray[np.float64]
-    ms: NDArray[np.float64]
+    firsts: list[int]
+    rows: list[float]
+    ms: list[float]
+
+    def behind(self, rows: float) -> "Due":
+        """Return the same with so many rows before all."""
+        return Due(self.firsts, [own + rows for own in self.rows], self.ms)
 
 
 def due_by_place(view: View) -> Due:
@@ -89,16 +90,20 @@ def due_by_place(view: View) -> Due:
     Places of the next batch and one more are blocks of their own; those far back go in blocks an
     eighth of their distance long, so that there are O(log n).
     """
-    waiting = view.waiting
+    waiting, now = view.waiting, view.now
     n = len(waiting.entries)
-    firsts, places, lasts = _blocks(view.tables.max_batch, n)
-    due_s: NDArray[np.float64] = np.frombuffer(waiting.expiries_s)[places]
-    return Due(firsts, waiting.rows / n * lasts, MS * (due_s - view.now))
+    firsts, lasts = _blocks(view.tables.max_batch, n)
+    expiries_s, each = waiting.expiries_s, waiting.rows / n
+    return Due(
+        firsts,
+        [each * last for last in lasts],
+        [MS * (expiries_s[first] - now) for first in firsts],
+    )
 
 
 @lru_cache(maxsize=4096)
-def _blocks(single: int, n: int) -> tuple[list[int], NDArray[np.int64], NDArray[np.float64]]:
-    """Return the first places of blocks of places, twice, and the last of each; n as one more.
+def _blocks(single: int, n: int) -> tuple[list[int], list[int]]:
+    """Return the first places of blocks of places, and the last of each; n as one more.
 
     The first `single` + 1 places are blocks of their own.
     """
@@ -108,65 +113,80 @@ def _blocks(single: int, n: int) -> tuple[list[int], NDArray[np.int64], NDArray[
         firsts.append(first)
         lasts.append(end - 1)
         first = end
-    firsts.append(n)
-    return firsts, np.array(firsts), np.array([*lasts, n], dtype=np.float64)
+    return [*firsts, n], [*lasts, n]
 
 
-def rows_between(view: View, due: Due) -> NDArray[np.float64] | float:
-    """Return (blocks + 1,) or 0: the rows that may come yet and be due before each block is.
+def due_with_bursts(view: View, due: Due) -> Due:
+    """Return the same with the rows that may come yet and be due before each block is.
 
     Of each class of targets, a burst of those that still come early enough: the demand bound of
     earliest-deadline-first analysis, with measured bursts in place of periods.
     """
-    expected = view.expected
-    spans_ms = due.ms + view.tables.overhead_ms
-    latest_ms = float(spans_ms[-2])
+    expected, overhead_ms = view.expected, view.tables.overhead_ms
+    latest_ms = due.ms[-2] + overhead_ms
     windows_ms = [0.0, *expected.windows_ms]
-    rows: NDArray[np.float64] | float = 0.0
+    rows = due.rows
     tighter: list[float] = []
     for envelope in expected.envelopes:
+        early_ms = envelope.target_ms - overhead_ms
         if envelope.target_ms < latest_ms:
             own = bursts = [0.0, *[expected.fading * burst for burst in envelope.bursts]]
             if tighter:
                 own = [a - b if a > b else 0.0 for a, b in zip(bursts, tighter, strict=True)]
-            rows = rows + np.interp(spans_ms - envelope.target_ms, windows_ms, own)
+            rows = [
+                before + _linear(ms - early_ms, windows_ms, own) if ms > early_ms else before
+                for before, ms in zip(rows, due.ms, strict=True)
+            ]
             tighter = bursts
-    return rows
+    return Due(due.firsts, rows, due.ms)
+
+
+def _linear(at: float, xs: list[float], ys: list[float]) -> float:
+    """Return the line through the points (xs, ys) at `at`, which is above the first; flat behind
+    the last."""
+    right = bisect_right(xs, at)
+    if right == len(xs):
+        return ys[-1]
+    x, y = xs[right - 1], ys[right - 1]
+    return y + (at - x) / (xs[right] - x) * (ys[right] - y)
 
 
 def limits_behind_ms(
-    view: View,
-    due: Due,
-    counts: Sequence[int],
-    extra_rows: NDArray[np.float64] | float = 0.0,
-    *,
-    tail: bool = True,
+    view: View, due: Due, counts: Sequence[int], *, tail: bool = True
 ) -> list[float]:
-    """Return for each count how long the engine may be taken for all from that place on to be
-    on time yet, when they are then run at their lowest points.
+    """Return for each count, rising, how long the engine may be taken for all from that place on
+    to be on time yet, when they are then run at their lowest points.
 
     Batches all of one size are tried, for each of a few sizes: the entry of place j behind count
-    c is done within (j - c) / size + 1 batches. `extra_rows` more come before them, or before each
-    block. With `tail`, the batch that counts takes its tail.
+    c is done within (j - c) / size + 1 batches. With `tail`, the batch that counts takes its tail.
     """
     waiting, tables = view.waiting, view.tables
     n = len(waiting.entries)
+    limits = [math.inf] * len(counts)
     if counts[0] >= n:
-        return [math.inf] * len(counts)
-    scale = view.level * view.dearer
-    shares_ms = scale / view.slots * tables.shares_ms  # of a row, (sizes, 1)
-    batches_ms = scale * tables.batches_ms
-    if tail:
-        batches_ms = batches_ms + (
-            view.factor * tables.batch_tails_ms - view.level * tables.batches_ms
-        )
-    spare_ms = due.ms - shares_ms * (due.rows + extra_rows)
-    spare_ms = np.minimum.accumulate(spare_ms[:, ::-1], axis=1)  # (sizes, blocks + 1)
-    blocks, single = len(due.firsts), tables.max_batch  # places up to `single` are blocks
-    at = [blocks - (c + 1 if c <= single else bisect_right(due.firsts, c)) for c in counts]
-    served = np.array(counts) * (waiting.rows / n)
-    limits_ms = spare_ms.take(at, axis=1) + shares_ms * served - batches_ms
-    limits: list[float] = np.maximum.reduce(limits_ms).tolist()
+        return limits
+    single = tables.max_batch  # places up to it are blocks
+    begin = [c if c <= single else bisect_right(due.firsts, c) - 1 for c in counts]
+    each, scale, level, factor = waiting.rows / n, view.level * view.dearer, view.level, view.factor
+    limits = [-math.inf] * len(counts)
+    due_ms, due_rows = due.ms, due.rows
+    for size_ms, size_tail_ms, size in zip(
+        tables.batches_ms, tables.batch_tails_ms, tables.batch_sizes, strict=True
+    ):
+        share_ms = scale * size_ms / size / view.slots  # of a row
+        batch_ms = scale * size_ms
+        if tail:
+            batch_ms += factor * size_tail_ms - level * size_ms
+        least_ms, block = math.inf, len(due_ms) - 1
+        for k in range(len(counts) - 1, -1, -1):
+            while block >= begin[k]:
+                spare_ms = due_ms[block] - share_ms * due_rows[block]
+                if spare_ms < least_ms:
+                    least_ms = spare_ms
+                block -= 1
+            limit_ms = least_ms + share_ms * each * counts[k] - batch_ms
+            if limit_ms > limits[k]:
+                limits[k] = limit_ms
     return limits
 
 
@@ -234,8 +254,11 @@ def load(view: View, due: Due | None) -> Load:
         if last_ms < math.inf:
             horizon_ms = max(horizon_ms, last_ms)
         per_ms += others / horizon_ms
-        crowded = due.rows[1:-1] / np.maximum(due.ms[1:-1], tables.unit_ms[0])
-        per_ms = max(per_ms, float(np.maximum.reduce(crowded)))
+        least_ms = tables.unit_ms[0]
+        for rows, due_ms in zip(due.rows[1:-1], due.ms[1:-1], strict=True):
+            crowded = rows / (due_ms if due_ms > least_ms else least_ms)
+            if crowded > per_ms:
+                per_ms = crowded
     per_ms *= view.level / view.slots
     top = len(tables.unit_ms) - 1
     point = bisect_right(tables.unit_ms, 1 / per_ms) - 1 if per_ms > 0 else top

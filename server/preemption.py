@@ -11,9 +11,9 @@ from server.outlook import (
     View,
     burst_limits_ms,
     due_by_place,
+    due_with_bursts,
     limits_behind_ms,
     load,
-    rows_between,
 )
 from server.selector import CARRIED
 
@@ -47,7 +47,7 @@ def delays(view: View, remaining: Remaining) -> bool:
     if not remaining.gains_time:
         (limit_ms,) = limits_behind_ms(view, due, [0])
         return limit_ms < remaining.usual_ms
-    (limit_ms,) = limits_behind_ms(view, due, [0], rows_between(view, due))
+    (limit_ms,) = limits_behind_ms(view, due_with_bursts(view, due), [0])
     if limit_ms >= remaining.usual_ms:
         (limit_ms,) = burst_limits_ms(view, [0], [limit_ms])
     return limit_ms < remaining.usual_ms

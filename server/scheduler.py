@@ -186,9 +186,8 @@ class Scheduler:
         place = self._waiting.place(entry.order)
         if place == len(self._waiting.entries):
             return False
-        (limit_ms,) = limits_behind_ms(
-            view, due_by_place(view), [place], entry.request.rows, tail=False
-        )
+        due = due_by_place(view).behind(entry.request.rows)
+        (limit_ms,) = limits_behind_ms(view, due, [place], tail=False)
         wait_ms = self._residual_ms(view.now) + view.drain_ms(place)
         return limit_ms < wait_ms
 

@@ -14,9 +14,9 @@ from server.outlook import (
     View,
     burst_limits_ms,
     due_by_place,
+    due_with_bursts,
     limits_behind_ms,
     load,
-    rows_between,
     weigher,
 )
 from server.tables import MS
@@ -100,7 +100,7 @@ def reserve(view: View) -> Choice:
         return _unhurried(view, options)
     due = due_by_place(view)
     counts = [heads.count for heads in options]
-    behind_ms = limits_behind_ms(view, due, counts, rows_between(view, due))
+    behind_ms = limits_behind_ms(view, due_with_bursts(view, due), counts)
     possible = []
     for heads, behind in zip(options, behind_ms, strict=True):
         limit_ms = min(MS * (heads.expiry_s - view.now), behind)

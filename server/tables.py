@@ -1,10 +1,6 @@
 """Latencies laid out for look-up by the selector. Pure data, made once per profile."""
 
 import math
-from collections.abc import Sequence
-
-import numpy as np
-from numpy.typing import NDArray
 
 from server.latencies import Latencies
 
@@ -19,13 +15,14 @@ class Tables:
     best[p]: the most accurate of points 0..p, reached[p] its accuracy. unit_ms[p]: a row's share
     of the batch size that gets most rows a second through, full_batch[p]. prices[p]: what time is
     worth when the load is such that all can run at p, in accuracy per ms; prices[-1] when not even
-    0 carries it. drains_ms[r]: how long one slot usually takes for r rows at point 0. shares_ms,
-    batches_ms and batch_tails_ms: a row, the median and the tail of a batch at point 0, for each
-    of the batch sizes that a queue is worked off in, (sizes, 1). The rest is as in `latencies`.
+    0 carries it. drains_ms[r]: how long one slot usually takes for r rows at point 0.
+    batches_ms and batch_tails_ms: the median and the tail of a batch at point 0, for each of the
+    batch sizes that a queue is worked off in, batch_sizes. The rest is as in `latencies`.
     """
 
     __slots__ = (
         "accuracy",
+        "batch_sizes",
         "batch_tails_ms",
         "batches_ms",
         "best",
@@ -38,7 +35,6 @@ class Tables:
         "p50_ms",
         "prices",
         "reached",
-        "shares_ms",
         "tail_ms",
         "unit_ms",
     )
@@ -61,10 +57,9 @@ class Tables:
         self.unit_ms = [unit_ms for unit_ms, _ in units]
         self.full_batch = [-rows for _, rows in units]
         uniform = [1 << k for k in range(self.full_batch[0].bit_length())]
-        chosen = sorted({*uniform, self.full_batch[0]})
-        self.batches_ms = _column([latencies.p50_ms[0][rows - 1] for rows in chosen])
-        self.batch_tails_ms = _column([latencies.tail_ms[0][rows - 1] for rows in chosen])
-        self.shares_ms = self.batches_ms / _column(chosen)
+        self.batch_sizes = sorted({*uniform, self.full_batch[0]})
+        self.batches_ms = [latencies.p50_ms[0][rows - 1] for rows in self.batch_sizes]
+        self.batch_tails_ms = [latencies.tail_ms[0][rows - 1] for rows in self.batch_sizes]
         self.prices = _prices(latencies.accuracy, self.unit_ms)
         self.drains_ms = [self._work_off_ms(rows) for rows in range(TABULATED + 1)]
 
@@ -79,11 +74,6 @@ class Tables:
         batches, rest = divmod(rows, full)
         last_ms = self.p50_ms[rest - 1][0] if rest else 0.0
         return batches * full * self.unit_ms[0] + last_ms
-
-
-def _column(values: Sequence[float]) -> NDArray[np.float64]:
-    """Return values (n,) as a column (n, 1)."""
-    return np.array(values, dtype=np.float64)[:, None]
 
 
 def _prices(accuracy: tuple[float, ...], unit_ms: list[float]) -> list[float]:

@@ -13,8 +13,8 @@ from server.outlook import (
     View,
     burst_limits_ms,
     due_by_place,
+    due_with_bursts,
     limits_behind_ms,
-    rows_between,
 )
 from server.requests import Request
 from server.tables import MS, Tables
@@ -100,7 +100,7 @@ def test_those_behind_limit_a_batch_as_batches_of_the_best_size_have_it(
             default=math.inf,
         )
 
-    found = limits_behind_ms(view, due, counts, rows_between(view, due))
+    found = limits_behind_ms(view, due_with_bursts(view, due), counts)
 
     assert found == pytest.approx([max(limit_ms(c, size) for size in SIZES) for c in counts])
 
