@@ -1,6 +1,7 @@
-"""Counts answers, errors, batches and decisions once what was counted is on its way to the client.
+"""Counts answers, batches and decisions later: some together, when nobody waits for it.
 
-Nobody waits for counters.
+To count takes the event loop from those who wait, and several times as long where computing has
+emptied the caches since the last time.
 """
 
 import asyncio
@@ -13,6 +14,9 @@ from server.requests import Batch
 from server.statistics import Answer, Statistics
 
 MS = 1e3
+# So long at most until it is counted, and so much at once: that takes a fraction of a millisecond.
+LATER_S = 0.1
+TOGETHER = 32
 
 
 class Counting:
@@ -22,11 +26,12 @@ class Counting:
         self.metrics, self.statistics = metrics, statistics
         self._answers: list[Answer] = []
         self._uncounted: list[Callable[[], None]] = []
+        self._timer: asyncio.TimerHandle | None = None
 
     def answered(self, inference: Inference, total_ms: float, target_ms: float | None) -> None:
         """Count an answer."""
-        self._flush_later()
         self._answers.append((inference, total_ms, target_ms))
+        self._flush_later()
 
     def refused(self, code: str, reason: str | None = None) -> None:
         """Count a request that was answered with an error; a `reason` is the scheduler's."""
@@ -35,16 +40,19 @@ class Counting:
 
     def ran(self, batch: Batch, compute_s: float) -> None:
         """Count a batch."""
-        self._flush_later()
         self._uncounted.append(partial(self._ran, batch, compute_s))
+        self._flush_later()
 
     def decided(self, decision_s: float) -> None:
         """Count a decision."""
-        self._flush_later()
         self._uncounted.append(partial(self.metrics.decided, decision_s))
+        self._flush_later()
 
     def flush(self) -> None:
         """Count what is not counted yet."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         due, self._uncounted = self._uncounted, []
         answers, self._answers = self._answers, []
         for count in due:
@@ -55,10 +63,10 @@ class Counting:
             self.statistics.answered(answers)
 
     def _flush_later(self) -> None:
-        """Count once the answers of this turn of the event loop and of the next are sent."""
-        if not self._answers and not self._uncounted:
-            loop = asyncio.get_running_loop()
-            loop.call_soon(loop.call_soon, self.flush)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(LATER_S, self.flush)
+        elif len(self._answers) + len(self._uncounted) == TOGETHER:  # once these are answered
+            asyncio.get_running_loop().call_soon(self.flush)
 
     def _ran(self, batch: Batch, compute_s: float) -> None:
         self.metrics.ran(batch.point, batch.rows, compute_s, batch.predicted_ms / MS)

@@ -40,7 +40,7 @@ def protocol_v2(service: Service, bodies: Bodies) -> APIRouter:
     # Before the model's own call, which would take "stats" for a name.
     @router.get("/v2/models/stats", include_in_schema=False)
     async def all_stats() -> Response:
-        return Json(service.statistics.answer(manifest.name, manifest.version))
+        return Json(await service.statistics_answer())
 
     @router.get("/v2/models/{model}/versions/{version}", include_in_schema=False)
     @router.get("/v2/models/{model}", summary="The model")
@@ -67,7 +67,7 @@ def protocol_v2(service: Service, bodies: Bodies) -> APIRouter:
     @router.get("/v2/models/{model}/stats", summary="What has been served")
     async def stats(request: Request, model: str) -> Response:
         _check(manifest, model, request)
-        return Json(service.statistics.answer(manifest.name, manifest.version))
+        return Json(await service.statistics_answer())
 
     call = infer_call(service, bodies)
 

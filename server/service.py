@@ -135,6 +135,7 @@ class Service:
         await self._calibrations.close()
         if self._serving:
             await _retire(self._serving.dispatcher, self._stop_s)
+        self.counting.flush()
 
     @property
     def is_ready(self) -> bool:
@@ -220,6 +221,15 @@ class Service:
         if self._serving:
             metrics.queue_depth.set(self._serving.dispatcher.scheduler.waiting)
             metrics.slowdown.set(self._serving.slowdown())
+
+    async def statistics_answer(self) -> dict[str, Any]:
+        """Return what the protocol's statistics extension answers, of all workers together."""
+        if self._team:
+            await self._team.gauge()
+        else:
+            self.gauge()
+        manifest = self.artifact.manifest
+        return self.statistics.answer(manifest.name, manifest.version)
 
     async def metrics_text(self) -> bytes:
         """Return the metrics in Prometheus' text format, of all workers together."""

@@ -1,7 +1,8 @@
 """Where the workers count: files that all of them map; each adds to its own, anyone adds up.
 
-What was counted outlives a worker that is killed, to the last request, and the one that takes its
-place counts on from there: totals never go back. Gauges go with their worker.
+What was counted outlives a worker that is killed, but for its last moments
+(`server.counting.LATER_S`), and the one that takes its place counts on from there: totals never go
+back. Gauges go with their worker.
 """
 
 import mmap

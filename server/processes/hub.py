@@ -63,6 +63,8 @@ class Hub:
                 self._seen(Progress(**given))
             case "metrics":
                 return await self._totals()
+            case "gauge":
+                await self._gauge()
         return None
 
     @property
@@ -198,11 +200,15 @@ class Hub:
     # -- metrics -----------------------------------------------------------------------------
 
     async def _totals(self) -> str:
+        await self._gauge()
+        return counters.totals(self._directory).decode()
+
+    async def _gauge(self) -> None:
+        """Have all workers bring gauges and counts up to date."""
         calls = [member.call("gauge") for member in self._members.values()]
         with suppress(TimeoutError):
             async with asyncio.timeout(_GAUGE_S):
                 await asyncio.gather(*calls, return_exceptions=True)
-        return counters.totals(self._directory).decode()
 
 
 def _handed(given: Given) -> dict[str, str]:

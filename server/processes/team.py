@@ -100,6 +100,10 @@ class Team:
         text: str = await self._call("metrics")
         return text.encode()
 
+    async def gauge(self) -> None:
+        """Have all workers bring their gauges and counts up to date."""
+        await self._call("gauge")
+
     async def close(self) -> None:
         """Stop measuring, for good: the process does not end before its threads do."""
         self._is_closed = True
