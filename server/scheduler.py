@@ -117,8 +117,10 @@ class Scheduler:
         refusal = self._no_room(entry, now, speed)
         if refusal is None:
             return None, []
-        if refusal.reason == "overloaded" and self._preemptible(now, speed, entry):
-            return None, []
+        if refusal.reason == "overloaded":
+            with self._with([entry]):
+                if self._preemptible(now, speed):
+                    return None, []
         victims = self._giving_way(entry)
         if not victims or not self._fits_without(victims, entry, now, speed):
             return refusal, []
@@ -316,7 +318,9 @@ class Scheduler:
         if refusal is None:
             refusal, victims = self._room(entry, now, speed)
         residual_ms, back = self._residual_ms(now), list[Entry]()
-        if refusal is None and (running := self._preemptible(now, speed, entry)):
+        with self._with([entry]):
+            running = self._preemptible(now, speed) if refusal is None else None
+        if running is not None:
             residual_ms, back = self._remaining(running, now, speed).stop_ms, running.wanted()
         with self._without(victims), self._with(back):
             return explained(
@@ -342,31 +346,32 @@ class Scheduler:
         running.ends_s = now + self._remaining(running, now, speed).stop_ms / MS
         return running.batch.id
 
-    def _preemptible(self, now: float, speed: Speed, entry: Entry | None = None) -> _Running | None:
-        """Return the batch that should be interrupted for those that wait, the entry included."""
-        if not self.preempts or self.has_slot:
+    def _preemptible(self, now: float, speed: Speed) -> _Running | None:
+        """Return the batch that should be interrupted for those that wait."""
+        if not self.preempts or self.has_slot or not self._waiting.timed:
             return None
-        running = max(self._running.values(), key=lambda each: each.ends_s)
-        wanted = running.wanted()
-        if running.is_preempted or any(each.preempted >= MOST_PREEMPTED for each in wanted):
+        last = max(self._running.values(), key=lambda each: each.ends_s)
+        if last.is_preempted:
             return None
-        remaining = self._remaining(running, now, speed)
-        with self._with([] if entry is None else [entry]):
-            if not self._waiting.timed or remaining.usual_ms <= remaining.stop_ms:
-                return None
-            if not delays(self._view(now, speed), remaining):
-                return None
-            with self._with([each for each in wanted if each.expiry_s < math.inf]):
-                return running if pays(self._view(now, speed), remaining) else None
+        remaining = self._remaining(last, now, speed)
+        if remaining.usual_ms <= remaining.stop_ms or not delays(self._view(now, speed), remaining):
+            return None
+        wanted = last.wanted()
+        if any(each.preempted >= MOST_PREEMPTED for each in wanted):
+            return None
+        with self._with([each for each in wanted if each.expiry_s < math.inf]):
+            return last if pays(self._view(now, speed), remaining) else None
 
     def _remaining(self, running: _Running, now: float, speed: Speed) -> Remaining:
-        batch, wanted, p50_ms = running.batch, running.wanted(), self._tables.p50_ms
-        rows = sum(entry.request.rows for entry in wanted)
-        lowest = max((entry.lowest for entry in wanted), default=0)
+        batch, p50_ms, level = running.batch, self._tables.p50_ms, speed[1]
+        rows, lowest = 0, 0
+        for entry in running.wanted():
+            rows += entry.request.rows
+            lowest = max(lowest, entry.lowest)
         return Remaining(  # of a batch whose clients all hung up, nothing again
             MS * max(0.0, running.ends_s - now),
-            STOP_SHARE * speed[1] * p50_ms[batch.rows - 1][batch.point],
-            speed[1] * p50_ms[rows - 1][lowest] if wanted else 0.0,
+            STOP_SHARE * level * p50_ms[batch.rows - 1][batch.point],
+            level * p50_ms[rows - 1][lowest] if rows else 0.0,
         )
 
     def _planned(self, entry: Entry, now: float, residual_ms: float, speed: Speed) -> int | None:

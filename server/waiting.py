@@ -5,7 +5,6 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,8 +120,12 @@ class WaitingList:
         """Return those that can't be on time any more; medians are `level` times the profiled."""
         if self._others:
             return [self.entries[i] for i in np.flatnonzero(self._latest_s(level) < now)]
-        late = takewhile(lambda e: e.expiry_s - level * e.alone_ms / MS < now, self.entries)
-        return list(late)
+        late: list[Entry] = []
+        for entry in self.entries:
+            if entry.expiry_s - level * entry.alone_ms / MS >= now:
+                break
+            late.append(entry)
+        return late
 
     def next_doom_s(self, level: float) -> float:
         """Return when the next of them can't be on time any more; inf if none ever."""
