@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
+MS = 1e3
 # An observed burst is expected again until about so many requests have come without one like it;
 # while nothing comes, less and less: hardly after about so long.
 MEMORY = 50_000
@@ -16,6 +17,8 @@ LOOK_BACK = 4.0
 LOOSE = 8.0
 # Arrivals that every window has passed are let go when there are so many of them.
 PASSED = 64
+# Refusals so many targets apart are of one overload.
+PAUSE = 0.5
 
 
 @dataclass(slots=True)
@@ -93,6 +96,9 @@ class Forecast:
         "_longest_ms",
         "_newest",
         "_rate",
+        "_refused_ms",
+        "_refused_s",
+        "_refusing_since_s",
         "_shortest_ms",
         "_tau_s",
         "_windows_s",
@@ -103,14 +109,16 @@ class Forecast:
     def __init__(self, shortest_ms: float, longest_ms: float) -> None:
         ratio = (longest_ms / shortest_ms) ** (1 / (WINDOWS - 1))
         self.windows_ms = [shortest_ms * ratio**j for j in range(WINDOWS)]
-        self._windows_s = [window_ms / 1e3 for window_ms in self.windows_ms]
+        self._windows_s = [window_ms / MS for window_ms in self.windows_ms]
         self.envelopes: list[Envelope] = []  # tightest class first
         self._classes: list[int] = []
         self._shortest_ms, self._longest_ms = shortest_ms, longest_ms
-        self._tau_s = LOOK_BACK * longest_ms / 1e3
+        self._tau_s = LOOK_BACK * longest_ms / MS
         self._rate = 0.0
         self._newest = 0
         self._at = -math.inf
+        self._refused_s = self._refusing_since_s = -math.inf
+        self._refused_ms = 0.0
 
     def twin(self) -> "Forecast":
         """Return one that knows the same, and learns apart from this."""
@@ -118,6 +126,8 @@ class Forecast:
         twin.envelopes = [envelope.twin() for envelope in self.envelopes]
         twin._classes = self._classes
         twin._rate, twin._newest, twin._at = self._rate, self._newest, self._at
+        twin._refused_ms, twin._refused_s = self._refused_ms, self._refused_s
+        twin._refusing_since_s = self._refusing_since_s
         return twin
 
     def observe(self, now: float, rows: int, target_ms: float) -> None:
@@ -147,3 +157,19 @@ class Forecast:
     def fading(self, now: float) -> float:
         """Return the part of the bursts that is still expected: less as nothing comes."""
         return math.exp(-max(0.0, now - self._at) / MEMORY_S)
+
+    def refused(self, now: float, target_ms: float) -> None:
+        """Take in that a request with such a target was refused, as one would be late."""
+        kind = math.frexp(target_ms)[1]
+        if kind != math.frexp(self._refused_ms)[1] or not self._is_refusing(now):
+            self._refusing_since_s = now
+        self._refused_s, self._refused_ms = now, target_ms
+
+    def overloaded(self, now: float) -> bool:
+        """Return whether requests have been refused for the time of a target, without a pause of
+        half of one, and all with targets of one class. Bursts pass sooner."""
+        lasted_ms = MS * (self._refused_s - self._refusing_since_s)
+        return self._is_refusing(now) and lasted_ms >= self._refused_ms
+
+    def _is_refusing(self, now: float) -> bool:
+        return MS * (now - self._refused_s) <= PAUSE * self._refused_ms

@@ -30,12 +30,16 @@ class Finished:
 
 @dataclass(slots=True)
 class Expected:
-    """What may come: mean rows a second, and bursts, of which `fading` is still expected."""
+    """What may come: mean rows a second, and bursts, of which `fading` is still expected.
+
+    overloaded: far more comes than can be served, all of it with targets of one class.
+    """
 
     rate: float = 0.0
     windows_ms: Sequence[float] = ()
     envelopes: Sequence[Envelope] = ()
     fading: float = 1.0
+    overloaded: bool = False
 
     @property
     def target_ms(self) -> float:

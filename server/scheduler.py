@@ -98,6 +98,8 @@ class Scheduler:
         if refusal is None:
             refusal, victims = self._room(entry, now, speed)
         if refusal is not None:
+            if refusal.reason == "overloaded":
+                self._forecast.refused(now, _target_ms(request))
             return refusal
         for victim in victims:
             self._waiting.remove(victim)
@@ -438,6 +440,7 @@ class Scheduler:
                 forecast.windows_ms,
                 forecast.envelopes,
                 forecast.fading(now),
+                forecast.overloaded(now),
             ),
             self._finished,
         )
@@ -515,5 +518,9 @@ class Scheduler:
 
 def _observe(forecast: Forecast, request: Request, now: float) -> None:
     """Have a forecast take in a request that came."""
-    target_s = (request.deadline_s or math.inf) - request.arrival_s
-    forecast.observe(now, request.rows, MS * target_s)
+    forecast.observe(now, request.rows, _target_ms(request))
+
+
+def _target_ms(request: Request) -> float:
+    """Return the target, inf without one."""
+    return MS * ((request.deadline_s or math.inf) - request.arrival_s)

@@ -163,7 +163,12 @@ def _tight(view: View, due: Due, options: Sequence[Heads]) -> Choice | None:
 
     The batch itself must be in time as nine in ten are: with as usual, half of those that were
     just in time were late (2 % of what was answered at three times what point 0 carries).
+
+    None as well under overload: what is given up then makes room for what would be refused, and
+    heads that are just in time only allow small batches.
     """
+    if view.expected.overloaded:
+        return None
     counts = [heads.count for heads in options]
     best_ms, chosen = -LATE * view.level * view.tables.unit_ms[0], None
     for heads, behind_ms in zip(
