@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from server.forecast import FADING, PASSED, WINDOWS, Envelope
+from server.forecast import FADING, PASSED, WINDOWS, Envelope, Forecast
 
 WINDOWS_S = [0.001 * 2**j for j in range(WINDOWS)]
 GAPS_S = (0.0, 0.0003, 0.0011, 0.009, 0.07)
@@ -69,3 +69,29 @@ def test_a_burst_fades_as_others_come() -> None:
     bursts = envelope_of(burst + others).bursts
 
     np.testing.assert_allclose(bursts, 10 * FADING**5_000, rtol=1e-2)
+
+
+def overloaded(refusals: list[tuple[float, float]], now: float) -> bool:
+    """Return whether refusals, at so many ms with such targets, are of an overload at `now`."""
+    forecast = Forecast(1.0, 64.0)
+    for at_ms, target_ms in refusals:
+        forecast.refused(at_ms / 1e3, target_ms)
+    return forecast.overloaded(now / 1e3)
+
+
+def test_refusals_without_a_pause_for_the_time_of_a_target_are_an_overload() -> None:
+    lasting = [(4.0 * i, 10.0) for i in range(4)]
+
+    assert not overloaded([], 0.0)
+    assert not overloaded(lasting[:3], 8.0)
+    assert overloaded(lasting, 12.0)
+    assert overloaded(lasting, 16.9)
+    assert not overloaded(lasting, 17.1)
+
+
+def test_bursts_and_refusals_of_different_targets_are_none() -> None:
+    bursts = [(20.0 * i + j, 10.0) for i in range(5) for j in range(9)]
+    mixed = [(1.0 * i, 10.0 if i % 7 else 40.0) for i in range(40)]
+
+    assert not any(overloaded(bursts[: i + 1], at_ms) for i, (at_ms, _) in enumerate(bursts))
+    assert not any(overloaded(mixed[: i + 1], at_ms) for i, (at_ms, _) in enumerate(mixed))

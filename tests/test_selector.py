@@ -122,6 +122,18 @@ def test_where_small_batches_do_not_carry_the_load_a_larger_one_may_be_late(
     assert (choice.point == 0) == (count == 4)
 
 
+@pytest.mark.parametrize("is_overloaded", [False, True])
+def test_under_overload_heads_that_only_allow_small_batches_are_passed_over(
+    is_overloaded: bool,
+) -> None:
+    view = make_view([1.2, 3.2, 3.2, 3.2, 3.2])
+    view.expected.overloaded = is_overloaded
+
+    choice = reserve(view)
+
+    assert (choice.start, choice.count, choice.point) == ((1, 4, 0) if is_overloaded else (0, 1, 0))
+
+
 @given(st.integers(1, 12), st.integers(0, 3), st.floats(0, 5_000), st.integers(0, 1))
 def test_without_targets_the_choice_is_that_of_targets_far_off(
     count: int, lowest: int, rate: float, running: int

@@ -221,5 +221,5 @@ def test_a_slowed_host_is_followed() -> None:
 def test_far_too_much_load_does_not_lower_the_goodput() -> None:
     found = reach.overloaded(reach.Served(quantiles()), 1.0, 4000, seed=0)
 
-    assert found["goodput"] > 0.9
+    assert found["goodput"] >= 0.95
     assert found["on_time"] > 0.99
