@@ -6,7 +6,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -228,7 +229,6 @@ def serve(
     signal.signal(signal.SIGTERM, _end)
     _take_standard_files()
     from server import logs
-    from server.errors import ServiceError
     from server.settings import read_settings
 
     given: dict[str, Any] = {
@@ -238,17 +238,29 @@ def serve(
         "workers": workers,
         "policy": policy,
     }
-    settings = read_settings(**{name: v for name, v in given.items() if v is not None})
+    # Settings that are wrong are told in the format, too.
+    as_json = os.environ.get("MAESTRO_LOG_FORMAT") == "json"
+    logs.set_up("json" if as_json else "text")
+    with _errors_logged() if as_json else nullcontext():
+        settings = read_settings(**{name: v for name, v in given.items() if v is not None})
     logs.set_up(settings.log_format)
     run = _serve_alone if settings.workers == 1 else _serve_with_workers
     if settings.log_format == "text":
         run(settings, terminal.tell)
         return
-    log = logging.getLogger("maestro")
+    with _errors_logged():
+        run(settings, logging.getLogger("maestro").info)
+
+
+@contextmanager
+def _errors_logged() -> Iterator[None]:
+    """Log what ends the program, inside, in the place of a line of text."""
+    from server.errors import ServiceError
+
     try:
-        run(settings, log.info)
+        yield
     except (CommandError, ServiceError, ValueError, OSError) as error:
-        log.error(error)
+        logging.getLogger("maestro").error(error)
         raise typer.Exit(1) from error
 
 

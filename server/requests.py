@@ -119,13 +119,17 @@ class PointVerdict:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What would be chosen for a request now, and why."""
+    """What would be chosen for a request now, and why.
+
+    interrupts: the batch that runs would be interrupted for it.
+    """
 
     point: int | None
     why: str
     refusal: Refusal | None
     budget_ms: float | None
     wait_ms: float
+    interrupts: bool
     slowdown: float
     waiting: int
     points: tuple[PointVerdict, ...]

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import numpy as np
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response, Security
 from fastapi.responses import PlainTextResponse
+from fastapi.security import HTTPBearer
 
 from benchmarks.effort import FULL, QUICK
 from server import inputs
@@ -75,6 +76,9 @@ def inference(service: Service, bodies: Bodies) -> APIRouter:
 def calibration(service: Service, bodies: Bodies) -> APIRouter:
     """Return the calls that measure this host."""
     router = APIRouter()
+    # In the description, where one is set; `check_admin` checks it.
+    token = HTTPBearer(scheme_name="admin token", auto_error=False)
+    admin = [Security(token)] if service.settings.admin_token else []
 
     @router.get("/profile", response_model=ProfileAnswer, summary="The profile in use")
     async def profile() -> Response:
@@ -85,6 +89,7 @@ def calibration(service: Service, bodies: Bodies) -> APIRouter:
         status_code=202,
         response_model=Job,
         openapi_extra=_profile_description(),
+        dependencies=admin,
         summary="Start a calibration; an admin call",
     )
     async def calibrate(request: Request) -> Response:
@@ -101,7 +106,12 @@ def calibration(service: Service, bodies: Bodies) -> APIRouter:
     async def job(job_id: str) -> Response:
         return Json(await service.job(job_id))
 
-    @router.delete("/profile/jobs/{job_id}", response_model=Job, summary="Cancel; an admin call")
+    @router.delete(
+        "/profile/jobs/{job_id}",
+        response_model=Job,
+        dependencies=admin,
+        summary="Cancel; an admin call",
+    )
     async def cancel(request: Request, job_id: str) -> Response:
         check_admin(request, service.settings)
         return Json(await service.cancel_calibration(job_id))
@@ -126,6 +136,7 @@ def health(service: Service) -> APIRouter:
         status = 200 if service.is_ready else 503
         return Json({"live": True, "ready": service.is_ready, **service.progress()}, status)
 
+    @router.head("/metrics", include_in_schema=False)
     @router.get(
         "/metrics",
         summary="Prometheus",

@@ -332,6 +332,7 @@ class Scheduler:
                 expiry_s=self._admission.expiry_s(request),
                 planned=None if refusal else self._planned(entry, now, residual_ms, speed),
                 wait_ms=self._wait_ms(entry, residual_ms, self._view(now, speed)),
+                interrupts=running is not None,
                 slowdown=speed[0],
                 waiting=waiting,
                 now=now,

@@ -302,6 +302,7 @@ class Explained(BaseModel):
     refusal: ExplainedRefusal | None
     budget_ms: float | None
     wait_ms: float
+    interrupts: bool = Field(description="The batch that runs would be interrupted for it")
     slowdown: float
     waiting: int
     points: list[Verdict]

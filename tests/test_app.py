@@ -401,6 +401,7 @@ def test_unknown_paths_and_methods_are_problems_too(client: Client) -> None:
         ("PUT", "/profile", "GET, POST"),
         ("POST", "/profile/jobs/1", "DELETE, GET"),
         ("POST", "/livez", "GET, HEAD"),
+        ("POST", "/metrics", "GET, HEAD"),
         ("GET", "/v2/models/tiny/infer", "POST"),
         ("PUT", "/v2/models/other/versions/1/infer", "POST"),
         ("POST", "/", "GET, HEAD"),
@@ -462,6 +463,24 @@ def test_calibrating_is_for_this_machine_or_for_the_token(settings: Settings) ->
         for right in ("Bearer s3cret", "bearer  s3cret"):
             started = client.post("/profile", headers={"authorization": right})
             assert started.status_code in (202, 409)
+
+
+def test_openapi_says_which_calls_take_the_token(settings: Settings) -> None:
+    def secured(own: Settings) -> set[tuple[str, str]]:
+        paths = create_app(own).openapi()["paths"]
+        return {
+            (path, name)
+            for path, calls in paths.items()
+            for name, call in calls.items()
+            if call.get("security")
+        }
+
+    token = Settings(admin_token="s3cret").admin_token
+    assert secured(settings) == set()
+    assert secured(settings.model_copy(update={"admin_token": token})) == {
+        ("/profile", "post"),
+        ("/profile/jobs/{job_id}", "delete"),
+    }
 
 
 def test_an_admin_token_may_hold_any_letters(settings: Settings) -> None:

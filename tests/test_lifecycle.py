@@ -234,6 +234,22 @@ def test_a_json_log_has_an_object_in_every_line(tiny_artifact: Artifact, tmp_pat
     assert f"did not start on 127.0.0.1:{port}" in lines[-1]["message"]
 
 
+def test_a_json_log_tells_of_settings_that_are_wrong_too() -> None:
+    program = [sys.executable, "-c", "from maestro_core.cli import main; main()"]
+    ended = subprocess.run(
+        [*program, "serve"],
+        env=os.environ | {"MAESTRO_LOG_FORMAT": "json", "MAESTRO_MAX_QUEUE": "none"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (ended.returncode, ended.stdout) == (1, "")
+    (line,) = [json.loads(line) for line in ended.stderr.splitlines()]
+    assert line["level"] == "error"
+    assert line["message"].startswith("MAESTRO_MAX_QUEUE: ")
+
+
 @pytest.mark.skipif(not socket.has_ipv6, reason="the host has no IPv6")
 def test_the_address_that_a_server_says_is_its_own(tiny_artifact: Artifact, tmp_path: Path) -> None:
     variables = {"MAESTRO_HOST": "::1", "MAESTRO_LOG_FORMAT": "json"}  # to stderr, which is read

@@ -653,9 +653,11 @@ def test_who_hung_up_does_not_wait_again() -> None:
     assert not scheduler.cancel("runs", 0.003)
 
 
-def test_explain_counts_on_the_interruption() -> None:
+def test_explain_counts_on_the_interruption_and_says_so() -> None:
     scheduler, running = preempting()
     request = make_request("tight", 6.0, 0.002)
+
+    assert not scheduler.explain(make_request("loose", None, 0.002), 0.002).interrupts
 
     explanation = scheduler.explain(request, 0.002)
     scheduler.submit(request, 0.002)
@@ -663,6 +665,7 @@ def test_explain_counts_on_the_interruption() -> None:
     stopped_s = 0.002 + explanation.wait_ms / 1e3
     scheduler.preempted(running.id, stopped_s)
 
+    assert explanation.interrupts
     assert explanation.wait_ms < 1.0
     assert explanation.refusal is None
     assert explanation.point == run_now(scheduler, stopped_s).point
