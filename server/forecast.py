@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
-MS = 1e3
+from server.tables import MS
+
 # An observed burst is expected again until about so many requests have come without one like it;
 # while nothing comes, less and less: hardly after about so long.
 MEMORY = 50_000

@@ -166,9 +166,8 @@ def limits_behind_ms(
     """
     waiting, tables = view.waiting, view.tables
     n = len(waiting.entries)
-    limits = [math.inf] * len(counts)
     if counts[0] >= n:
-        return limits
+        return [math.inf] * len(counts)
     single = tables.max_batch  # places up to it are blocks
     begin = [c if c <= single else bisect_right(due.firsts, c) - 1 for c in counts]
     each, scale, level, factor = waiting.rows / n, view.level * view.dearer, view.level, view.factor
