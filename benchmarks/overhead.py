@@ -2,22 +2,26 @@
 
 The floor is a FastAPI handler written by hand around ONNX Runtime. Every server is up all along, on
 cores apart from the one that sends. A round takes the loads in random order: one connection,
-sixteen, and Poisson arrivals at a share of what the floor answers over sixteen; and for each load
-all servers, one right after the other, in random order too. Ratios are of one round, and medians
-over the rounds: a host whose speed changes meanwhile changes both. All run the same point, from the
-same file, with as many threads. Ours answers from `/infer` with that point named, everything else
-as it comes: prediction, queue, metrics and headers included.
+sixteen, Poisson arrivals at a share of what the floor answers over sixteen, and lone requests, each
+after a pause, while all other servers stand still; and for each load all servers, one right after
+the other, in random order too. Ratios are of one round, and medians over the rounds: a host whose
+speed changes meanwhile changes both. All run the same point, from the same file, with as many
+threads. Ours answers from `/infer` with that point named, everything else as it comes: prediction,
+queue, metrics and headers included. A second one of ours, that is not kept warm while nobody asks,
+gets the lone requests alone.
 """
 
 import argparse
 import asyncio
 import io
+import os
 import random
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -42,7 +46,12 @@ from server.policy_names import OURS
 
 FORMS = ("json", "npy")
 MANY = 16
-LOADS = ("one", "many", "poisson")
+LONE = "lone"
+LOADS = ("one", "many", "poisson", LONE)
+# Between lone requests, and how many there are in a round.
+PAUSE_S = 0.3
+LONE_REQUESTS = 10
+NOT_WARM = f"{OURS}, not kept warm"
 QUIET = 0.1  # of the servers' cores in use
 SETTLED_S = 30.0  # at most, before each load
 # Where a server takes an input, by form; those that are not here take no binary body.
@@ -51,6 +60,8 @@ PATHS: Mapping[tuple[str, str], str] = {
     (FLOOR, "npy"): "/infer",
     (OURS, "json"): "/infer",
     (OURS, "npy"): "/infer",
+    (NOT_WARM, "json"): "/infer",
+    (NOT_WARM, "npy"): "/infer",
     ("mosec", "json"): "/inference",
     ("mosec", "npy"): "/inference",
     ("litserve", "json"): "/predict",
@@ -62,6 +73,7 @@ Row = dict[str, Any]
 Cell = tuple[str, str, str]  # server, form, load
 Run = tuple[Latencies, float]  # of one round, and its seconds
 Figure = Callable[[Run], float]
+Signals = dict[str, Callable[[int], object]]  # what sends a signal to a server
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -100,7 +112,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         point = max(range(len(model.points)), key=lambda i: model.points[i].score.value)
         profiled(model, folder, serving, quick=chosen.quick)
         ours = stack.enter_context(our_server(model, folder, OURS, serving))
-        addresses = {OURS: ours.address}
+        not_warm = our_server(model, folder, OURS, serving, MAESTRO_KEEP_WARM_MS="0")
+        ours_too = stack.enter_context(not_warm)
+        addresses = {OURS: ours.address, NOT_WARM: ours_too.address}
+        signals: Signals = {
+            OURS: partial(os.kill, ours.pid),
+            NOT_WARM: partial(os.kill, ours_too.pid),
+        }
         file = model.path / model.points[point].graph
         for name, python in pythons.items():
             try:
@@ -114,7 +132,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             for form in FORMS
             if (name, form) in PATHS
         }
-        bench = Bench(calls, chosen.seconds, chosen.share, serving)
+        signals |= {name: partial(os.killpg, started.group) for name, started in rivals.items()}
+        bench = Bench(calls, chosen.seconds, chosen.share, serving, signals)
         rows = bench.compared(chosen.rounds)
     result = {
         **report.conditions(),
@@ -142,7 +161,9 @@ class Bench:
         seconds: float,
         share: float,
         serving: set[int],
+        signals: Signals,
     ) -> None:
+        self._signals = signals
         self._calls = calls
         self._seconds = seconds
         self._share = share
@@ -162,6 +183,7 @@ class Bench:
                 **(over_rivals(cell, found) if cell[0] == OURS else {}),
             }
             for cell in ((name, form, load) for name, form in self._calls for load in LOADS)
+            if cell in found
         ]
 
     def _in_turn(self, seed: int) -> list[Cell]:
@@ -172,7 +194,7 @@ class Bench:
             (name, form, load)
             for form, load in rng.sample(loads, len(loads))
             for name, taken in rng.sample(list(self._calls), len(self._calls))
-            if taken == form
+            if taken == form and (name != NOT_WARM or load == LONE)
         ]
 
     def _capacity(self, form: str) -> float:
@@ -187,13 +209,32 @@ class Bench:
         name, form, load = cell
         call = self._calls[name, form]
         settle(self._serving)
-        asyncio.run(closed_loop(call, 1 if load == "one" else MANY, self._seconds / 10))
+        connections = 1 if load in ("one", LONE) else MANY
+        asyncio.run(closed_loop(call, connections, self._seconds / 10))
+        if load == LONE:
+            after_pauses_s = [PAUSE_S * i for i in range(1, LONE_REQUESTS + 1)]
+            with stopped(send for other, send in self._signals.items() if other != name):
+                return asyncio.run(open_loop(call, after_pauses_s))
         if load != "poisson":
-            return asyncio.run(closed_loop(call, 1 if load == "one" else MANY, self._seconds))
+            return asyncio.run(closed_loop(call, connections, self._seconds))
         rng = np.random.default_rng(seed)  # the same arrivals for every server
         count = max(1, round(self._rates[form] * self._seconds))
         arrivals_s = rng.exponential(1 / self._rates[form], count).cumsum()
         return asyncio.run(open_loop(call, arrivals_s.tolist()))
+
+
+@contextmanager
+def stopped(signals: Iterable[Callable[[int], object]]) -> Iterator[None]:
+    """Let servers stand still inside: those that do something now and then keep what all use in
+    the caches."""
+    given = list(signals)
+    for send in given:
+        send(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for send in given:
+            send(signal.SIGCONT)
 
 
 def settle(cores: set[int]) -> None:
@@ -281,7 +322,7 @@ def _lenet(folder: Path) -> Artifact:
 
 
 def _path(point: int, name: str, form: str) -> str:
-    return PATHS[name, form] + (f"?point={point}" if name == OURS else "")
+    return PATHS[name, form] + (f"?point={point}" if name in (OURS, NOT_WARM) else "")
 
 
 def _body(model: Artifact, name: str, form: str) -> tuple[str, bytes]:

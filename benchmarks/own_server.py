@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from maestro_core.artifact import Artifact
 from maestro_core.profile import Profile
 
 START_S = 180.0
+NONE: Mapping[str, str] = {}
 
 Process = subprocess.Popen[bytes]
 
@@ -97,19 +98,27 @@ def profiled(model: Artifact, folder: Path, cores: set[int], *, quick: bool) -> 
 
 
 @contextmanager
-def server(model: Artifact, folder: Path, policy: str, cores: set[int]) -> Iterator[Server]:
-    """Serve by a policy on `cores`; yield the server once it is ready.
+def server(
+    model: Artifact, folder: Path, policy: str, cores: set[int], **variables: str
+) -> Iterator[Server]:
+    """Serve by a policy on `cores`, with settings besides; yield the server once it is ready.
 
     Raises:
         ChildProcessError: it ended, or isn't after three minutes; with the last lines of its log.
     """
-    with serving(model, folder, cores, "--policy", policy) as (address, pid):
+    given = "--policy", policy
+    with serving(model, folder, cores, *given, variables=variables) as (address, pid):
         yield Server(address, pid)
 
 
 @contextmanager
 def serving(
-    model: Artifact, folder: Path, cores: set[int], *options: str, workers: int = 1
+    model: Artifact,
+    folder: Path,
+    cores: set[int],
+    *options: str,
+    workers: int = 1,
+    variables: Mapping[str, str] = NONE,
 ) -> Iterator[tuple[str, int]]:
     """Serve on `cores`; yield the address and the process's number once it is ready.
 
@@ -119,9 +128,9 @@ def serving(
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     words = [*options, "--workers", str(workers)]
-    log = folder / f"{'-'.join(words).strip('-')}.log"
+    log = folder / f"{'-'.join([*words, *variables.values()]).strip('-')}.log"
     given = ["serve", str(model.path), "--port", str(port), *words]
-    with ending(lambda: _run(given, folder, cores, log, workers), _end) as process:
+    with ending(lambda: _run(given, folder, cores, log, workers, variables), _end) as process:
         until_s = time.monotonic() + START_S
         while not _is_ready(address):
             if process.poll() is not None or time.monotonic() > until_s:
@@ -162,13 +171,19 @@ def _end(process: Process) -> None:
 
 
 def _run(
-    arguments: Sequence[str], folder: Path, cores: set[int], log: Path, workers: int = 1
+    arguments: Sequence[str],
+    folder: Path,
+    cores: set[int],
+    log: Path,
+    workers: int = 1,
+    variables: Mapping[str, str] = NONE,
 ) -> Process:
     """Start the program on `cores`."""
     settings = {
         "MAESTRO_STATE_DIR": str(folder),
         "MAESTRO_THREADS": str(max(1, len(cores) // workers)),
         "MAESTRO_MAX_QUEUE": str(scenarios.MAX_QUEUE),
+        **variables,
     }
     # -P: the server that is installed, as this program is, not one of the directory we are in.
     program = [sys.executable, "-P", "-c", "from maestro_core.cli import main; main()"]

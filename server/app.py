@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
-from server import oip_routes, routes, simple
+from server import oip_routes, routes, simple, tracing
 from server.bodies import Bodies
 from server.direct import Direct, DirectCalls
 from server.errors import PROBLEM_TYPE, InternalError, InvalidError, ServiceError
@@ -64,7 +64,7 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
     for router in routers:
         app.include_router(router)
     _add_errors(app, served, [app.router, *routers])
-    if not settings.access_log:  # it is the usual way's to write
+    if not (settings.access_log or tracing.is_recording()):  # lines and spans are the usual way's
         app.state.whole = simple.Whole(served, bodies)
     app.add_middleware(DirectCalls, calls=_direct(served, bodies), errors=app.exception_handlers)
     app.add_middleware(Unforeseen, answer=partial(_failed, served))

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from maestro_core import framing
+from maestro_core import artifact, framing
 from maestro_core.artifact import Tensor
 from server import json_numbers
 from server.errors import BadRequestError, InvalidError, UnsupportedMediaError
@@ -189,9 +189,14 @@ def warm_up(tensor: Tensor) -> None:
     if tensor.image is None:
         return
     for kind in ("PNG", "JPEG"):
-        file = io.BytesIO()
-        Image.new(tensor.image.mode, (tensor.image.width, tensor.image.height)).save(file, kind)
-        from_image(file.getvalue(), tensor)
+        from_image(blank_picture(tensor.image, kind), tensor)
+
+
+def blank_picture(wanted: artifact.Image, kind: Literal["PNG", "JPEG"]) -> bytes:
+    """Return a black picture of the size that a model takes."""
+    file = io.BytesIO()
+    Image.new(wanted.mode, (wanted.width, wanted.height)).save(file, kind)
+    return file.getvalue()
 
 
 def shaped(array: NDArray[Any], tensor: Tensor) -> Floats:

@@ -15,6 +15,7 @@ import uvloop
 
 from server.app import create_app
 from server.connections import Limits, limited
+from server.keep_warm import keep_warm
 from server.processes.accepting import Acceptor, opened
 from server.processes.counters import ACCEPTS_NONE
 from server.promptness import forget_the_start
@@ -182,6 +183,10 @@ async def _serve(server: _Server, service: Service, listeners: list[socket.socke
 
     loop.add_signal_handler(signal.SIGTERM, leave, service.settings.drain_s)
     loop.add_signal_handler(signal.SIGINT, leave, 0.0)
+    every_s = service.settings.keep_warm_ms / 1e3
+    warming = asyncio.create_task(keep_warm(service, every_s)) if every_s else None
     await server.serve(listeners)
+    if warming:
+        warming.cancel()
     if server.force_exit:  # uvicorn left this out, and threads that compute must not outlive Python
         await server.lifespan.shutdown()

@@ -29,9 +29,10 @@ from server.calibration import (
     first_effort,
 )
 from server.counting import Counting
-from server.dispatcher import Dispatcher, Tell
+from server.dispatcher import Dispatcher, Runner, Tell
 from server.engine import Engine
 from server.errors import ConflictError, InvalidError, NotFoundError, UnavailableError
+from server.latencies import Latencies
 from server.measuring import SLOTS, Hooks, HostModel, latencies_of
 from server.metrics import Metrics
 from server.policies import check_kept, scheduler_of
@@ -39,6 +40,7 @@ from server.processes.team import Hands, Team
 from server.requests import Request
 from server.schemas import InferParameters
 from server.settings import Settings
+from server.stand_in import Nothing, StandIn
 from server.statistics import Statistics, private_row
 from server.worker import Turns
 
@@ -57,6 +59,7 @@ class _Serving:
     dispatcher: Dispatcher
     profile: Profile
     source: Source
+    stand_in: StandIn | None
 
     def slowdown(self) -> float:
         return self.dispatcher.scheduler.slowdown(time.monotonic())
@@ -134,7 +137,7 @@ class Service:
         self._stopping = True
         await self._calibrations.close()
         if self._serving:
-            await _retire(self._serving.dispatcher, self._stop_s)
+            await _retire(self._serving, self._stop_s)
         self.counting.flush()
 
     @property
@@ -158,6 +161,15 @@ class Service:
                 raise UnavailableError("the calibration was cancelled; start another", 60.0)
             raise UnavailableError("calibrating this host", job.get("seconds_left") or 1.0)
         return self._serving
+
+    @property
+    def stand_in(self) -> StandIn | None:
+        """Return who stands in where an inference is only gone through; None: nobody yet."""
+        return self._serving.stand_in if self._serving and not self._stopping else None
+
+    def is_quiet(self, seconds: float) -> bool:
+        """Return whether no inference was asked for in so long, and nothing computes."""
+        return self._turns.is_quiet(seconds)
 
     @property
     def max_batch(self) -> int:
@@ -368,28 +380,46 @@ class Service:
         self._engine, self.artifact = engine, engine.artifact
         before = self._serving
         latencies = latencies_of(self.artifact, profile, self.settings.max_batch)
-        dispatcher = Dispatcher(
+        dispatcher = self._dispatcher(
+            latencies,
+            engine,
+            self._turns,
+            on_batch=self.counting.ran,
+            on_decision=self.counting.decided,
+            on_preemption=self.counting.metrics.preempted,
+        )
+        stand_in = None
+        if self.settings.keep_warm_ms:
+            apart = self._dispatcher(latencies, Nothing(self.artifact), Turns())
+            stand_in = StandIn(self.artifact, apart)
+        self._serving = _Serving(dispatcher, profile, source, stand_in)
+        most = profile.batch_sizes[-1]
+        if most < self.settings.max_batch:
+            log.warning("batches of %d at most: the profile has no larger; another may", most)
+        log.info("ready; profile %s, of %s", source, profile.measured_at)
+        if before is not None:
+            self._retiring = asyncio.create_task(_retire(before, None))
+
+    def _dispatcher(
+        self,
+        latencies: Latencies,
+        runner: Runner,
+        turns: Turns,
+        **told: Callable[..., None],
+    ) -> Dispatcher:
+        return Dispatcher(
             scheduler_of(
                 self.settings.policy,
                 latencies,
                 max_queue=self.settings.max_queue,
                 slots=SLOTS,
             ),
-            self._engine,
-            self._turns,
+            runner,
+            turns,
             slots=SLOTS,
-            shares_core=self._host.takes_all_cores(engine),
-            on_batch=self.counting.ran,
-            on_decision=self.counting.decided,
-            on_preemption=self.counting.metrics.preempted,
+            shares_core=self._host.takes_all_cores(self._engine),
+            **told,
         )
-        self._serving = _Serving(dispatcher, profile, source)
-        most = profile.batch_sizes[-1]
-        if most < self.settings.max_batch:
-            log.warning("batches of %d at most: the profile has no larger; another may", most)
-        log.info("ready; profile %s, of %s", source, profile.measured_at)
-        if before is not None:
-            self._retiring = asyncio.create_task(_retire(before.dispatcher, None))
 
 
 def _warn(note: str | None) -> None:
@@ -397,6 +427,8 @@ def _warn(note: str | None) -> None:
         log.warning("%s", note)
 
 
-async def _retire(dispatcher: Dispatcher, limit_s: float | None) -> None:
-    await dispatcher.drain(limit_s)
-    dispatcher.close()
+async def _retire(serving: _Serving, limit_s: float | None) -> None:
+    await serving.dispatcher.drain(limit_s)
+    serving.dispatcher.close()
+    if serving.stand_in:
+        serving.stand_in.close()

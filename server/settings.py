@@ -39,6 +39,8 @@ class Settings(BaseSettings):
     # What chooses point and batch: ours, with or without time left for what may come on an idle
     # host, or another to compare them with.
     policy: PolicyName = OURS
+    # While no request comes, one of the server's own goes through it so often; 0: none does.
+    keep_warm_ms: Annotated[float, Field(ge=0, le=60_000)] = 100.0
     max_batch: Annotated[int, Field(ge=1, le=LARGEST_BATCH)] = 16
     max_queue: Annotated[int, Field(ge=1)] = 1024
     max_body_bytes: Annotated[int, Field(ge=1)] = 16 * 2**20

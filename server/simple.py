@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from fastapi import Request, Response
@@ -78,11 +78,45 @@ def infer_call(service: Service, bodies: Bodies) -> Call:
     return infer
 
 
+class Counts(Protocol):
+    """What counts inferences."""
+
+    def answered(self, inference: Inference, total_ms: float, target_ms: float | None) -> None:
+        """Count an answer."""
+
+    def refused(self, code: str, reason: str | None = None) -> None:
+        """Count a request that was answered with an error."""
+
+
+class Begins(Protocol):
+    """What begins inferences: the service, or who stands in for it."""
+
+    @property
+    def artifact(self) -> Artifact:
+        """Return what is served."""
+
+    @property
+    def counting(self) -> Counts:
+        """Return what counts them."""
+
+    def serving(self) -> object:
+        """Return what serves now.
+
+        Raises:
+            UnavailableError: nothing does.
+        """
+
+    def begin(
+        self, x: Floats, parameters: InferParameters, arrived_s: float, tell: Tell
+    ) -> Callable[[], None]:
+        """As `Service.begin`."""
+
+
 @dataclass(slots=True)
 class UnderWay:
     """An inference that waits or runs, asked for by a request that came whole."""
 
-    _service: Service
+    _service: Begins
     _artifact: Artifact
     _parameters: InferParameters
     _arrived_s: float
@@ -117,9 +151,8 @@ class Whole:
 
     paths: ClassVar[tuple[str, ...]] = (INFER,)
 
-    def __init__(self, service: Service, bodies: Bodies) -> None:
+    def __init__(self, service: Begins, bodies: Bodies) -> None:
         self._service, self._bodies = service, bodies
-        self._is_recording = tracing.is_recording()  # asked once, not at each request
 
     def begin(self, scope: Mapping[str, Any], body: bytes, tell: Tell) -> UnderWay | None:
         """Return the inference that a request asks for; None: it goes the usual way.
@@ -133,7 +166,7 @@ class Whole:
         headers = headers_of(scope)
         kind = media_type(headers)
         is_odd = kind == FORM or b"content-encoding" in headers
-        if is_odd or self._is_recording or pictures.takes_long(body):
+        if is_odd or pictures.takes_long(body):
             return None
         service = self._service
         service.serving()
@@ -151,7 +184,7 @@ class Whole:
         return UnderWay(service, served, parameters, arrived_s, held, here, leave)
 
 
-def _input(kind: str, body: bytes, service: Service) -> tuple[Floats, dict[str, Any]]:
+def _input(kind: str, body: bytes, service: Begins) -> tuple[Floats, dict[str, Any]]:
     """Return the input, (n, …), and the parameters that came with it in the body."""
     tensor = service.artifact.manifest.input
     if kind in _UNSAID:
@@ -166,7 +199,7 @@ def _input(kind: str, body: bytes, service: Service) -> tuple[Floats, dict[str, 
 
 
 def _answer(
-    service: Service,
+    service: Begins,
     artifact: Artifact,
     parameters: InferParameters,
     result: Inference,

@@ -75,6 +75,10 @@ class Turns:
         """Say that there is traffic."""
         self._last_request_s = self._clock()
 
+    def is_quiet(self, seconds: float) -> bool:
+        """Return whether no request came for so long, and nothing computes."""
+        return not self._computing.locked() and self._clock() - self._last_request_s >= seconds
+
     def replace_lock(self) -> None:
         """Leave the lock to a batch that hangs, and go on with another."""
         self._computing = threading.Lock()

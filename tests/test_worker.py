@@ -126,6 +126,21 @@ def test_a_request_interrupts_a_run_of_the_engine(tmp_path: Path) -> None:
     np.testing.assert_array_equal(engine.run(x, 0), expected)
 
 
+def test_it_is_quiet_once_no_request_came_for_long_and_nothing_computes() -> None:
+    clock = Clock()
+    turns = Turns(clock)
+    assert turns.is_quiet(1.0)
+
+    turns.note_request()
+    clock.now_s += 0.5
+    assert not turns.is_quiet(1.0)
+
+    clock.now_s += 0.5
+    assert turns.is_quiet(1.0)
+    with turns.computing:
+        assert not turns.is_quiet(1.0)
+
+
 def test_a_trial_excludes_a_batch() -> None:
     turns = Turns(Clock())
 
