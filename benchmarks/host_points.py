@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import log
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ from benchmarks.layer_latencies import (
 from benchmarks.normalisation import Drift, drift_of, recalibrated, statistics
 from maestro_core import graph, held_out
 from maestro_core.artifact import Artifact, Layer, Score
-from maestro_core.frontier import RankTable, nested_chain, pareto, spread
+from maestro_core.frontier import RankTable, nested_chain, spread
 from maestro_core.held_out import ErrorTable, Samples
 from server.interrupt import Interrupt
 
@@ -41,6 +42,8 @@ _LEAST_SAMPLES = 200
 _LEAST_TRIES = 8
 _INPUTS = 4  # one in so many samples sets normalisation, the others judge
 _BATCH = 4  # short, so that few requests meet one; larger ones take no less for a sample
+# Budgets count up to so many times the slowest point's latency.
+_BEYOND = 2.0
 # Factors with more MACs than that, over those of the dense layer, are not tried.
 _MOST_MACS = 1.25
 
@@ -350,21 +353,39 @@ def _first_as_good(network: Network, chain: Sequence[Ranks], measuring: Measurin
 
 
 def _best(candidates: Sequence[Candidate], all_dense: Candidate, points: int) -> list[Candidate]:
-    """Return those that no other beats, nested, spread over the latencies.
+    """Return nested points, each slower and more accurate than the last, spread over latencies.
 
-    None is slower than the dense network. Of the chains that end at the most accurate it is the
-    longest, and of those as long the one that begins fastest.
+    None is slower than the dense network, and the last is the most accurate, or as accurate for all
+    that the samples tell. Of such chains it is the one that answers best over all budgets: the
+    integral of accuracy over the logarithm of the latency, up to a budget of twice the slowest.
     """
-    candidates = [c for c in (*candidates, all_dense) if c.p50_ms <= all_dense.p50_ms]
-    kept = pareto([c.p50_ms for c in candidates], [c.correct for c in candidates])
-    chains: list[list[Candidate]] = []  # of each that is within the most accurate, from there on
-    for candidate in (candidates[i] for i in reversed(kept)):
-        above = [chain for chain in chains if _is_within(candidate, chain[0])]
-        if above or not chains:
-            chains.append([candidate, *max(above, key=len, default=[])])
-    chain = max(reversed(chains), key=len)
+    known = sorted(
+        (c for c in (*candidates, all_dense) if c.p50_ms <= all_dense.p50_ms),
+        key=lambda c: (c.p50_ms, -c.correct),
+    )
+    most = max(candidate.score.value for candidate in known)
+    end_ms = _BEYOND * known[-1].p50_ms
+    chains: list[tuple[float, list[Candidate]]] = []  # the best from each candidate on
+    for candidate in reversed(known):
+        from_here = [
+            (_gain(candidate, chain[0].p50_ms) + rest, [candidate, *chain])
+            for rest, chain in chains
+            if _is_below(candidate, chain[0])
+        ]
+        if candidate.score.high >= most:
+            from_here.append((_gain(candidate, end_ms), [candidate]))
+        if from_here:
+            chains.append(max(from_here, key=itemgetter(0)))
+    _, chain = max(chains, key=itemgetter(0))
     return [chain[i] for i in spread([c.p50_ms for c in chain], points)]
 
 
-def _is_within(less: Candidate, more: Candidate) -> bool:
-    return all(a <= b for a, b in zip(less.ranks, more.ranks, strict=True))
+def _gain(candidate: Candidate, until_ms: float) -> float:
+    """Return what a point adds that answers all budgets from its own latency to another."""
+    return candidate.score.value * log(until_ms / candidate.p50_ms)
+
+
+def _is_below(less: Candidate, more: Candidate) -> bool:
+    """Return whether one point is faster, less accurate, and nested in another."""
+    is_nested = all(a <= b for a, b in zip(less.ranks, more.ranks, strict=True))
+    return is_nested and less.p50_ms < more.p50_ms and less.correct < more.correct

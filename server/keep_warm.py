@@ -23,6 +23,7 @@ from server import inputs, pictures
 from server.bodies import Bodies
 from server.connections import Limits, limited
 from server.direct import FAILED
+from server.errors import ServiceError
 from server.service import Service
 from server.simple import INFER, NPY, Whole
 from server.stand_in import StandIn
@@ -51,7 +52,7 @@ async def keep_warm(service: Service, every_s: float) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(PATIENCE_S):
                 answer = await send()
-            if not answer.startswith(STATUS_LINE[200]):
+            if answer.startswith(STATUS_LINE[500]):
                 log.warning("not kept warm any more: a request of its own failed")
                 return
 
@@ -106,9 +107,13 @@ class _Nowhere(asyncio.Transport):
 
 
 async def _failed(scope: Scope, _receive: Receive, send: Send) -> None:
-    """Answer what `Whole` did not take, or could not."""
-    log.error("a request of the server's own", exc_info=scope["state"].get(FAILED))
-    await send({"type": "http.response.start", "status": 500, "headers": []})
+    """Answer what `Whole` could not: a host that stands still for a while may leave no time."""
+    error, status = scope["state"].get(FAILED), 500
+    if isinstance(error, ServiceError):
+        status = error.status
+    else:
+        log.error("a request of the server's own failed", exc_info=error)
+    await send({"type": "http.response.start", "status": status, "headers": []})
     await send({"type": "http.response.body"})
 
 

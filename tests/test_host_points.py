@@ -138,20 +138,23 @@ def test_another_point_is_normalised_much_as_if_it_had_been_exported() -> None:
     assert np.abs(ours - expected).mean() < 0.5 * np.abs(worse - expected).mean()
 
 
-def test_what_noise_puts_out_of_order_is_left_out_and_the_best_stays() -> None:
+def ranks_of(points: list[Candidate]) -> list[tuple[int, ...]]:
+    return [one.ranks for one in host_points._best(points, ALL_DENSE, 9)]
+
+
+def test_points_are_nested_and_each_is_slower_and_more_accurate() -> None:
     seen = [
         candidate((1, 1), 5, 1.0),
+        candidate((2, 4), 5, 1.5),  # no more accurate
         candidate((3, 9), 8, 2.0),
-        candidate((2, 5), 9, 3.0),
+        candidate((2, 5), 9, 3.0),  # not nested
         candidate((6, 10), 9, 4.0),
     ]
 
-    best = host_points._best(seen, ALL_DENSE, 9)
-
-    assert [candidate.ranks for candidate in best] == [(1, 1), (2, 5)]
+    assert ranks_of(seen) == [(1, 1), (3, 9), (6, 10)]
 
 
-def test_of_the_chains_to_the_best_point_it_is_the_longest() -> None:
+def test_of_the_chains_it_is_the_one_that_answers_best_over_all_budgets() -> None:
     seen = [
         candidate((1, 1), 4, 1.0),
         candidate((1, 5), 5, 2.0),
@@ -159,10 +162,35 @@ def test_of_the_chains_to_the_best_point_it_is_the_longest() -> None:
         candidate((5, 1), 7, 3.5),
         candidate((5, 9), 8, 4.0),
     ]
+    assert ranks_of(seen) == [(1, 1), (1, 5), (1, 6), (5, 9), (6, 10)]
 
-    best = host_points._best(seen, ALL_DENSE, 9)
+    seen[3] = candidate((5, 1), 7, 2.1)  # far better than those that are not nested in it
 
-    assert [c.ranks for c in best] == [(1, 1), (1, 5), (1, 6), (5, 9), (6, 10)]
+    assert ranks_of(seen) == [(1, 1), (5, 1), (5, 9), (6, 10)]
+
+
+def test_a_point_that_is_better_by_chance_does_not_end_a_chain_of_its_own() -> None:
+    """Where the most accurate of all by one sample holds few others, another ends the chain."""
+    many = [candidate((i, i), 4 + i, float(i)) for i in range(1, 5)]
+    by_chance = candidate((1, 10), 9, 4.5)
+    all_dense = candidate((6, 10), 8, 4.6, "conv", "fc")
+
+    best = host_points._best([*many, by_chance], all_dense, 9)
+
+    assert [one.ranks for one in best] == [(i, i) for i in range(1, 5)]
+
+
+def test_the_last_is_surely_not_less_accurate_than_the_best() -> None:
+    def of_many(ranks: tuple[int, int], correct: int, p50_ms: float) -> Candidate:
+        return replace(candidate(ranks, correct, p50_ms), samples=1000)
+
+    many = [of_many((i, i), 500 + i, float(i)) for i in range(1, 6)]
+    surely = of_many((1, 10), 900, 5.5)
+    all_dense = replace(candidate((6, 10), 500, 6.0), samples=1000)
+
+    best = host_points._best([*many, surely], all_dense, 9)
+
+    assert [one.ranks for one in best] == [(1, 1), (1, 10)]
 
 
 def test_no_point_is_slower_than_the_dense_network() -> None:

@@ -16,6 +16,7 @@ from maestro_core import artifact
 from maestro_core.artifact import Artifact
 from server.dispatcher import Dispatcher
 from server.engine import Engine
+from server.errors import OutOfTimeError
 from server.keep_warm import keep_warm, sender
 from server.latencies import Latencies
 from server.scheduler import Scheduler
@@ -145,6 +146,27 @@ def test_one_that_fails_is_the_last_and_the_log_says_why(
         assert asyncio.run(run()) == 1
     assert "not kept warm any more" in caplog.text
     assert "ZeroDivisionError: at the first" in caplog.text
+
+
+def test_one_that_is_out_of_time_is_not_the_last(
+    tiny_artifact: Artifact, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Late(Counted):
+        def begin(self, *given: Any) -> Any:
+            super().begin(*given)
+            raise OutOfTimeError("the host stood still", reason="expired")
+
+    async def run() -> None:
+        with standing_in(tiny_artifact) as stand_in:
+            late = Late(stand_in)
+            warming = asyncio.create_task(keep_warm(Fake(late), EVERY_S))  # type: ignore[arg-type]
+            while late.begun < 3:
+                await asyncio.sleep(EVERY_S)
+            warming.cancel()
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(asyncio.wait_for(run(), 20))
+    assert caplog.text == ""
 
 
 def test_nothing_is_computed_or_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
