@@ -137,8 +137,10 @@ class Dispatcher:
         finally:
             self._hang_ups.forget(future)
 
-    def begin(self, request: Request, x: Floats, tell: Tell) -> None:
+    def begin(self, request: Request, x: Floats, tell: Tell) -> Callable[[], None]:
         """Take a request in; `tell` gets the output for `x` (rows, …) or what went wrong.
+
+        What is returned gives it up, as `give_up` does.
 
         Raises:
             ServiceError: it is refused.
@@ -156,6 +158,7 @@ class Dispatcher:
             self._fail(displaced.id, gave_way)
         self._callers[request.id] = _Caller(x, tell)
         self._pump_soon()
+        return partial(self.give_up, request.id)
 
     def give_up(self, request_id: str) -> None:
         """Forget a request whose client hung up: nobody is told any more."""

@@ -1,7 +1,7 @@
 """Keeps what a request runs through in the processor's caches, while no request comes.
 
-A host is rarely there for one server alone: within some tens of milliseconds others take the caches
-over, and a request after a pause takes two to three times as long as one after another. So an
+A host is rarely there for one server alone: others take the caches over, and a request after a
+pause takes several times as long as one after another (benchmarks/results/overhead.json). So an
 inference goes through the server now and then, from the bytes of a request to those of an answer,
 with `server.stand_in` in the place of the service.
 """

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -207,9 +206,7 @@ class Service:
             ServiceError: it was refused.
         """
         dispatcher = self.serving().dispatcher
-        request = self._request(parameters, arrived_s, len(x))
-        dispatcher.begin(request, x, tell)
-        return partial(dispatcher.give_up, request.id)
+        return dispatcher.begin(self._request(parameters, arrived_s, len(x)), x, tell)
 
     def explain(self, parameters: InferParameters) -> dict[str, Any]:
         """Return what would be chosen for one sample that came now, and why.

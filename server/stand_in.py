@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,8 +53,7 @@ class StandIn:
     ) -> Callable[[], None]:
         """Begin an inference as `Service.begin` does."""
         request = parameters.request(next(self._ids), arrived_s, len(x))
-        self._dispatcher.begin(request, x, tell)
-        return partial(self._dispatcher.give_up, request.id)
+        return self._dispatcher.begin(request, x, tell)
 
     def close(self) -> None:
         """Let its threads end."""

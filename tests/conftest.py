@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MAESTRO_THREADS", "1")
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from maestro_core.artifact import (
     Score,
     Tensor,
 )
+from server.settings import Settings
 
 # A machine that is busy for a moment is not a failed property.
 settings.register_profile("maestro", deadline=None)
@@ -120,6 +122,19 @@ def tiny_contents() -> dict[str, bytes]:
         point = graph.build(template, TINY_LAYERS, ranks)
         contents[f"points/{i:02}.onnx"] = point.SerializeToString()
     return contents
+
+
+def tiny_settings(root: Path, **given: Any) -> Settings:
+    """Return settings that serve a tiny artifact, saved in `root`, by the shortest calibration."""
+    points = artifact.save(root / "tiny.maestro", tiny_manifest(), tiny_contents())
+    return Settings(
+        artifact=points.path,
+        state_dir=root / "state",
+        threads=1,
+        max_batch=1,
+        calibration_budget_s=0.5,
+        **given,
+    )
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,13 +21,13 @@ from server.keep_warm import keep_warm, sender
 from server.latencies import Latencies
 from server.scheduler import Scheduler
 from server.service import Service
-from server.settings import Settings
 from server.stand_in import Nothing, StandIn
 from server.worker import Turns
-from tests.conftest import tiny_contents, tiny_manifest
+from tests.conftest import tiny_contents, tiny_manifest, tiny_settings
 from tests.server_process import running_server
 
 EVERY_S = 0.01
+LIMIT_S = 60.0
 
 
 @contextmanager
@@ -53,6 +53,23 @@ class Fake:
     def is_quiet(self, seconds: float) -> bool:
         self.asked_s.append(seconds)
         return self.quiet
+
+
+async def warmed_until(service: Fake, is_enough: Callable[[], bool]) -> None:
+    """Keep a service warm until that is enough."""
+    warming = asyncio.create_task(keep_warm(service, EVERY_S))  # type: ignore[arg-type]
+    async with asyncio.timeout(LIMIT_S):
+        while not is_enough():
+            await asyncio.sleep(EVERY_S)
+    warming.cancel()
+
+
+async def ready(service: Service) -> None:
+    """Start a service, and return once it is ready."""
+    await service.start()
+    async with asyncio.timeout(LIMIT_S):
+        while not service.is_ready:
+            await asyncio.sleep(EVERY_S)
 
 
 class Counted:
@@ -98,10 +115,7 @@ def test_it_is_sent_while_the_server_is_quiet(tiny_artifact: Artifact) -> None:
         with standing_in(tiny_artifact) as stand_in:
             counted = Counted(stand_in)
             service = Fake(counted, quiet)
-            warming = asyncio.create_task(keep_warm(service, EVERY_S))  # type: ignore[arg-type]
-            while len(service.asked_s) < 5:
-                await asyncio.sleep(EVERY_S)
-            warming.cancel()
+            await warmed_until(service, lambda: len(service.asked_s) >= 5)
             assert set(service.asked_s) == {EVERY_S}
             return counted.begun
 
@@ -113,19 +127,19 @@ def test_it_goes_by_the_profile_in_use(tiny_artifact: Artifact) -> None:
     async def run() -> None:
         with standing_in(tiny_artifact) as one, standing_in(tiny_artifact) as other:
             before, after = Counted(one), Counted(other)
-            service = Fake(None)  # nothing is served yet
-            warming = asyncio.create_task(keep_warm(service, EVERY_S))  # type: ignore[arg-type]
-            for stand_in in (before, after):
-                service.stand_in = stand_in
-                while not stand_in.begun:
-                    await asyncio.sleep(EVERY_S)
-            so_far = before.begun
-            await asyncio.sleep(5 * EVERY_S)
-            warming.cancel()
-            assert before.begun == so_far
-            assert after.begun > 1
+            service = Fake(before)
 
-    asyncio.run(asyncio.wait_for(run(), 20))
+            def is_enough() -> bool:
+                if before.begun and service.stand_in is before:
+                    service.stand_in = after
+                    so_far.append(before.begun)
+                return after.begun > 1
+
+            await warmed_until(service, is_enough)
+            assert [before.begun] == so_far
+
+    so_far: list[int] = []
+    asyncio.run(run())
 
 
 def test_one_that_fails_is_the_last_and_the_log_says_why(
@@ -139,7 +153,8 @@ def test_one_that_fails_is_the_last_and_the_log_says_why(
     async def run() -> int:
         with standing_in(tiny_artifact) as stand_in:
             broken = Broken(stand_in)
-            await asyncio.wait_for(keep_warm(Fake(broken), EVERY_S), 20)  # type: ignore[arg-type]
+            fake: Any = Fake(broken)
+            await asyncio.wait_for(keep_warm(fake, EVERY_S), LIMIT_S)
             return broken.begun
 
     with caplog.at_level(logging.WARNING):
@@ -159,25 +174,14 @@ def test_one_that_is_out_of_time_is_not_the_last(
     async def run() -> None:
         with standing_in(tiny_artifact) as stand_in:
             late = Late(stand_in)
-            warming = asyncio.create_task(keep_warm(Fake(late), EVERY_S))  # type: ignore[arg-type]
-            while late.begun < 3:
-                await asyncio.sleep(EVERY_S)
-            warming.cancel()
+            await warmed_until(Fake(late), lambda: late.begun >= 3)
 
     with caplog.at_level(logging.WARNING):
-        asyncio.run(asyncio.wait_for(run(), 20))
+        asyncio.run(run())
     assert caplog.text == ""
 
 
 def test_nothing_is_computed_or_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    artifact.save(tmp_path / "tiny.maestro", tiny_manifest(), tiny_contents())
-    settings = Settings(
-        artifact=tmp_path / "tiny.maestro",
-        state_dir=tmp_path / "state",
-        threads=1,
-        max_batch=1,
-        calibration_budget_s=5.0,
-    )
     ran: list[int] = []
     run = Engine.run
 
@@ -186,11 +190,9 @@ def test_nothing_is_computed_or_counted(tmp_path: Path, monkeypatch: pytest.Monk
         return run(engine, batch, point, *given)
 
     async def serve() -> None:
-        service = Service(settings)
-        await service.start()
+        service = Service(tiny_settings(tmp_path))
         assert service.stand_in is None
-        while not service.is_ready:
-            await asyncio.sleep(0.01)
+        await ready(service)
         stand_in = service.stand_in
         assert stand_in is not None
         monkeypatch.setattr(Engine, "run", noted)
@@ -233,21 +235,9 @@ def test_a_server_of_several_workers_counts_none_of_them(tmp_path: Path) -> None
 
 
 def test_it_can_be_left_out(tmp_path: Path) -> None:
-    points = artifact.save(tmp_path / "tiny.maestro", tiny_manifest(), tiny_contents())
-
     async def stand_in() -> object:
-        service = Service(
-            Settings(
-                artifact=points.path,
-                state_dir=tmp_path / "state",
-                threads=1,
-                max_batch=1,
-                keep_warm_ms=0,
-            )
-        )
-        await service.start()
-        while not service.is_ready:
-            await asyncio.sleep(0.01)
+        service = Service(tiny_settings(tmp_path, keep_warm_ms=0))
+        await ready(service)
         found = service.stand_in
         await service.stop()
         return found

@@ -12,13 +12,11 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
-from maestro_core import artifact
 from server import tracing
 from server.app import create_app
 from server.logs import JsonFormatter, TextFormatter, set_up
-from server.settings import Settings
 from server.tracing import CURRENT, Trace, read
-from tests.conftest import tiny_contents, tiny_manifest
+from tests.conftest import tiny_settings
 from tests.test_app import wait_until_ready
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -67,16 +65,7 @@ def test_a_request_id_that_could_break_a_log_is_replaced(given: str) -> None:
 
 @pytest.fixture
 def client(tmp_path: Path) -> Iterator[TestClient]:
-    artifact.save(tmp_path / "tiny.maestro", tiny_manifest(), tiny_contents())
-    settings = Settings(
-        artifact=tmp_path / "tiny.maestro",
-        state_dir=tmp_path / "state",
-        threads=1,
-        max_batch=1,
-        calibration_budget_s=0.5,
-        access_log=True,
-    )
-    with TestClient(create_app(settings)) as client:
+    with TestClient(create_app(tiny_settings(tmp_path, access_log=True))) as client:
         wait_until_ready(client)
         yield client
 

@@ -11,13 +11,11 @@ from fastapi import Response
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
-from maestro_core import artifact
 from server.app import create_app
 from server.logs import TextFormatter
 from server.service import Service
-from server.settings import Settings
 from server.unforeseen import Unforeseen
-from tests.conftest import tiny_contents, tiny_manifest
+from tests.conftest import tiny_settings
 from tests.test_app import SAMPLE, check_problem, wait_until_ready
 
 QUOTED = "secret-input"
@@ -36,15 +34,7 @@ class Broken(Service):
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     root: Path = tmp_path_factory.mktemp("broken")
-    artifact.save(root / "tiny.maestro", tiny_manifest(), tiny_contents())
-    settings = Settings(
-        artifact=root / "tiny.maestro",
-        state_dir=root / "state",
-        threads=1,
-        max_batch=1,
-        calibration_budget_s=0.5,
-        access_log=True,
-    )
+    settings = tiny_settings(root, access_log=True)
     with TestClient(create_app(settings, Broken(settings))) as client:
         wait_until_ready(client)
         yield client
