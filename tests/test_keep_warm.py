@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -121,6 +122,21 @@ def test_it_is_sent_while_the_server_is_quiet(tiny_artifact: Artifact) -> None:
 
     assert asyncio.run(begun(quiet=True)) >= 4
     assert asyncio.run(begun(quiet=False)) == 0
+
+
+def test_one_that_takes_long_is_sent_less_often(tiny_artifact: Artifact) -> None:
+    class Slow(Counted):
+        def begin(self, *given: Any) -> Any:
+            time.sleep(0.1)
+            return super().begin(*given)
+
+    async def begun() -> int:
+        with standing_in(tiny_artifact) as stand_in:
+            slow, began_s = Slow(stand_in), time.monotonic()
+            await warmed_until(Fake(slow), lambda: time.monotonic() > began_s + 1.0)
+            return slow.begun
+
+    assert asyncio.run(begun()) == 1  # the next would be 2 s later
 
 
 def test_it_goes_by_the_profile_in_use(tiny_artifact: Artifact) -> None:
