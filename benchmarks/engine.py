@@ -1,18 +1,18 @@
 """`maestro bench engine`: all points in one engine, against each exported alone.
 
 Of two networks of random weights, whose chains are made so that little or much is shared, and of
-ARTIFACT, whose chain training found. Memory in processes of their own; speed and switching side by
-side in one process, interleaved.
+ARTIFACT, whose chain training found. Weights mapped from the baked file, and copied to huge pages.
+Memory in processes of their own; speed and switching side by side in one process, interleaved.
 """
 
 import argparse
 import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime as ort
@@ -31,6 +31,7 @@ from server.settings import shipped_artifact
 
 POINTS = 16
 BATCHES = (1, 8)
+WAYS: dict[str, Literal["always", "never"]] = {"mapped": "never", "huge_pages": "always"}
 STRIDE = 4  # a layer of the staggered chain grows at every fourth point
 
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="maestro bench engine", description=__doc__)
     parser.add_argument("artifact", type=Path, nargs="?", default=shipped_artifact())
     parser.add_argument(
-        "--budget-s", type=arguments.positive, default=60.0, help="for speed, per network"
+        "--budget-s", type=arguments.positive, default=90.0, help="for speed, per network"
     )
     parser.add_argument("--out", type=Path, default=report.RESULTS / "engine.json")
     chosen = parser.parse_args(argv)
@@ -74,70 +75,79 @@ def compared(model: Artifact, state_dir: Path, budget_s: float) -> dict[str, Any
     cold = Engine(model, state_dir=state_dir, memory_budget_bytes=0)  # bakes, and loads nothing
     baked_s = time.perf_counter() - began_s
     memory = _memory(model, state_dir)  # before this process maps the same pages
-    engine = Engine(model, state_dir=state_dir)
+    engines = {
+        way: Engine(model, state_dir=state_dir, huge_pages=when) for way, when in WAYS.items()
+    }
     return {
         "bake_s": round(baked_s, 2),
+        "default": "huge_pages" if Engine(model, state_dir=state_dir).has_huge_pages else "mapped",
         "memory_mib": memory,
-        "speed": _speed(engine, state_dir, budget_s),
-        "switching": _switching(engine, budget_s / 4),
-        "cold_start_ms": _cold_start_ms(cold, engine),
+        "speed": _speed(engines, state_dir, budget_s),
+        "switching": _switching(engines, budget_s / 2),
+        "cold_start_ms": _cold_start_ms(cold, engines["mapped"]),
     }
 
 
 def _memory(model: Artifact, state_dir: Path) -> dict[str, Any]:
     """Return MiB by way: the dearest point alone, and all points; and ours over one alone."""
-    batch = BATCHES[-1]
+    batch, every = BATCHES[-1], len(model.points)
     Engine(model, state_dir=state_dir, memory_budget_bytes=0)  # bakes where it is missing
     found: dict[str, Any] = {"batch": batch}
-    for way in ("alone", "engine"):
-        for name, points in (("largest", 1), ("all", len(model.points))):
-            found[f"{way}_{name}"] = grown_mib(model.path, way, points, batch, state_dir)
-    for kind in ("private", "private_dirty", "pss"):
-        largest = found["alone_largest"][kind]
-        found[f"all_over_largest_alone_{kind}"] = round(found["engine_all"][kind] / largest, 3)
+    largest = found["alone_largest"] = grown_mib(model.path, "alone", 1, batch, state_dir)
+    found["alone_all"] = grown_mib(model.path, "alone", every, batch, state_dir)
+    for way, when in WAYS.items():
+        grown = found[f"{way}_all"] = grown_mib(model.path, when, every, batch, state_dir)
+        for kind in grown:
+            found[f"{way}_all_over_largest_alone_{kind}"] = round(grown[kind] / largest[kind], 3)
     return found
 
 
-def _speed(engine: Engine, state_dir: Path, budget_s: float) -> dict[str, Any]:
-    """Return each point's latency in the engine over that of its own export."""
-    model = engine.artifact
+def _speed(engines: Mapping[str, Engine], state_dir: Path, budget_s: float) -> dict[str, Any]:
+    """Return each point's latency in each engine over that of its own export."""
+    model = next(iter(engines.values())).artifact
     points = range(len(model.points))
     alone = [ort.InferenceSession(inline(model, i, state_dir), session_options(1)) for i in points]
     name, x = model.manifest.input.name, _samples(model, BATCHES[-1])
+    ways = ["alone", *engines]
 
     def run(index: int, batch: int, _: Interrupt) -> object:
-        point, is_alone = divmod(index, 2)
+        point, way = divmod(index, len(ways))
         samples = x[:batch]
-        return alone[point].run(None, {name: samples}) if is_alone else engine.run(samples, point)
+        if way == 0:
+            return alone[point].run(None, {name: samples})
+        return engines[ways[way]].run(samples, point)
 
     measured = measure(
         run,
-        range(2 * len(points)),
+        range(len(ways) * len(points)),
         BATCHES,
         budget_s=budget_s,
         precision=Precision(relative=0.005, absolute_ms=0.0),
         rng=random.Random(0),
         clock=time.perf_counter,
     )
-    cells = {(latency.point, latency.batch): latency for latency in measured.latencies}
-    rows = [
-        _compared(point, batch, cells[2 * point, batch], cells[2 * point + 1, batch])
-        for point, batch in sorted({(i // 2, batch) for i, batch in cells}, key=lambda c: c[::-1])
-    ]
-    ratios = [row["ratio"] for row in rows]
-    slower = [
-        row["point"]
-        for row in rows
-        if row["engine_p50_ms"] > cells[2 * len(points) - 1, row["batch"]].p50_ms * 1.02
-    ]
-    return {
-        "stopped_on": measured.stopped_on,
-        "median_ratio": round(median(ratios), 3),
-        "max_ratio": max(ratios),
-        "over_1.05": sum(ratio > 1.05 for ratio in ratios),
-        "slower_than_dense_by_2_percent": slower,
-        "cells": rows,
-    }
+    cells = {(divmod(cell.point, len(ways)), cell.batch): cell for cell in measured.latencies}
+    found: dict[str, Any] = {"stopped_on": measured.stopped_on}
+    for way in range(1, len(ways)):
+        rows = [
+            _compared(point, batch, cells[(point, way), batch], cells[(point, 0), batch])
+            for batch in BATCHES
+            for point in points
+        ]
+        ratios = [row["ratio"] for row in rows]
+        slower = [
+            row["point"]
+            for row in rows
+            if row["engine_p50_ms"] > cells[(points[-1], 0), row["batch"]].p50_ms * 1.02
+        ]
+        found[ways[way]] = {
+            "median_ratio": round(median(ratios), 3),
+            "max_ratio": max(ratios),
+            "over_1.05": sum(ratio > 1.05 for ratio in ratios),
+            "slower_than_dense_by_2_percent": slower,
+            "cells": rows,
+        }
+    return found
 
 
 def _compared(point: int, batch: int, ours: Latency, alone: Latency) -> dict[str, Any]:
@@ -155,29 +165,39 @@ def _compared(point: int, batch: int, ours: Latency, alone: Latency) -> dict[str
     }
 
 
-def _switching(engine: Engine, budget_s: float) -> dict[str, Any]:
-    """Return the latency of requests at random points over the same requests point by point."""
+def _switching(engines: Mapping[str, Engine], budget_s: float) -> dict[str, Any]:
+    """Return the latency of requests at random points over the same requests point by point.
+
+    And that of the random ones in each engine over those in the first.
+    """
     rng = random.Random(0)
-    x = _samples(engine.artifact, 1)
-    points = range(len(engine.artifact.points))
-    mixed: dict[int, list[float]] = {point: [] for point in points}
-    sorted_: dict[int, list[float]] = {point: [] for point in points}
+    model = next(iter(engines.values())).artifact
+    x = _samples(model, 1)
+    points = range(len(model.points))
+    mixed: dict[str, list[list[float]]] = {way: [[] for _ in points] for way in engines}
+    sorted_: dict[str, list[list[float]]] = {way: [[] for _ in points] for way in engines}
     end_s = time.perf_counter() + budget_s
     while time.perf_counter() < end_s:
-        requests = [point for point in points for _ in range(4)]
-        orders = [(sorted_, sorted(requests)), (mixed, rng.sample(requests, len(requests)))]
-        rng.shuffle(orders)
-        for times, order in orders:
-            for point in order:
-                began_s = time.perf_counter()
-                engine.run(x, point)
-                times[point].append(time.perf_counter() - began_s)
-    ratios = {point: median(mixed[point]) / median(sorted_[point]) for point in points}
-    return {
-        "requests": sum(map(len, mixed.values())),
-        "median_ratio": round(median(ratios.values()), 3),
-        "ratios": [round(ratio, 3) for ratio in ratios.values()],
-    }
+        for way in rng.sample(list(engines), len(engines)):
+            requests = [point for point in points for _ in range(4)]
+            orders = [(sorted_, requests), (mixed, rng.sample(requests, len(requests)))]
+            rng.shuffle(orders)
+            for times, order in orders:
+                for point in order:
+                    began_s = time.perf_counter()
+                    engines[way].run(x, point)
+                    times[way][point].append(time.perf_counter() - began_s)
+    first = next(iter(engines))
+    found: dict[str, Any] = {"requests": sum(map(len, mixed[first]))}
+    for way in engines:
+        ratios = [median(mixed[way][p]) / median(sorted_[way][p]) for p in points]
+        over_first = median(median(mixed[way][p]) / median(mixed[first][p]) for p in points)
+        found[way] = {
+            "median_ratio": round(median(ratios), 3),
+            f"mixed_over_{first}": round(over_first, 3),
+            "ratios": [round(ratio, 3) for ratio in ratios],
+        }
+    return found
 
 
 def _cold_start_ms(cold: Engine, warm: Engine) -> dict[str, float]:

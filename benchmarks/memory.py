@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import onnx
@@ -15,14 +15,16 @@ import onnxruntime as ort
 from maestro_core import artifact
 from server.engine import Engine, session_options, trim_heap
 
-Way = Literal["alone", "engine"]
+Way = Literal["alone", "always", "never"]  # exported alone, or an engine with huge pages or none
 
 
 def grown_mib(path: Path, way: Way, points: int, batch: int, state_dir: Path) -> dict[str, float]:
     """Return what a new process grows by, MiB, when it loads the dearest `points` and runs each.
 
-    alone: each as a file of its own with its weights inside, as exported without us.
-    Keys: private, private_dirty (not backed by a file), pss (a page mapped k times counts 1/k).
+    alone: each as a file of its own with its weights inside, as exported without us; else all of
+    them in one engine, with huge pages always or never.
+    Keys: private, private_dirty (not backed by a file), pss (a page mapped k times counts 1/k), rss
+    (each time whole).
     """
     arguments = (str(path), way, str(points), str(batch), str(state_dir))
     done = subprocess.run(  # noqa: S603
@@ -48,7 +50,7 @@ def main() -> None:
     """Print by how much this process grows, as JSON."""
     parser = argparse.ArgumentParser()
     parser.add_argument("path", type=Path)
-    parser.add_argument("way", choices=("alone", "engine"))
+    parser.add_argument("way", choices=get_args(Way))
     parser.add_argument("points", type=int)
     parser.add_argument("batch", type=int)
     parser.add_argument("state_dir", type=Path)
@@ -64,8 +66,7 @@ def main() -> None:
         for session in sessions:
             session.run(None, {model.manifest.input.name: x})
     else:
-        budget_bytes = None if chosen.points == last else 0
-        engine = Engine(model, state_dir=chosen.state_dir, memory_budget_bytes=budget_bytes)
+        engine = Engine(model, state_dir=chosen.state_dir, huge_pages=chosen.way)
         for point in points:
             engine.run(x, point)
     gc.collect()
@@ -82,7 +83,12 @@ def mapped_mib(pid: int | str = "self") -> dict[str, float]:
         name, value, *_ = line.split()
         mib[name.rstrip(":")] = int(value) / 1024
     private = mib["Private_Clean"] + mib["Private_Dirty"]
-    return {"private": private, "private_dirty": mib["Private_Dirty"], "pss": mib["Pss"]}
+    return {
+        "private": private,
+        "private_dirty": mib["Private_Dirty"],
+        "pss": mib["Pss"],
+        "rss": mib["Rss"],
+    }
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ every session. Baking writes what it makes (`session.save_external_prepacked_con
 and puts each tensor of all points into one file once: equal bytes are shared, and so is a tensor
 that is a prefix of a longer one, as the ranks of a layer's first factor are (`server.products`).
 Sessions map that file: full speed, clean pages, and what points have in common is in memory once.
+Or they take what kernels read as it is stored, the file's beginning, from `server.huge_pages`.
 The layout depends on CPU and runtime; `bake` is told a key and bakes again when it differs.
 """
 
@@ -15,7 +16,7 @@ import os
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -30,7 +31,7 @@ from server.products import down_first
 from server.pruning import mark_used, prune
 
 # Raised when what is baked changes: what was baked before, and profiles of it, hold no more.
-LAYOUT = 3
+LAYOUT = 4
 _WEIGHTS = "weights.bin"
 _INDEX = "baked.json"
 _PAGE_BYTES = 4096
@@ -45,15 +46,41 @@ class BakeError(OSError):
 
 
 @dataclass(frozen=True, slots=True)
+class Plain:
+    """A tensor of 32-bit floats in the file of weights, which begins at a byte of it."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
 class Baked:
-    """A verified directory of baked points; `pages[i]` are the spans that point i maps."""
+    """A verified directory of baked points; `pages[i]` are the spans that point i maps.
+
+    What kernels read as it is stored, of all points, is the first `plain_bytes` of the weights.
+    """
 
     path: Path
     pages: tuple[tuple[tuple[int, int], ...], ...]  # per point: (offset, length) in weights.bin
+    plain_bytes: int
+
+    @property
+    def weights_path(self) -> Path:
+        """Return the file that all points share."""
+        return self.path / _WEIGHTS
 
     def graph_path(self, point: int) -> Path:
         """Return the ONNX file of a point."""
         return self.path / f"{point:02}.onnx"
+
+    def plain(self, point: int) -> list[Plain]:
+        """Return what a point's kernels read as it is stored."""
+        return [
+            Plain(tensor.name, tuple(tensor.dims), int(_fields(tensor)["offset"]))
+            for tensor in _external(_read(self.graph_path(point)))
+            if _is_plain(tensor)
+        ]
 
     def mapped_bytes(self, points: Iterable[int]) -> int:
         """Return how much of the file these points map together, each byte counted once."""
@@ -130,8 +157,11 @@ def _bake(
     optimised = to / "optimised"
     optimised.mkdir()
     models = [_optimise(path, optimised, i, options()) for i, path in enumerate(graphs)]
+    plain = {
+        _whole(tensor, optimised) for m in models for tensor in _external(m) if _is_plain(tensor)
+    }
     chunks = {chunk for model in models for chunk in _chunks(model, optimised)}
-    offsets = _write_shared(to / _WEIGHTS, chunks)
+    offsets = _write_shared(to / _WEIGHTS, chunks, first=plain)
     pages = []
     for i, model in enumerate(models):
         spans = _point_at(model, optimised, offsets)
@@ -142,6 +172,7 @@ def _bake(
     index = {
         "key": key,
         "pages": pages,
+        "plain_bytes": max((offsets[chunk] + chunk.length for chunk in plain), default=0),
         "files": {path.name: _sha256(path) for path in files},
     }
     writing.write(to / _INDEX, json.dumps(index).encode())
@@ -177,16 +208,30 @@ def _read(graph: Path) -> ModelProto:
 
 def _chunks(model: ModelProto, folder: Path) -> Iterable[_Chunk]:
     for tensor in _external(model):
-        fields = {entry.key: entry.value for entry in tensor.external_data}
-        path = folder / fields["location"]
-        yield _Chunk(path, int(fields["offset"]), int(fields["length"]))
-        for name, value in fields.items():
+        yield _whole(tensor, folder)
+        for name, value in _fields(tensor).items():
             if name.startswith(_PREPACKED):
-                yield from _prepacked(value, path)
+                yield from _prepacked(value, folder / _fields(tensor)["location"])
 
 
 def _external(model: ModelProto) -> Iterable[TensorProto]:
     return (t for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL)
+
+
+def _fields(tensor: TensorProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in tensor.external_data}
+
+
+def _is_plain(tensor: TensorProto) -> bool:
+    """Return whether kernels read a tensor as it is stored, and not what was laid out anew."""
+    return tensor.data_type == TensorProto.FLOAT and not any(
+        name.startswith(_PREPACKED) for name in _fields(tensor)
+    )
+
+
+def _whole(tensor: TensorProto, folder: Path) -> _Chunk:
+    fields = _fields(tensor)
+    return _Chunk(folder / fields["location"], int(fields["offset"]), int(fields["length"]))
 
 
 def _prepacked(value: str, path: Path) -> list[_Chunk]:
@@ -195,12 +240,21 @@ def _prepacked(value: str, path: Path) -> list[_Chunk]:
     return [_Chunk(path, int(offset), int(length)) for offset, length, _ in blobs]
 
 
-def _write_shared(path: Path, chunks: Iterable[_Chunk]) -> dict[_Chunk, int]:
-    """Write chunks into one file, each once, prefixes inside what they begin; return offsets."""
+def _write_shared(
+    path: Path, chunks: Iterable[_Chunk], first: Collection[_Chunk]
+) -> dict[_Chunk, int]:
+    """Write chunks into one file, each once, prefixes inside what they begin; return offsets.
+
+    Those in `first` make its beginning.
+    """
+
+    def order(chunk: _Chunk) -> tuple[bool, int, Path, int]:
+        return (chunk not in first, -chunk.length, chunk.path, chunk.offset)
+
     offsets: dict[_Chunk, int] = {}
     stored: dict[bytes, list[tuple[int, int]]] = defaultdict(list)  # first page -> (offset, length)
     with path.open("w+b") as file:
-        for chunk in sorted(chunks, key=lambda chunk: (-chunk.length, chunk.path, chunk.offset)):
+        for chunk in sorted(chunks, key=order):
             data = chunk.read()
             begins = stored[data[:_BEGIN_BYTES]]
             offset = next((at for at, n in begins if _holds(file, at, n, data)), None)
@@ -228,7 +282,7 @@ def _point_at(
         fields = {entry.key: entry for entry in tensor.external_data}
         path = folder / fields["location"].value
         packed = [entry for name, entry in fields.items() if name.startswith(_PREPACKED)]
-        plain = _Chunk(path, int(fields["offset"].value), int(fields["length"].value))
+        plain = _whole(tensor, folder)
         used = [blob for entry in packed for blob in _prepacked(entry.value, path)] or [plain]
         spans.extend((offsets[chunk], chunk.length) for chunk in used)
         fields["location"].value = _WEIGHTS
@@ -251,7 +305,7 @@ def _find(directory: Path, key: str, points: int) -> Baked | None:
         if whole and all(_sha256(directory / n) == d for n, d in index["files"].items()):
             pages = (tuple((int(at), int(n)) for at, n in spans) for spans in index["pages"])
             mark_used(directory)
-            return Baked(directory, tuple(pages))
+            return Baked(directory, tuple(pages), int(index["plain_bytes"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # nothing there, or damaged: baked anew
     return None

@@ -16,6 +16,7 @@ from maestro_core.artifact import Artifact, Tensor
 from maestro_core.host import Host
 from maestro_core.profile import ProfileKey
 from server.baking import LAYOUT, Baked, BakeError, bake
+from server.huge_pages import HugePages, When, are_worth_it, huge_pages_exist
 from server.interrupt import Interrupt
 from server.residency import Residency
 
@@ -43,11 +44,14 @@ class Engine:
         provider: Provider = "cpu",
         state_dir: Path | None = None,
         memory_budget_bytes: int | None = None,
+        huge_pages: When = "auto",
     ) -> None:
         """Load every point, or with a memory budget none until it is used.
 
         With a state directory the points are baked under it (`server.baking`), once per host and
-        runtime: all of them then share memory. Without one, each holds its own copy.
+        runtime: all of them then share memory. Without one, each holds its own copy. What is baked
+        is copied to huge pages, where there are any and (auto) it takes little more memory; else,
+        and with a memory budget, it is mapped.
 
         Raises:
             EngineError: the provider is not installed, or ONNX Runtime refuses a graph.
@@ -65,6 +69,9 @@ class Engine:
         self._input, self._output = artifact.manifest.input, artifact.manifest.output
         self._state_dir = state_dir if provider == "cpu" else None
         self._baked = self._bake()
+        self._huge = self._copied(huge_pages) if memory_budget_bytes is None else None
+        if self._huge:
+            self.runtime += (("weights", "huge pages"),)
         self._sessions = Residency(self._session, self._size_bytes, memory_budget_bytes)
         if memory_budget_bytes is None:
             for point in range(len(artifact.points)):
@@ -75,6 +82,11 @@ class Engine:
     def resident(self) -> tuple[int, ...]:
         """Return the points in memory, least recently used first."""
         return self._sessions.resident
+
+    @property
+    def has_huge_pages(self) -> bool:
+        """Return whether weights are in huge pages of this process, not mapped from a file."""
+        return self._huge is not None
 
     def warm_up(self) -> None:
         """Run one sample through each point in memory: a first run takes several times as long."""
@@ -149,6 +161,16 @@ class Engine:
             raise EngineError(f"{self.artifact.path}: ONNX Runtime refuses it: {error}") from error
         return None
 
+    def _copied(self, when: When) -> HugePages | None:
+        if when == "never" or self._baked is None or not huge_pages_exist():
+            return None
+        if when == "auto" and not are_worth_it(self._baked):
+            return None
+        try:
+            return HugePages(self._baked.weights_path, self._baked.plain_bytes)
+        except OSError:
+            return None  # too little memory, or pruned meanwhile: mapped
+
     def _session(self, point: int) -> ort.InferenceSession:
         options = session_options(self.intra_op_threads)
         options.add_session_config_entry("session.use_env_allocators", "1")
@@ -161,6 +183,8 @@ class Engine:
             path = self._baked.graph_path(point)
             # It is optimised; another pass would copy constants that are shared.
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            if self._huge:
+                self._huge.give(self._baked.plain(point), options)
         try:
             session = ort.InferenceSession(path, options, [_PROVIDERS[self.provider]])
         except Exception as error:  # ONNX Runtime's own classes share no base but this

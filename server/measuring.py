@@ -73,12 +73,14 @@ class HostModel:
         Raises:
             EngineError: the provider is not installed, or ONNX Runtime refuses the artifact.
         """
+        wish, shared = self.settings.huge_pages, self.workers > 1  # one file for all workers
         return Engine(
             points,
             intra_op_threads=threads or self.threads,
             provider=self.settings.provider,
             state_dir=self.settings.state_dir,
             memory_budget_bytes=self.settings.memory_budget_mib * 2**20 or None,
+            huge_pages="never" if shared and wish == "auto" else wish,
         )
 
     def engine_of(self, profile: Profile) -> Engine:

@@ -36,6 +36,9 @@ class Settings(BaseSettings):
     provider: Literal["cpu", "cuda"] = "cpu"
     # Weights in memory; 0 keeps every point there, else those last used that fit.
     memory_budget_mib: Annotated[int, Field(ge=0)] = 0
+    # Weights of all points in memory of the server's own; auto: in one worker, where that takes
+    # little more. With a memory budget they never are.
+    huge_pages: Literal["auto", "always", "never"] = "auto"
     # What chooses point and batch: ours, with or without time left for what may come on an idle
     # host, or another to compare them with.
     policy: PolicyName = OURS

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import settings
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from benchmarks.networks import resnet18
 from maestro_core import artifact, graph
 from maestro_core.artifact import (
     Artifact,
@@ -135,6 +136,14 @@ def tiny_settings(root: Path, **given: Any) -> Settings:
         calibration_budget_s=0.5,
         **given,
     )
+
+
+@pytest.fixture(scope="session")
+def small_resnet(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Return ResNet-18 with random weights and three points, which share most of them."""
+    network = resnet18()
+    chain = [network.uniform(share) for share in (0.25, 0.5, 0.75)]
+    return network.save(tmp_path_factory.mktemp("resnet") / "resnet18.maestro", chain)
 
 
 @pytest.fixture

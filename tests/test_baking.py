@@ -10,7 +10,6 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from benchmarks.networks import Network, resnet18
 from maestro_core.artifact import Artifact
 from server.baking import Baked, BakeError, bake
 from server.engine import Engine, session_options
@@ -23,13 +22,6 @@ def baked(artifact: Artifact, directory: Path, key: str = "this host") -> Baked:
 
 def stamp(directory: Path) -> int:
     return (directory / "baked.json").stat().st_ino
-
-
-@pytest.fixture(scope="module")
-def small_resnet(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    network: Network = resnet18()
-    chain = [network.uniform(share) for share in (0.25, 0.5, 0.75)]
-    return network.save(tmp_path_factory.mktemp("resnet") / "resnet18.maestro", chain)
 
 
 def test_points_share_what_they_have_in_common(small_resnet: Artifact, tmp_path: Path) -> None:
