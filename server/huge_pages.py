@@ -33,14 +33,12 @@ def huge_pages_exist() -> bool:
 
 
 def are_worth_it(baked: Baked) -> bool:
-    """Return whether weights fill a huge page, and points share most of theirs.
+    """Return whether the copy fills a huge page and is at most twice the largest point's weights.
 
-    Those of all points together are then at most twice those of the largest.
+    It is more where points share little.
     """
-    points = range(len(baked.pages))
-    largest = max(baked.mapped_bytes([point]) for point in points)
-    together = baked.mapped_bytes(points)
-    return baked.plain_bytes >= _SIZE_BYTES and together <= _MOST * largest
+    largest = max(baked.mapped_bytes([point]) for point in range(len(baked.pages)))
+    return _SIZE_BYTES <= baked.plain_bytes <= _MOST * largest
 
 
 class HugePages:

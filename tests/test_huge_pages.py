@@ -113,11 +113,10 @@ def test_points_that_are_not_baked_have_none(small_resnet: Artifact, kernel: Pat
 def test_points_that_share_little_or_are_small_are_not_worth_it(
     tiny_artifact: Artifact, tmp_path: Path
 ) -> None:
-    share = (((0, 8 * 2**20),), ((0, 9 * 2**20),))
-    apart = (((0, 9 * 2**20),), ((9 * 2**20, 9 * 2**20),), ((18 * 2**20, 2**20),))
+    points = (((0, 8 * 2**20),), ((0, 9 * 2**20),))
 
-    assert are_worth_it(Baked(tmp_path, share, 9 * 2**20))
-    assert not are_worth_it(Baked(tmp_path, apart, 19 * 2**20))
+    assert are_worth_it(Baked(tmp_path, points, plain_bytes=18 * 2**20))
+    assert not are_worth_it(Baked(tmp_path, points, plain_bytes=19 * 2**20))
     assert not are_worth_it(baked(tiny_artifact, tmp_path / "baked"))
 
 
