@@ -2,6 +2,7 @@
 
 import asyncio
 import fcntl
+import signal
 import socket
 import subprocess
 import sys
@@ -402,6 +403,26 @@ def test_a_calibration_is_known_to_all_and_ends_when_any_says_so(tmp_path: Path)
     with_hub(run, tmp_path)
 
 
+def test_a_worker_whose_event_loop_stands_still_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.processes.hub._HUNG_S", 0.1)
+
+    async def run(hub: Hub) -> None:
+        well, hung = FakeWorker(hub, 0), FakeWorker(hub, 1)
+        assert await hub.answers(0), "it has not joined yet"
+        await well.join()
+        await hung.join()
+        monkeypatch.setattr(hung.channel, "_take", lambda _message: None)
+
+        assert await hub.answers(0)
+        assert not await hub.answers(1)
+        hung.die()
+        assert await hub.answers(1), "it has ended"
+
+    with_hub(run, tmp_path)
+
+
 def test_a_profile_that_a_worker_cannot_use_fails_the_calibration_for_all(tmp_path: Path) -> None:
     async def run(hub: Hub) -> None:
         one, other = FakeWorker(hub, 0), FakeWorker(hub, 1)
@@ -501,3 +522,19 @@ def test_a_worker_that_cannot_be_replaced_does_not_end_those_that_serve() -> Non
     hub.serves = False
     with pytest.raises(WorkersError, match="worker 0 ended 5 times before it served: no such file"):
         supervisor._judge(0, "no such file", failures=5)
+
+
+def test_a_worker_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.processes.supervisor._LOOK_S", 0.01)
+    looks = iter([True, True, False])
+
+    async def answers(_index: int) -> bool:
+        return next(looks)
+
+    async def main() -> int:
+        hub: Any = SimpleNamespace(answers=answers)
+        process = await asyncio.create_subprocess_exec("sleep", "60")
+        await _Supervisor(hub, [], {})._watch(0, process)
+        return await process.wait()
+
+    assert asyncio.run(main()) == -signal.SIGKILL

@@ -317,6 +317,22 @@ def test_a_worker_that_is_killed_costs_what_it_held_and_is_replaced(
         assert answered(address) > len(callers.statuses) - TOGETHER - held
 
 
+def test_a_worker_that_stands_still_is_replaced(
+    server: Server, tiny: Artifact, state: Path
+) -> None:
+    del server
+    sooner = (
+        "from server.processes import hub, supervisor; hub._HUNG_S = 1.0; supervisor._LOOK_S = 0.1"
+    )
+    with server_process(state, tiny.path, sooner, **TWO) as (address, process):
+        one, other = until(lambda: serving(process, 2))
+        os.kill(one, signal.SIGSTOP)
+
+        until(lambda: not exists(one))
+        assert other in until(lambda: serving(process, 2))
+        assert httpx.post(f"{address}/infer", json=BODY).status_code == 200
+
+
 def test_sigterm_under_load_ends_all_and_loses_no_answer(
     server: Server, tiny: Artifact, state: Path
 ) -> None:

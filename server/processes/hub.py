@@ -29,6 +29,9 @@ T = TypeVar("T")
 
 # A worker that hangs does not hold up the metrics of the others.
 _GAUGE_S = 1.0
+# Its event loop stands still if it answers neither of two calls that have so long each: of one, it
+# may be this process that stood still.
+_HUNG_S = 15.0
 
 
 class Hub:
@@ -79,6 +82,19 @@ class Hub:
         accepted = self._board.connections[index] != counters.ACCEPTS_NONE
         self._board.connections[index] = counters.ACCEPTS_NONE
         return accepted
+
+    async def answers(self, index: int) -> bool:
+        """Return whether a worker's event loop turns. One that has not joined, or ends, may."""
+        member = self._members.get(index)
+        if member is None:
+            return True
+        for _ in range(2):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_HUNG_S):
+                    with suppress(LostError):
+                        await member.call("beat")
+                    return True
+        return False
 
     async def _join(
         self, index: int, channel: Channel, stored: str | None

@@ -1,4 +1,4 @@
-"""Starts the workers, replaces one that ends, and ends with all. Knows no HTTP, runs no model."""
+"""Starts the workers, replaces one that ends or hangs, and ends with all. No HTTP, no model."""
 
 import asyncio
 import logging
@@ -30,6 +30,7 @@ _MOST_FAILURES = 3
 # takes a core for seconds, of those that the others serve on.
 _SHORT_LIFE_S = 60.0
 _LONGEST_PAUSE_S = 30.0
+_LOOK_S = 5.0  # between two looks whether a worker hangs
 
 
 class WorkersError(Exception):
@@ -130,7 +131,9 @@ class _Supervisor:
                 self._judge(place.index, f"it cannot be started: {error.strerror}", failures)
                 await self._pause(pause_s(failures))
                 continue
+            watch = asyncio.create_task(self._watch(place.index, worker.process))
             status = await worker.process.wait()
+            watch.cancel()
             await worker.talk  # what it said last
             served = self._hub.left(place.index) or status == 0  # told to end by somebody
             failures = 0 if served else failures + 1
@@ -140,6 +143,14 @@ class _Supervisor:
             if self._ending is None:
                 self._judge(place.index, worker.reason or _what(status), failures)
                 await self._pause(pause_s(max(short_lives, failures)))
+
+    async def _watch(self, index: int, process: Process) -> None:
+        """Kill a worker that hangs: what it holds is lost, and what waits for it would wait on."""
+        while await self._hub.answers(index):
+            await asyncio.sleep(_LOOK_S)
+        log.warning("worker %d hangs, and is killed", index)
+        with suppress(ProcessLookupError):
+            process.kill()
 
     async def _pause(self, seconds: float) -> None:
         """Wait so long, or until the workers are told to end."""

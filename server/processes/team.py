@@ -136,6 +136,8 @@ class Team:
                 self.last_job = Job(**given)
             case "gauge":
                 self._hands.gauge()
+            case "beat":
+                pass  # to answer is all
         return None
 
     def _begun(self, given: dict[str, Any]) -> Effort:
