@@ -1,14 +1,14 @@
 """`maestro bench overhead`: what a server adds to a network, ours beside others with the same one.
 
 The floor is a FastAPI handler written by hand around ONNX Runtime. Every server is up all along, on
-cores apart from the one that sends. A round takes the loads in random order: one connection,
-sixteen, Poisson arrivals at a share of what the floor answers over sixteen, and lone requests, each
-after a pause, while all other servers stand still; and for each load all servers, one right after
-the other, in random order too. Ratios are of one round, and medians over the rounds: a host whose
-speed changes meanwhile changes both. All run the same point, from the same file, with as many
-threads. Ours answers from `/infer` with that point named, everything else as it comes: prediction,
-queue, metrics and headers included. A second one of ours, that is not kept warm while nobody asks,
-gets the lone requests alone.
+cores apart from the one that sends, and stands still while another is asked. A round takes the
+loads in random order: one connection, sixteen, Poisson arrivals at a share of what the floor
+answers over sixteen, and lone requests, each after a pause; and for each load all servers, one
+right after the other, in random order too. Ratios are of one round, and medians over the rounds: a
+host whose speed changes meanwhile changes both. All run the same point, from the same file, with as
+many threads. Ours answers from `/infer` with that point named, everything else as it comes:
+prediction, queue, metrics and headers included. A second one of ours, that is not kept warm while
+nobody asks, gets the lone requests alone.
 """
 
 import argparse
@@ -111,9 +111,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = artifact.load(chosen.artifact) if chosen.artifact else _lenet(folder)
         point = max(range(len(model.points)), key=lambda i: model.points[i].score.value)
         profiled(model, folder, serving, quick=chosen.quick)
-        ours = stack.enter_context(our_server(model, folder, OURS, serving))
-        not_warm = our_server(model, folder, OURS, serving, MAESTRO_KEEP_WARM_MS="0")
-        ours_too = stack.enter_context(not_warm)
+        kept_warm = our_server(model, folder, OURS, serving, MAESTRO_KEEP_WARM_MS="100")
+        ours = stack.enter_context(kept_warm)
+        ours_too = stack.enter_context(our_server(model, folder, OURS, serving))
         addresses = {OURS: ours.address, NOT_WARM: ours_too.address}
         signals: Signals = {
             OURS: partial(os.kill, ours.pid),
@@ -210,23 +210,23 @@ class Bench:
         call = self._calls[name, form]
         settle(self._serving)
         connections = 1 if load in ("one", LONE) else MANY
-        asyncio.run(closed_loop(call, connections, self._seconds / 10))
-        if load == LONE:
-            after_pauses_s = [PAUSE_S * i for i in range(1, LONE_REQUESTS + 1)]
-            with stopped(send for other, send in self._signals.items() if other != name):
+        with stopped(send for other, send in self._signals.items() if other != name):
+            asyncio.run(closed_loop(call, connections, self._seconds / 10))
+            if load == LONE:
+                after_pauses_s = [PAUSE_S * i for i in range(1, LONE_REQUESTS + 1)]
                 return asyncio.run(open_loop(call, after_pauses_s))
-        if load != "poisson":
-            return asyncio.run(closed_loop(call, connections, self._seconds))
-        rng = np.random.default_rng(seed)  # the same arrivals for every server
-        count = max(1, round(self._rates[form] * self._seconds))
-        arrivals_s = rng.exponential(1 / self._rates[form], count).cumsum()
-        return asyncio.run(open_loop(call, arrivals_s.tolist()))
+            if load != "poisson":
+                return asyncio.run(closed_loop(call, connections, self._seconds))
+            rng = np.random.default_rng(seed)  # the same arrivals for every server
+            count = max(1, round(self._rates[form] * self._seconds))
+            arrivals_s = rng.exponential(1 / self._rates[form], count).cumsum()
+            return asyncio.run(open_loop(call, arrivals_s.tolist()))
 
 
 @contextmanager
 def stopped(signals: Iterable[Callable[[int], object]]) -> Iterator[None]:
-    """Let servers stand still inside: those that do something now and then keep what all use in
-    the caches."""
+    """Let servers stand still inside: those that do something now and then take time of the one
+    that is asked, or keep what all use in the caches."""
     given = list(signals)
     for send in given:
         send(signal.SIGSTOP)

@@ -178,11 +178,15 @@ def _run(
     workers: int = 1,
     variables: Mapping[str, str] = NONE,
 ) -> Process:
-    """Start the program on `cores`."""
+    """Start the program on `cores`.
+
+    Kept warm, servers that are not asked would take time of the one that is.
+    """
     settings = {
         "MAESTRO_STATE_DIR": str(folder),
         "MAESTRO_THREADS": str(max(1, len(cores) // workers)),
         "MAESTRO_MAX_QUEUE": str(scenarios.MAX_QUEUE),
+        "MAESTRO_KEEP_WARM_MS": "0",
         **variables,
     }
     # -P: the server that is installed, as this program is, not one of the directory we are in.

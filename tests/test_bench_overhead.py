@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import os
+import signal
 import sys
 import urllib.request
 from collections.abc import Awaitable, Callable
@@ -200,6 +201,34 @@ def test_ratios_are_of_one_round_and_their_median_is_told() -> None:
     assert overhead.over_rivals(("maestro", "json", "many"), found) == {
         "per_s_over": {"mosec": 3.0}
     }
+
+
+def test_a_server_stands_still_while_another_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[str, int]] = []
+    during: list[list[tuple[str, int]]] = []
+
+    async def load(_call: Call, *_: object) -> tuple[Latencies, float]:
+        during.append(list(sent))
+        return Latencies([1.0]), 1.0
+
+    for name in ("closed_loop", "open_loop"):
+        monkeypatch.setattr(overhead, name, load)
+    monkeypatch.setattr(overhead, "settle", lambda _: None)
+    names = ("floor", "maestro", "mosec")
+    calls = {(name, form): Call("", "", b"") for name in names for form in overhead.FORMS}
+
+    def signal_to(name: str) -> Callable[[int], object]:
+        return lambda number: sent.append((name, number))
+
+    signals = {name: signal_to(name) for name in names}
+    bench = overhead.Bench(calls, 1.0, 0.5, set(), signals)
+
+    for of in overhead.LOADS:
+        sent.clear()
+        during.clear()
+        bench._run(("maestro", "json", of), seed=0)
+        assert {*during[-1]} == {("floor", signal.SIGSTOP), ("mosec", signal.SIGSTOP)}
+        assert sent[-2:] == [("floor", signal.SIGCONT), ("mosec", signal.SIGCONT)]
 
 
 @pytest.mark.parametrize("wrong", [["--share", "1"], ["--rival", "nginx=x"]])
