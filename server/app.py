@@ -16,6 +16,7 @@ from server import oip_routes, routes, simple, tracing
 from server.bodies import Bodies
 from server.direct import Direct, DirectCalls
 from server.errors import PROBLEM_TYPE, InternalError, InvalidError, ServiceError
+from server.http import Written, refusal
 from server.page import page
 from server.schemas import Problem
 from server.service import Service
@@ -90,19 +91,10 @@ def _any_error() -> dict[str, Any]:
     }
 
 
-def _problem(error: ServiceError) -> Response:
-    return Response(
-        orjson.dumps(error.problem()),
-        error.status,
-        headers=error.headers(),
-        media_type=PROBLEM_TYPE,
-    )
-
-
 def _refused(service: Service, path: str, error: ServiceError) -> Response:
     """Return what an error is answered with, counted where an inference was asked for."""
     _count(service, path, error.code, error.members.get("reason"))
-    return _problem(error)
+    return Written(*refusal(error))
 
 
 def _count(service: Service, path: str, code: str, reason: str | None = None) -> None:
@@ -123,7 +115,7 @@ def _add_errors(app: FastAPI, service: Service, routers: Sequence[APIRouter]) ->
     async def invalid(_request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"][1:])
-        return _problem(InvalidError(f"{name or 'the body'}: {first['msg']}"))
+        return Written(*refusal(InvalidError(f"{name or 'the body'}: {first['msg']}")))
 
     @app.exception_handler(HTTPException)
     async def routed(request: Request, error: HTTPException) -> Response:

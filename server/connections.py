@@ -44,8 +44,8 @@ class Limits:
 class UnderWay(Protocol):
     """A request that was begun."""
 
-    def answer(self, outcome: Any) -> tuple[Iterable[tuple[bytes, bytes]], bytes]:  # noqa: ANN401
-        """Return headers and body of a status 200, or raise what is answered instead."""
+    def answer(self, outcome: Any) -> tuple[int, Iterable[tuple[bytes, bytes]], bytes]:  # noqa: ANN401
+        """Return status, headers and body, or raise what the application is to answer."""
 
     def give_up(self) -> None:
         """Forget it: the client hung up."""
@@ -113,8 +113,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     A request whose body is small waits for it here, and is begun by the `whole` of `limited` where
     that takes it: without a task, without coroutines, and answered with one write: the application
-    takes longer. It has all others, and errors are its to answer, but for what is no request: that
-    is refused here, once those before it are answered, and ends the connection.
+    takes longer. It has all others, and answers errors that nobody foresaw. What is no request is
+    refused here, once those before it are answered, and ends the connection.
     """
 
     def __init__(self, together: Together, *given: Any, **named: Any) -> None:  # noqa: ANN401
@@ -315,13 +315,13 @@ class LimitedProtocol(HttpToolsProtocol):
         if under_way is None:
             return
         try:
-            headers, body = under_way.answer(outcome)
+            status, headers, body = under_way.answer(outcome)
         except Exception as error:
             cycle.scope["state"][FAILED] = error
             self._hand_on(cycle, app)
             return
         if not cycle.disconnected:
-            _write(cycle, headers, body)
+            _write(cycle, status, headers, body)
 
     def _watch(self) -> None:
         """Let the time-out run while the client is waited for: to send a request whole, or to
@@ -364,10 +364,10 @@ def _refused(why: str) -> bytes:
 
 
 def _write(
-    cycle: RequestResponseCycle, headers: Iterable[tuple[bytes, bytes]], body: bytes
+    cycle: RequestResponseCycle, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes
 ) -> None:
-    """Send an answer with status 200, as two of the application's messages would."""
-    parts = [STATUS_LINE[200]]
+    """Send an answer, as two of the application's messages would."""
+    parts = [STATUS_LINE[status]]
     for name, value in (*cycle.default_headers, *headers):
         parts += (name, b": ", value, b"\r\n")
     parts += (b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n", body)

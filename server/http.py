@@ -12,7 +12,7 @@ from starlette.datastructures import QueryParams, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.types import Message
 
-from server.errors import BadRequestError, InvalidError
+from server.errors import PROBLEM_TYPE, BadRequestError, InvalidError, ServiceError
 
 Header = tuple[bytes, bytes]
 Headers = Mapping[bytes, bytes]
@@ -49,12 +49,23 @@ class Json(Response):
         return to_json(content)
 
 
-class Inferred(Response):
-    """An inference's answer, of bytes; headers that are text would first be encoded."""
+class Written(Response):
+    """A status, headers and a body that are bytes; headers that are text would first be encoded."""
 
-    def __init__(self, body: bytes, headers: list[Header]) -> None:
-        self.status_code, self.background, self.body = 200, None, body
+    def __init__(self, status: int, headers: list[Header], body: bytes) -> None:
+        self.status_code, self.background, self.body = status, None, body
         self.raw_headers = headers
+
+
+def refusal(error: ServiceError) -> tuple[int, list[Header], bytes]:
+    """Return what a request is answered with that ends in an error."""
+    body = orjson.dumps(error.problem())
+    headers = [
+        (b"content-type", PROBLEM_TYPE.encode()),
+        (b"content-length", b"%d" % len(body)),
+        *((name.lower().encode(), value.encode()) for name, value in error.headers().items()),
+    ]
+    return error.status, headers, body
 
 
 @lru_cache(maxsize=128)

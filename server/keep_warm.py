@@ -24,7 +24,6 @@ from server import inputs, pictures
 from server.bodies import Bodies
 from server.connections import Limits, limited
 from server.direct import FAILED
-from server.errors import ServiceError
 from server.service import Service
 from server.simple import INFER, NPY, Whole
 from server.stand_in import StandIn
@@ -116,13 +115,9 @@ class _Nowhere(asyncio.Transport):
 
 
 async def _failed(scope: Scope, _receive: Receive, send: Send) -> None:
-    """Answer what `Whole` could not: a host that stands still for a while may leave no time."""
-    error, status = scope["state"].get(FAILED), 500
-    if isinstance(error, ServiceError):
-        status = error.status
-    else:
-        log.error("a request of the server's own failed", exc_info=error)
-    await send({"type": "http.response.start", "status": status, "headers": []})
+    """Answer what `Whole` could not."""
+    log.error("a request of the server's own failed", exc_info=scope["state"].get(FAILED))
+    await send({"type": "http.response.start", "status": 500, "headers": []})
     await send({"type": "http.response.body"})
 
 

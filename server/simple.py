@@ -19,13 +19,14 @@ from server.dispatcher import Tell
 from server.errors import ServiceError, UnsupportedMediaError
 from server.http import (
     Header,
-    Inferred,
     Pairs,
+    Written,
     form_file,
     header_targets_ms,
     headers_of,
     media_type,
     query_of,
+    refusal,
     to_json,
 )
 from server.schemas import InferParameters, parse_parameters
@@ -73,7 +74,7 @@ def infer_call(service: Service, bodies: Bodies) -> Call:
             result = await service.infer(x, parameters, arrived_s, request.receive)
         fields, answer, content = _answer(service, served, parameters, result, arrived_s)
         scope[tracing.ANSWER] = content
-        return Inferred(answer, fields)
+        return Written(200, fields, answer)
 
     return infer
 
@@ -124,25 +125,37 @@ class UnderWay:
     _here: tracing.Trace
     _leave: Callable[[], None]
 
-    def answer(self, outcome: Inference | ServiceError) -> tuple[list[Header], bytes]:
-        """Return the headers and the body of the answer.
-
-        Raises:
-            ServiceError: the outcome.
-        """
+    def answer(self, outcome: Inference | ServiceError) -> tuple[int, list[Header], bytes]:
+        """Return status, headers and body of the answer."""
         self._body.give_back()
         if isinstance(outcome, ServiceError):
-            raise outcome
+            return _refused(self._service, outcome, self._here)
         headers, body, _ = _answer(
             self._service, self._artifact, self._parameters, outcome, self._arrived_s
         )
         headers += self._here.headers()
-        return headers, body
+        return 200, headers, body
 
     def give_up(self) -> None:
         """Forget it: the client hung up."""
         self._body.give_back()
         self._leave()
+        self._service.counting.refused("client-gone")
+
+
+@dataclass(slots=True)
+class Refused:
+    """One that was refused when it was to begin, and is to be told so."""
+
+    _service: Begins
+    _here: tracing.Trace
+
+    def answer(self, outcome: ServiceError) -> tuple[int, list[Header], bytes]:
+        """Return status, headers and body of the answer."""
+        return _refused(self._service, outcome, self._here)
+
+    def give_up(self) -> None:
+        """Forget it: the client hung up."""
         self._service.counting.refused("client-gone")
 
 
@@ -154,13 +167,10 @@ class Whole:
     def __init__(self, service: Begins, bodies: Bodies) -> None:
         self._service, self._bodies = service, bodies
 
-    def begin(self, scope: Mapping[str, Any], body: bytes, tell: Tell) -> UnderWay | None:
+    def begin(self, scope: Mapping[str, Any], body: bytes, tell: Tell) -> UnderWay | Refused | None:
         """Return the inference that a request asks for; None: it goes the usual way.
 
         `tell` gets its outcome, unless it is given up.
-
-        Raises:
-            ServiceError: it is refused.
         """
         arrived_s = time.monotonic()
         headers = headers_of(scope)
@@ -169,14 +179,18 @@ class Whole:
         if is_odd or pictures.takes_long(body):
             return None
         service = self._service
-        service.serving()
         held = self._bodies.one()
         try:
+            service.serving()
             held.hold(len(body))
             x, given = _input(kind, body, service)
             parameters = parse_parameters(query_of(scope), given, header_targets_ms(headers))
             served = service.artifact  # a search may replace it meanwhile
             leave = service.begin(x, parameters, arrived_s, tell)
+        except ServiceError as error:
+            held.give_back()
+            asyncio.get_running_loop().call_soon(tell, error)
+            return Refused(service, tracing.read(headers))
         except BaseException:
             held.give_back()
             raise
@@ -215,6 +229,16 @@ def _answer(
         (b"server-timing", _timing(content)),
     ]
     return headers, body, content
+
+
+def _refused(
+    service: Begins, error: ServiceError, here: tracing.Trace
+) -> tuple[int, list[Header], bytes]:
+    """Return the answer to a request that is refused, counted."""
+    service.counting.refused(error.code, error.members.get("reason"))
+    status, headers, body = refusal(error)
+    headers += here.headers()
+    return status, headers, body
 
 
 def _timing(content: dict[str, Any]) -> bytes:

@@ -56,10 +56,10 @@ class UnderWay:
         self.tell = tell
         self.is_given_up = False
 
-    def answer(self, outcome: bytes | Exception) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    def answer(self, outcome: bytes | Exception) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
         if isinstance(outcome, Exception):
             raise outcome
-        return [(b"content-length", str(len(outcome)).encode())], outcome
+        return 200, [(b"content-length", str(len(outcome)).encode())], outcome
 
     def give_up(self) -> None:
         self.is_given_up = True

@@ -84,9 +84,12 @@ class Hub:
         return accepted
 
     async def answers(self, index: int) -> bool:
-        """Return whether a worker's event loop turns. One that has not joined, or ends, may."""
+        """Return whether a worker's event loop turns. Before it serves, and after, nobody asks.
+
+        To start takes as long as a network needs.
+        """
         member = self._members.get(index)
-        if member is None:
+        if member is None or self._board.connections[index] == counters.ACCEPTS_NONE:
             return True
         for _ in range(2):
             with suppress(TimeoutError):
