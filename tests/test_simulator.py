@@ -54,6 +54,20 @@ def test_a_steady_host_gives_the_times_that_follow_by_hand() -> None:
     assert outcome.accuracy.tolist() == [0.76] * 4
 
 
+def test_who_is_refused_delays_the_others_by_what_that_takes() -> None:
+    host = quantiles(1.0)
+    full = replace(
+        replica(host),
+        scheduler=Scheduler(host.latencies(), policy=fixed(2), sheds=False, max_queue=1),
+        request_ms=1.0,
+    )
+
+    outcome = simulate(workload([0, 1, 2], 40), [full])
+
+    # Half a ms to receive each, and to refuse the last: 1.5 ms of the first batch, which takes 8.
+    assert outcome.latency_ms.tolist() == pytest.approx([10.5, 18.0, math.nan], nan_ok=True)
+
+
 def test_receiving_and_answering_delay_the_engine_by_what_they_take() -> None:
     alone = replica(quantiles(1.0, overhead_ms=0.5), point=2)
 

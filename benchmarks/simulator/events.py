@@ -50,7 +50,8 @@ class Replica:
     """One server: its scheduler, and the host that it runs on.
 
     request_ms: what a request takes of the core that receives and answers, half of it before it is
-    taken in, half after its batch. While a batch computes, that is taken from it.
+    taken in, half after its batch, or when it is refused or given up. While a batch computes, that
+    is taken from it.
     batch_ms: what a batch takes there, half of it before it computes, half after. With both 0,
     answers take the profile's overhead.
     """
@@ -147,9 +148,21 @@ class _Run:
     def _submit(self, at: int, i: int, target_ms: float, now: float) -> None:
         scheduler = self._schedulers[at]
         request = Request(str(i), now, now + target_ms / 1e3)
-        admitted = isinstance(scheduler.submit(request, now), Admitted)
-        if admitted and (scheduler.has_slot or scheduler.preempts):
+        outcome = scheduler.submit(request, now)
+        if not isinstance(outcome, Admitted):
+            self._refuse(at, 1, now)
+            return
+        self._refuse(at, len(outcome.displaced), now)
+        if scheduler.has_slot or scheduler.preempts:
             self._dispatch(at, now)
+
+    def _refuse(self, at: int, count: int, now: float) -> None:
+        """Tell so many requests that they are not served."""
+        front = self._fronts[at]
+        if count and front.counts:
+            front.busy_until(now, count * front.request_s)
+            if self._schedulers[at].running:
+                front.taken_s += count * front.request_s
 
     def _finish(self, now: float, _: int, at: int, what: int, ms: float) -> None:
         """Do what is due: a request received, a wake-up, or a batch that ends (its number, ms; NaN
@@ -197,6 +210,7 @@ class _Run:
         scheduler, replica = self._schedulers[at], self._replicas[at]
         while scheduler.waiting and (scheduler.has_slot or scheduler.preempts):
             plan = self._planned(scheduler, now)
+            self._refuse(at, len(plan.expired), now)
             if plan.preempt is not None:
                 _, took_ms = self._running[at, plan.preempt]
                 self._push(now + took_ms / OPERATORS / 1e3, at, plan.preempt, math.nan)
