@@ -414,6 +414,8 @@ def test_a_worker_whose_event_loop_stands_still_does_not_answer(
         await well.join()
         await hung.join()
         monkeypatch.setattr(hung.channel, "_take", lambda _message: None)
+        assert await hub.answers(1), "it does not serve yet"
+        hub._board.connections[0] = hub._board.connections[1] = 0
 
         assert await hub.answers(0)
         assert not await hub.answers(1)
