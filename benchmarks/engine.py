@@ -127,6 +127,8 @@ def _speed(engines: Mapping[str, Engine], state_dir: Path, budget_s: float) -> d
         clock=time.perf_counter,
     )
     cells = {(*divmod(cell.point, len(ways)), cell.batch): cell for cell in measured.latencies}
+    if len(cells) < len(ways) * len(points) * len(BATCHES):
+        raise ValueError(f"--budget-s {budget_s:g} leaves no time for each point of {model.path}")
     found: dict[str, Any] = {"stopped_on": measured.stopped_on}
     for way, name in enumerate(engines, 1):
         rows = [
