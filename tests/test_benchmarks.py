@@ -75,6 +75,33 @@ def test_every_split_of_the_cores_is_compared(tiny_artifact: Artifact, tmp_path:
     assert all(row["n"] > 0 and row["samples_per_s"] > 0 for row in rows)
 
 
+def test_cells_are_judged_by_their_own_export_and_by_the_last_point() -> None:
+    times_ms = {(0, 1): (1.0, 1.1), (1, 1): (2.0, 1.9), (0, 8): (8.3, 8.0), (1, 8): (8.0, 8.1)}
+    rows = [
+        {
+            "point": point,
+            "batch": batch,
+            "engine_p50_ms": ours,
+            "alone_p50_ms": alone,
+            "ratio": round(ours / alone, 3),
+        }
+        for (point, batch), (ours, alone) in times_ms.items()
+    ]
+
+    found = engine._over_alone(rows)
+
+    assert found["max_ratio"] == 1.053
+    assert found["over_1.05"] == 1
+    assert found["slower_than_dense_by_2_percent"] == [1, 0]
+
+
+def test_a_budget_too_short_for_every_point_is_refused(
+    tiny_artifact: Artifact, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="--budget-s 1e-09 leaves no time for each point"):
+        engine._speed({"mapped": Engine(tiny_artifact)}, tmp_path, budget_s=1e-9)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_that_of_another_process(tiny_artifact: Artifact, tmp_path: Path) -> None:
     grown = grown_mib(tiny_artifact.path, "never", 5, 1, tmp_path)
