@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, Protocol
 
 import httptools
-import orjson
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
@@ -19,7 +18,8 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 
 from server.direct import FAILED
-from server.errors import PROBLEM_TYPE, BadRequestError
+from server.errors import BadRequestError
+from server.http import refusal
 from server.patience import Patience
 
 # A request's line and headers; the parser itself has no limit.
@@ -358,22 +358,27 @@ def _without_upgrade(
 
 def _refused(why: str) -> bytes:
     """Return the answer to what is no request."""
-    body = orjson.dumps(BadRequestError(why).problem())
-    head = b"content-type: %b\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
-    return STATUS_LINE[400] + head % (PROBLEM_TYPE.encode(), len(body)) + body
+    return _message(*refusal(BadRequestError(why)), keep_alive=False)
 
 
 def _write(
     cycle: RequestResponseCycle, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes
 ) -> None:
     """Send an answer, as two of the application's messages would."""
-    parts = [STATUS_LINE[status]]
-    for name, value in (*cycle.default_headers, *headers):
-        parts += (name, b": ", value, b"\r\n")
-    parts += (b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n", body)
-    cycle.transport.write(b"".join(parts))
+    every = (*cycle.default_headers, *headers)
+    cycle.transport.write(_message(status, every, body, keep_alive=cycle.keep_alive))
     cycle.response_started = cycle.response_complete = True
     cycle.message_event.set()
     if not cycle.keep_alive:
         cycle.transport.close()
     cycle.on_response()
+
+
+def _message(
+    status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes, *, keep_alive: bool
+) -> bytes:
+    parts = [STATUS_LINE[status]]
+    for name, value in headers:
+        parts += (name, b": ", value, b"\r\n")
+    parts += (b"\r\n" if keep_alive else b"connection: close\r\n\r\n", body)
+    return b"".join(parts)

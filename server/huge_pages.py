@@ -1,8 +1,9 @@
 """One copy of the weights of all points in huge pages, which every session reads at one address.
 
-Mapped from a file, weights lie in pages of 4 KiB and, for every session, at other addresses: to
-stream them, a kernel waits for page tables too, above all after another point or a pause. The price
-is memory that the system can't drop, and that no other process shares.
+Mapped from a file, weights lie in pages of 4 KiB and, for every session, at other addresses. In
+huge pages points are faster, supposedly as kernels wait less for page tables
+(benchmarks/results/engine.json). The price is memory that the system can't drop, and that no other
+process shares.
 """
 
 import errno

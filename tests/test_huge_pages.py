@@ -60,10 +60,8 @@ def test_points_share_one_address(small_resnet: Artifact, tmp_path: Path) -> Non
     assert max(ends) == points.plain_bytes
 
 
-def test_an_engine_with_huge_pages_answers_alike(
-    small_resnet: Artifact, tmp_path: Path, kernel: Path
-) -> None:
-    assert kernel.exists()
+@pytest.mark.usefixtures("kernel")
+def test_an_engine_with_huge_pages_answers_alike(small_resnet: Artifact, tmp_path: Path) -> None:
     mapped = Engine(small_resnet, state_dir=tmp_path / "state", huge_pages="never")
     huge = Engine(small_resnet, state_dir=tmp_path / "state", huge_pages="always")
 
@@ -105,8 +103,8 @@ def test_when_they_are_used(
     assert engine.has_huge_pages is used
 
 
-def test_points_that_are_not_baked_have_none(small_resnet: Artifact, kernel: Path) -> None:
-    assert kernel.exists()
+@pytest.mark.usefixtures("kernel")
+def test_points_that_are_not_baked_have_none(small_resnet: Artifact) -> None:
     assert not Engine(small_resnet, huge_pages="always").has_huge_pages
 
 
@@ -127,11 +125,10 @@ def test_a_file_that_ends_too_soon_is_not_used(tmp_path: Path) -> None:
         HugePages(tmp_path / "weights.bin", 6)
 
 
+@pytest.mark.usefixtures("kernel")
 def test_without_memory_for_a_copy_weights_are_mapped(
-    small_resnet: Artifact, tmp_path: Path, kernel: Path, monkeypatch: pytest.MonkeyPatch
+    small_resnet: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert kernel.exists()
-
     def none_left(*_: object) -> None:
         raise OSError("Cannot allocate memory")
 
