@@ -13,6 +13,10 @@ from server.engine import Engine, session_options
 from server.huge_pages import HugePages, When, are_worth_it
 from tests.test_baking import baked
 
+pytestmark = pytest.mark.skipif(
+    not huge_pages._ENABLED.exists(), reason="no kernel with transparent huge pages"
+)
+
 
 @pytest.fixture
 def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
