@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from benchmarks.open_loop import Sent
 from benchmarks.own_server import CoreTime
 from server.dispatcher import INLINE_MS
@@ -39,29 +41,43 @@ class Taken:
             profiled_ms=sum(mean_ms(one.point, one.rows) / one.rows for one in answered),
         )
 
-    @property
-    def slower(self) -> float:
-        """How many times as long computing took as when it was profiled; 1 if nothing was."""
-        return self.computed_ms / self.profiled_ms if self.profiled_ms else 1.0
-
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What the simulator is told of a host (`simulator.events.Replica`)."""
+    """What the simulator is told of a host (`simulator.events.Replica`).
+
+    slower: how many times as long computing took as when it was profiled; 1 if nothing was.
+    """
 
     request_ms: float
     batch_ms: float
     slower: float
 
 
-def demand(taken: Taken, lone: Taken) -> Demand:
-    """Return what a request and a batch take, by requests that shared batches and some that did
-    not: lone ones take both, the others a part of a batch each.
+def demand(parts: Sequence[Taken], alike: Sequence[Taken]) -> Demand:
+    """Return what a request and a batch take in the parts of a run.
+
+    alike: parts of more runs than this, of some of which the batches were larger. They tell how
+    much of what both take is for a batch.
     """
-    each_ms = taken.loop_ms / taken.requests
-    shared = 1 - taken.batches / taken.requests
-    batch_ms = (lone.loop_ms / lone.requests - each_ms) / shared if shared > 0 else 0.0
-    most_ms = taken.loop_ms / taken.batches if taken.batches else 0.0
-    batch_ms = min(max(0.0, batch_ms), most_ms)
-    request_ms = (taken.loop_ms - batch_ms * taken.batches) / taken.requests
-    return Demand(request_ms, batch_ms, taken.slower)
+    request_ms, batch_ms = _each_ms(alike)
+    loop_ms = sum(part.loop_ms for part in parts)
+    requests, batches = sum(part.requests for part in parts), sum(part.batches for part in parts)
+    expected_ms = request_ms * requests + batch_ms * batches
+    scale = loop_ms / expected_ms if expected_ms else 0.0
+    profiled_ms = sum(part.profiled_ms for part in parts)
+    computed_ms = sum(part.computed_ms for part in parts)
+    slower = computed_ms / profiled_ms if profiled_ms else 1.0
+    return Demand(scale * request_ms, scale * batch_ms, slower)
+
+
+def _each_ms(parts: Sequence[Taken]) -> tuple[float, float]:
+    """Return what a request and a batch take of the event loop, neither below 0: least squares."""
+    counts = np.array([(part.requests, part.batches) for part in parts], float)
+    loop_ms = np.array([part.loop_ms for part in parts])
+    both, _, rank, _ = np.linalg.lstsq(counts, loop_ms)
+    if rank == 2 and both.min() >= 0:
+        return float(both[0]), float(both[1])
+    alone = (counts * loop_ms[:, None]).sum(0) / np.maximum(np.square(counts).sum(0), 1e-9)
+    candidates = [(float(alone[0]), 0.0), (0.0, float(alone[1]))]
+    return min(candidates, key=lambda each: float(np.square(counts @ each - loop_ms).sum()))

@@ -237,16 +237,30 @@ async def open_loop(call: Call, arrivals_s: Sequence[float]) -> tuple[Latencies,
 
 
 async def at_their_times(
-    arrivals_s: Sequence[float], send: Callable[[int, float], Awaitable[T]]
+    arrivals_s: Sequence[float],
+    send: Callable[[int, float], Awaitable[T]],
+    resting: Callable[[int], None] = lambda _sent: None,
 ) -> list[T]:
     """Start `send` for each arrival at its time, given its number and perf_counter; return what
-    all have returned. No garbage is collected meanwhile: a pause would count as the server's."""
+    all have returned. No garbage is collected meanwhile: a pause would count as the server's.
+
+    resting: called shortly before an arrival for which the sender waits, where all that was started
+    has returned, with how many that are.
+    """
     gc.collect()
     gc.disable()
     try:
         began_s = time.perf_counter()
-        sent = []
+        sent: list[asyncio.Future[T]] = []
+        returned = 0  # of those started first
         for i, arrival_s in enumerate(arrivals_s):
+            waits_s = began_s + arrival_s - time.perf_counter() - SPIN_S
+            if waits_s > 0:
+                await asyncio.sleep(waits_s)
+                while returned < i and sent[returned].done():
+                    returned += 1
+                if returned == i:
+                    resting(i)
             await _until(began_s + arrival_s)
             sent.append(asyncio.ensure_future(send(i, began_s + arrival_s)))
         return await asyncio.gather(*sent)
@@ -255,8 +269,7 @@ async def at_their_times(
 
 
 async def _until(due_s: float) -> None:
-    """Return at `due_s`, or at once when it has passed, having let others go on."""
-    left_s = due_s - time.perf_counter()
-    await asyncio.sleep(max(0.0, left_s - SPIN_S))
+    """Return at `due_s`, having let others go on at least once."""
+    await asyncio.sleep(0)
     while time.perf_counter() < due_s:
         await asyncio.sleep(0)

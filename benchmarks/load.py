@@ -5,9 +5,10 @@ anew for each load: it remembers bursts. All answer the same requests, one serve
 random order in each round. Latency counts from when a request should have been sent. The simulator
 draws from the profile that the servers use, and is told when each request really went out, and what
 serving took of the cores (`benchmarks.demand`) in the very run that it is set beside: the host's
-speed changes within minutes. Beside it stands what it says by what was measured before: at the same
-load, with other requests, and by lone requests just before each run; without the event loop; and by
-the profile as it was. Rows whose requests went out too late to be that load say so.
+speed changes within minutes. What of that is for a request and what for a batch, all runs of a load
+tell together. Beside it stands what it says by what was measured before, at the same load and with
+other requests; without the event loop; and by the profile as it was. Rows whose requests went out
+too late to be that load say so.
 """
 
 import argparse
@@ -15,10 +16,10 @@ import asyncio
 import math
 import random
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
-from itertools import product
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
 from typing import Any, get_args
@@ -48,9 +49,10 @@ from server.settings import shipped_artifact
 from server.tables import Tables
 
 POLICIES = (*OWN, "largest", "smallest", "slackfit", "infaas")
-# Lone requests: so many. They warm a server up and tell what the way there and back takes; closer
-# together, by so many times the longest latency, what one takes that shares its batch with none.
-LONE, APART_S, CLOSE = 100, 0.02, 1.7
+# Lone requests: so many. They warm a server up and tell what the way there and back takes.
+LONE, APART_S = 100, 0.02
+# A run is in parts of so many requests or more: some have large batches, and others small ones.
+PART = 20
 # Seed of the requests by which is measured beforehand what serving takes.
 BEFOREHAND = 10**6
 AGREE = 0.02  # of targets met, live and simulated
@@ -124,6 +126,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         picture(rows).savefig(out.with_suffix(".png"), dpi=110)
 
 
+@dataclass(frozen=True, slots=True)
+class Live:
+    """What became of a workload, what serving each part of it took, and by how many ms each request
+    went out late."""
+
+    figures: Figures
+    parts: list[Taken]
+    late_ms: Array
+
+
 class Bench:
     """Live servers by policy, and the simulator of the host that they run on.
 
@@ -150,27 +162,29 @@ class Bench:
 
     def compared(self, case: Scenario, rounds: int) -> list[Row]:
         """Return a row per policy: live and simulated figures over the rounds."""
-        live: dict[str, list[Figures]] = {}
-        simulated: dict[str, dict[str, list[Figures]]] = {}
-        before = {policy: self._taken(case, policy, BEFOREHAND) for policy in self._servers}
+        before = {policy: self._live(case, policy, BEFOREHAND) for policy in self._servers}
+        runs: list[tuple[str, int, Live]] = []
         for seed in range(rounds):
             order = list(self._servers)
             random.Random(f"{seed}/{case.name}").shuffle(order)
-            for policy in order:
-                lone = self._lone_taken(policy)
-                found, taken, late_ms = self._live(case, policy, seed)
-                meanwhile = demand(taken, lone)
-                live.setdefault(policy, []).append({**found, **asdict(meanwhile)})
-                told = {
-                    "simulated": meanwhile,
-                    "beforehand": replace(demand(before[policy], lone), slower=lone.slower),
-                    "without_loop": replace(meanwhile, request_ms=0.0, batch_ms=0.0),
-                    "as_profiled": replace(meanwhile, slower=1.0),
-                }
-                runs = simulated.setdefault(policy, {})
-                for name, demanded in told.items():
-                    said = self._simulated(case, policy, seed, demanded, late_ms)
-                    runs.setdefault(name, []).append(said)
+            runs += [(policy, seed, self._live(case, policy, seed)) for policy in order]
+        parts = [part for _, _, run in runs for part in run.parts]
+        parts_before = [part for run in before.values() for part in run.parts]
+        live: dict[str, list[Figures]] = {}
+        simulated: dict[str, dict[str, list[Figures]]] = {}
+        for policy, seed, run in runs:
+            meanwhile = demand(run.parts, parts)
+            live.setdefault(policy, []).append({**run.figures, **asdict(meanwhile)})
+            told = {
+                "simulated": meanwhile,
+                "beforehand": demand(before[policy].parts, parts_before),
+                "without_loop": replace(meanwhile, request_ms=0.0, batch_ms=0.0),
+                "as_profiled": replace(meanwhile, slower=1.0),
+            }
+            own = simulated.setdefault(policy, {})
+            for name, demanded in told.items():
+                said = self._simulated(case, policy, seed, demanded, run.late_ms)
+                own.setdefault(name, []).append(said)
         return [
             {
                 "arrivals": case.arrivals,
@@ -178,62 +192,59 @@ class Bench:
                 "policy": policy,
                 "way_ms": self.way_ms,
                 "live": over_seeds(live[policy]),
-                "simulated": over_seeds(runs["simulated"]),
-                "difference": _difference(live[policy], runs["simulated"], "met"),
+                "simulated": over_seeds(own["simulated"]),
+                "difference": _difference(live[policy], own["simulated"], "met"),
                 **{
-                    f"difference_{name}": _difference(live[policy], runs[name], "met")
+                    f"difference_{name}": _difference(live[policy], own[name], "met")
                     for name in ("beforehand", "without_loop", "as_profiled")
                 },
-                "accuracy_difference": _difference(live[policy], runs["simulated"], "accuracy"),
+                "accuracy_difference": _difference(live[policy], own["simulated"], "accuracy"),
                 "kept_up": _mean(live[policy], "sent_late_of_target") <= KEPT_UP,
             }
-            for policy, runs in simulated.items()
+            for policy, own in simulated.items()
         ]
-
-    def _lone(self, server: Server, apart_s: float) -> list[Sent]:
-        """Return what became of requests that no other waits for."""
-        arrivals_s = [i * apart_s for i in range(LONE)]
-        return self._send(server.address, arrivals_s, [1e4] * LONE)
 
     def _way_ms(self, server: Server) -> float:
         """Return the median of what a lone request takes beyond what the server counts, in ms."""
-        sent = self._lone(server, APART_S)
+        arrivals_s = [i * APART_S for i in range(LONE)]
+        sent = self._send(server.address, arrivals_s, [1e4] * LONE)
         return median(one.latency_ms - one.server_ms for one in sent if one.status == 200)
 
     def _send(
-        self, address: str, arrivals_s: Sequence[float], targets_ms: Sequence[float]
+        self,
+        address: str,
+        arrivals_s: Sequence[float],
+        targets_ms: Sequence[float],
+        resting: Callable[[int], None] = lambda _sent: None,
     ) -> list[Sent]:
         sending = send_all(
-            f"{address}/infer", self._body, "application/x-npy", arrivals_s, targets_ms
+            f"{address}/infer", self._body, "application/x-npy", arrivals_s, targets_ms, resting
         )
         return asyncio.run(sending)
 
-    def _sent(self, server: Server, workload: Workload) -> tuple[list[Sent], Taken]:
-        """Return what became of a workload, and what serving it took."""
-        before = server.core_time()
+    def _sent(self, server: Server, workload: Workload) -> tuple[list[Sent], list[Taken]]:
+        """Return what became of a workload, and what serving each part of it took."""
+        marks = [(0, server.core_time())]
+
+        def mark(sent: int) -> None:
+            if sent - marks[-1][0] >= PART:
+                marks.append((sent, server.core_time()))
+
         arrivals_s, targets_ms = workload.arrivals_s.tolist(), workload.targets_ms.tolist()
-        sent = self._send(server.address, arrivals_s, targets_ms)
-        return sent, Taken.of(sent, server.core_time() - before, self._mean_ms)
-
-    def _taken(self, case: Scenario, policy: str, seed: int) -> Taken:
-        """Return what serving takes at such a load."""
-        workload = case.workload(self._latencies, self._requests, seed, self._trace)
-        return self._sent(self._servers[policy], workload)[1]
-
-    def _lone_taken(self, policy: str) -> Taken:
-        """Return what serving requests takes that share their batches with none."""
-        server, apart_s = self._servers[policy], CLOSE * self._latencies.p50_ms[-1][0] / 1e3
-        before = server.core_time()
-        sent = self._lone(server, apart_s)
-        return Taken.of(sent, server.core_time() - before, self._mean_ms)
+        sent = self._send(server.address, arrivals_s, targets_ms, mark)
+        marks.append((len(sent), server.core_time()))
+        parts = [
+            Taken.of(sent[i:j], until - since, self._mean_ms)
+            for (i, since), (j, until) in pairwise(marks)
+        ]
+        return sent, parts
 
     def _mean_ms(self, point: int, rows: int) -> float:
         return mean_ms(*(self._profile.quantile_ms(point, rows, q) for q in (50, 90, 95, 99)))
 
-    def _live(self, case: Scenario, policy: str, seed: int) -> tuple[Figures, Taken, Array]:
-        """Return figures, what serving took, and by how many ms each request went out late."""
+    def _live(self, case: Scenario, policy: str, seed: int) -> Live:
         workload = case.workload(self._latencies, self._requests, seed, self._trace)
-        sent, taken = self._sent(self._servers[policy], workload)
+        sent, parts = self._sent(self._servers[policy], workload)
         outcome = Outcome(
             replace(workload, targets_ms=workload.targets_ms + self.way_ms),
             np.array([one.latency_ms for one in sent]),
@@ -245,12 +256,12 @@ class Bench:
             "sent_late_p50_ms": float(np.quantile(late_ms, 0.5)),
             "sent_late_p99_ms": float(np.quantile(late_ms, 0.99)),
             "sent_late_of_target": float(np.quantile(late_ms / workload.targets_ms, 0.99)),
-            "batch": taken.requests / taken.batches if taken.batches else math.nan,
+            "batch": _mean_batch(sent),
         }
-        return found, taken, late_ms
+        return Live(found, parts, late_ms)
 
     def _simulated(
-        self, case: Scenario, policy: str, seed: int, taken: Demand, late_ms: Array
+        self, case: Scenario, policy: str, seed: int, told: Demand, late_ms: Array
     ) -> Figures:
         workload = case.workload(self._latencies, self._requests, seed, self._trace)
         sent_s = np.maximum.accumulate(workload.arrivals_s + late_ms / 1e3)
@@ -261,15 +272,21 @@ class Bench:
             replace(workload, arrivals_s=sent_s),
             chosen,
             seed,
-            spell=SlowSpell(0.0, math.inf, taken.slower),
-            request_ms=taken.request_ms,
-            batch_ms=taken.batch_ms,
+            spell=SlowSpell(0.0, math.inf, told.slower),
+            request_ms=told.request_ms,
+            batch_ms=told.batch_ms,
         )
         late_ms = 1e3 * (sent_s - workload.arrivals_s)
         # As with the way of live ones.
-        own = replace(workload, targets_ms=workload.targets_ms + taken.request_ms)
+        own = replace(workload, targets_ms=workload.targets_ms + told.request_ms)
         counted = replace(outcome, workload=own, latency_ms=outcome.latency_ms + late_ms)
         return figures(counted, self._latencies)
+
+
+def _mean_batch(sent: Sequence[Sent]) -> float:
+    """Return the mean of how many requests shared a batch."""
+    shares = [1 / one.rows for one in sent if one.rows]
+    return len(shares) / sum(shares) if shares else math.nan
 
 
 def _mean(runs: Sequence[Figures], name: str) -> float:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import orjson
@@ -32,9 +32,16 @@ class Sent:
 
 
 async def send_all(
-    url: str, body: bytes, media_type: str, arrivals_s: Sequence[float], targets_ms: Sequence[float]
+    url: str,
+    body: bytes,
+    media_type: str,
+    arrivals_s: Sequence[float],
+    targets_ms: Sequence[float],
+    resting: Callable[[int], None] = lambda _sent: None,
 ) -> list[Sent]:
     """Send `body` at each of `arrivals_s`, with its target; return what became of each, in order.
+
+    resting: see `http_load.at_their_times`.
 
     Raises:
         OSError: the server can't be reached.
@@ -52,7 +59,7 @@ async def send_all(
 
     await pool.open()
     try:
-        answers = await at_their_times(arrivals_s, send)
+        answers = await at_their_times(arrivals_s, send, resting)
     finally:
         pool.close()
     return [_sent(answer, MS * late_s, MS * latency_s) for answer, late_s, latency_s in answers]

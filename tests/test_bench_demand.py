@@ -19,16 +19,27 @@ def answered(count: int, rows: int, predicted_ms: float = 5.0) -> list[Sent]:
     return [one] * count
 
 
-def test_lone_requests_tell_what_a_batch_takes_from_what_a_request_does() -> None:
-    # A request takes 0.2 ms and a batch 0.4: sixteen in four batches, and ten alone.
-    shared = taken(answered(16, rows=4), loop_s=(16 * 0.2 + 4 * 0.4) / 1e3, others_s=0.024)
-    lone = taken(answered(10, rows=1), loop_s=10 * 0.6 / 1e3, others_s=0.04)
+def run_of(request_ms: float, batch_ms: float, rows: list[int]) -> list[Taken]:
+    """Return parts of twelve requests each, with so many rows to a batch."""
+    loop_s = [12 * (request_ms + batch_ms / each) / 1e3 for each in rows]
+    return [taken(answered(12, each), s, 0.024) for each, s in zip(rows, loop_s, strict=True)]
 
-    found = demand(shared, lone)
+
+def test_parts_with_larger_batches_tell_what_a_request_takes_from_what_a_batch_does() -> None:
+    parts = run_of(0.2, 0.4, [1, 2, 4, 6])
+
+    found = demand(parts, parts)
 
     assert (found.request_ms, found.batch_ms) == pytest.approx((0.2, 0.4))
-    assert found.slower == pytest.approx(24 / (4 * MEAN_MS))
-    assert lone.slower == pytest.approx(1.0)
+    assert found.slower == pytest.approx(4 * 24 / ((12 + 6 + 3 + 2) * MEAN_MS))
+
+
+def test_runs_alike_tell_how_much_is_for_a_batch_and_the_run_how_much_it_is() -> None:
+    alike = run_of(0.2, 0.4, [1, 2, 4, 6])
+
+    found = demand(run_of(0.3, 0.6, [2, 2]), alike)
+
+    assert (found.request_ms, found.batch_ms) == pytest.approx((0.3, 0.6))
 
 
 def test_what_the_event_loop_computed_itself_is_computing() -> None:
@@ -38,22 +49,35 @@ def test_what_the_event_loop_computed_itself_is_computing() -> None:
     assert inline.computed_ms == pytest.approx(20.0)
 
 
-@pytest.mark.parametrize(("lone_ms", "request_ms", "batch_ms"), [(0.1, 0.3, 0.0), (99, 0.0, 1.2)])
+@pytest.mark.parametrize(
+    ("batch_ms", "expected"),
+    [
+        pytest.param(-0.1, (0.15, 0.0), id="more for fewer batches"),
+        pytest.param(5.0, (0.0, 4.8), id="less for more requests"),
+    ],
+)
 def test_neither_is_below_nothing_and_both_add_up(
-    lone_ms: float, request_ms: float, batch_ms: float
+    batch_ms: float, expected: tuple[float, float]
 ) -> None:
-    shared = taken(answered(16, rows=4), loop_s=16 * 0.3 / 1e3, others_s=0.0)
-    lone = taken(answered(10, rows=1), loop_s=10 * lone_ms / 1e3, others_s=0.0)
+    request_ms = 0.2 if batch_ms < 0 else -0.1
+    parts = run_of(request_ms, batch_ms, [2, 2, 2]) + run_of(request_ms, batch_ms, [2, 4])[1:]
 
-    found = demand(shared, lone)
+    found = demand(parts[:3], parts)
 
-    assert (found.request_ms, found.batch_ms) == pytest.approx((request_ms, batch_ms))
+    assert (found.request_ms, found.batch_ms) == pytest.approx(expected)
 
 
 def test_requests_that_were_all_refused_take_no_batch() -> None:
-    refused = taken([Sent(503, 0.0)] * 10, loop_s=0.001, others_s=0.0)
-    lone = taken(answered(10, rows=1), loop_s=0.006, others_s=0.0)
+    refused = [taken([Sent(503, 0.0)] * 10, loop_s=0.001, others_s=0.0)]
 
-    found = demand(refused, lone)
+    found = demand(refused, refused)
 
     assert (found.request_ms, found.batch_ms, found.slower) == pytest.approx((0.1, 0.0, 1.0))
+
+
+def test_nothing_taken_is_nothing_demanded() -> None:
+    nothing = [taken([], loop_s=0.0, others_s=0.0)]
+
+    found = demand(nothing, nothing)
+
+    assert (found.request_ms, found.batch_ms, found.slower) == (0.0, 0.0, 1.0)

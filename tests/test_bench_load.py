@@ -23,7 +23,11 @@ ANSWER |= {"batch_size": 2, "point": 3, "accuracy": 0.9}
 Handler = Callable[[web.Request], Awaitable[web.Response]]
 
 
-def sent_to(handler: Handler, arrivals_s: list[float]) -> list[Sent]:
+def sent_to(
+    handler: Handler,
+    arrivals_s: list[float],
+    resting: Callable[[int], None] = lambda _sent: None,
+) -> list[Sent]:
     """Return what becomes of requests with a target of 10 ms at a server with one handler."""
 
     async def run() -> list[Sent]:
@@ -36,7 +40,8 @@ def sent_to(handler: Handler, arrivals_s: list[float]) -> list[Sent]:
         port = runner.addresses[0][1]
         try:
             url = f"http://127.0.0.1:{port}/infer"
-            return await send_all(url, b"x", "text/plain", arrivals_s, [10.0] * len(arrivals_s))
+            targets_ms = [10.0] * len(arrivals_s)
+            return await send_all(url, b"x", "text/plain", arrivals_s, targets_ms, resting)
         finally:
             await runner.cleanup()
 
@@ -56,6 +61,18 @@ def test_requests_go_out_at_their_times_whatever_the_answers_take() -> None:
     said = {(s.status, s.server_ms, s.compute_ms, s.predicted_ms) for s in sent}
     assert said == {(200, 1.0, 0.5, 0.7)}
     assert {(s.rows, s.point, s.accuracy) for s in sent} == {(2, 3, 0.9)}
+
+
+def test_the_sender_rests_where_all_is_answered_and_it_waits_for_an_arrival() -> None:
+    async def slow(_: web.Request) -> web.Response:
+        await asyncio.sleep(0.05)
+        return web.json_response(ANSWER)
+
+    rests: list[int] = []
+
+    sent_to(slow, [0.01, 0.02, 0.3, 0.3, 0.6], rests.append)
+
+    assert rests == [0, 2, 4], "not before the second: the first is under way"
 
 
 def test_latency_counts_from_when_a_request_should_have_been_sent() -> None:
