@@ -113,8 +113,8 @@ class Admission:
         target_ms = MS * ((request.deadline_s or math.inf) - request.arrival_s)
         return Refusal(
             "infeasible",
-            f"no allowed point answers within {target_ms:.4g} ms here; the fastest needs "
-            f"{least_ms:.3g} ms",
+            f"no allowed point answers within {target_ms:.3f} ms here; the fastest needs "
+            f"{math.ceil(1e3 * least_ms) / 1e3:.3f} ms",
             min_feasible_ms=least_ms,
         )
 

@@ -172,16 +172,22 @@ class Scheduler:
             )
         if not self._sheds or entry.expiry_s == math.inf:  # it is never late
             return None
-        view = self._view(now, speed) if self._waiting.entries else None
-        wait_ms = self._wait_ms(entry, self._residual_ms(now), view)
-        in_time = now + (wait_ms + speed[1] * entry.alone_ms) / MS <= entry.expiry_s
-        if in_time and (view is None or not self._delays(entry, view)):
-            return None
+        with self._with(self._returning()):
+            if not self._makes_late(entry, now, speed):
+                return None
         return Refusal(
             "overloaded",
             f"{len(self._waiting)} requests wait; with this one, one would be late",
             retry_after_s=self._drain_s(now, speed),
         )
+
+    def _makes_late(self, entry: Entry, now: float, speed: Speed) -> bool:
+        """Return whether the entry would be late, or make one late that waits behind it."""
+        view = self._view(now, speed) if self._waiting.entries else None
+        wait_ms = self._wait_ms(entry, self._residual_ms(now), view)
+        if now + (wait_ms + speed[1] * entry.alone_ms) / MS > entry.expiry_s:
+            return True
+        return view is not None and self._delays(entry, view)
 
     def _delays(self, entry: Entry, view: View) -> bool:
         """Return whether the entry would make one late that waits behind it."""
@@ -319,7 +325,7 @@ class Scheduler:
         victims: list[Entry] = []
         if refusal is None:
             refusal, victims = self._room(entry, now, speed)
-        residual_ms, back = self._residual_ms(now), list[Entry]()
+        residual_ms, back = self._residual_ms(now), self._returning()
         with self._with([entry]):
             running = self._preemptible(now, speed) if refusal is None else None
         if running is not None:
@@ -364,6 +370,11 @@ class Scheduler:
             return None
         with self._with([each for each in wanted if each.expiry_s < math.inf]):
             return last if pays(self._view(now, speed), remaining) else None
+
+    def _returning(self) -> list[Entry]:
+        """Return who will wait again: their batch is being interrupted."""
+        interrupted = [each for each in self._running.values() if each.is_preempted]
+        return [entry for each in interrupted for entry in each.wanted()]
 
     def _remaining(self, running: _Running, now: float, speed: Speed) -> Remaining:
         batch, p50_ms, level = running.batch, self._tables.p50_ms, speed[1]

@@ -133,6 +133,7 @@ def test_infeasible_and_reject_says_what_is_feasible() -> None:
 
     assert isinstance(answer, Refusal)
     assert answer.reason == "infeasible"
+    assert answer.detail.endswith(f"the fastest needs {answer.min_feasible_ms:.3f} ms")
     assert answer.min_feasible_ms == pytest.approx(1.75)
 
 
@@ -640,6 +641,31 @@ def test_nobody_is_interrupted_for_ever() -> None:
             scheduler.done(tight.id, took_ms, now)
             tight = run_now(scheduler, now)
         batch = tight
+
+
+def test_those_of_a_batch_that_is_being_interrupted_wait_already_for_who_comes() -> None:
+    scheduler = Scheduler(
+        Latencies((0.7, 0.8), ((10.0,), (100.0,)), ((10.0,), (100.0,))), preempts=True
+    )
+    scheduler.submit(Request("bulk", 0.0, 0.105), 0.0)
+    batch = scheduler.plan(0.0).batch
+    scheduler.submit(Request("tight", 0.01, 0.045), 0.01)
+    assert batch is not None
+    assert scheduler.plan(0.01).preempt == batch.id
+
+    explained = scheduler.explain(Request("later", 0.011, 0.411), 0.011)
+    taken = [scheduler.submit(Request(f"b{i}", 0.013, 0.1049), 0.013) for i in range(10)]
+
+    assert explained.wait_ms == pytest.approx(9 + 10 + 10), "it stops, then tight, then bulk again"
+    assert sum(isinstance(one, Admitted) for one in taken) == 6
+    now = 0.02
+    scheduler.preempted(batch.id, now)
+    while scheduler.waiting:
+        plan = scheduler.plan(now)
+        assert not plan.expired
+        assert plan.batch is not None
+        now += 0.01
+        scheduler.done(plan.batch.id, 10.0, now)
 
 
 def test_who_hung_up_does_not_wait_again() -> None:
