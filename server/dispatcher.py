@@ -5,6 +5,7 @@ What runs next is the scheduler's decision; who is told what, and when, is decid
 
 import asyncio
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -33,18 +34,26 @@ from server.worker import Turns, Worker
 
 Floats = NDArray[np.float32]
 
+log = logging.getLogger("maestro")
+
 MS = 1e3
-# A batch that takes this many times its predicted tail, and at least this long, is taken to hang.
+# A batch that takes this many times its predicted tail, and at least this long, is taken to hang:
+# if it computes at each of so many looks meanwhile. A process that was stopped for a while looks
+# once, and goes on.
 HANG_FACTOR = 20.0
 HANG_MIN_S = 2.0
+LOOKS = 4
 # A batch this short is computed on the event loop: handing it to a thread and back would cost as
 # much again, and whoever arrives meanwhile would wait for it anyway. Not while a trial computes:
 # the loop would wait for that too.
 INLINE_MS = 1.0
 # The loop's timers count whole milliseconds: one of less would be called at once, again and again.
 LEAST_WAIT_S = 1e-3
-# So often a batch is waited for whose turn to compute does not come, as behind a trial that hangs.
+# So many times as long a batch is waited for whose turn to compute does not come, as behind a trial
+# that hangs.
 MOST_WAITS = 10
+# A failing engine fails at every batch: it is told in the log so often.
+TOLD_S = 1.0
 
 
 # Told what became of a request: once, and never from within `begin`.
@@ -76,7 +85,8 @@ class _Flight:
     interrupt: Interrupt | None = None  # None: it runs to its end
     watch: asyncio.TimerHandle | None = None
     began: bool = False  # the engine has it: a trial of a calibration may come before
-    waits: int = 0
+    looks: int = 0  # that found it computing
+    waits: int = 0  # that did not
 
 
 class Dispatcher:
@@ -114,6 +124,7 @@ class Dispatcher:
         self._flights: dict[int, _Flight] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._watchdog: Watchdog | None = None  # of what is computed on the event loop
+        self._told_s = -math.inf  # when a failure of the engine was last in the log
         self._drained = asyncio.Event()
 
     async def infer(self, request: Request, x: Floats, receive: Receive | None = None) -> Inference:
@@ -204,9 +215,10 @@ class Dispatcher:
         """Start what the scheduler plans, and be back when it wants to be asked again."""
         self._will_pump = False
         while True:
-            now = time.monotonic()
+            now, waited = time.monotonic(), self.scheduler.waiting
             plan = self.scheduler.plan(now)
-            self._on_decision(time.monotonic() - now)
+            if waited:
+                self._on_decision(time.monotonic() - now)
             for request in plan.expired:
                 late = OutOfTimeError("the deadline passed while it waited", reason="expired")
                 self._fail(request.id, late)
@@ -256,7 +268,7 @@ class Dispatcher:
 
     def _watch(self, flight: _Flight) -> None:
         limit_s = max(HANG_MIN_S, HANG_FACTOR * flight.batch.predicted_ms / MS)
-        flight.watch = self._loop.call_later(limit_s, self._hung, flight.batch.id)
+        flight.watch = self._loop.call_later(limit_s / LOOKS, self._look, flight.batch.id)
 
     def _compute(self, flight: _Flight) -> None:
         """Run a batch; in a worker's thread."""
@@ -320,7 +332,8 @@ class Dispatcher:
             self._on_preemption()
         elif output is None:
             failed = self.scheduler.failed(batch_id, now)
-            self._reject(flight, failed, UnavailableError(f"the engine failed: {error}"))
+            self._tell_log("failed", flight.batch, f": {type(error).__name__}: {error}")
+            self._reject(flight, failed, _engine_error("the engine failed"))
         else:
             answered = self.scheduler.done(batch_id, MS * compute_s, now)
             self._on_batch(flight.batch, compute_s)
@@ -350,26 +363,38 @@ class Dispatcher:
                 )
                 self._tell(flight.callers[request.id], inference)
 
-    def _hung(self, batch_id: int) -> None:
-        """Give a batch up, and its thread with it: threads cannot be stopped, only left behind."""
+    def _look(self, batch_id: int) -> None:
+        """Give a batch up that hangs, and its thread with it: native code can't be stopped."""
         flight = self._flights[batch_id]
-        flight.waits += 1
-        if not flight.began and flight.waits < MOST_WAITS:
+        if flight.began:
+            flight.looks += 1
+        else:
+            flight.waits += 1
+        if flight.looks < LOOKS and flight.waits < LOOKS * MOST_WAITS:
             self._watch(flight)
             return
+        self._tell_log("did not answer", flight.batch)
         self._free.append(Worker("compute-replacement"))
         self._turns.replace_lock()
-        self._give_up_on(flight, UnavailableError("the engine did not answer"))
+        self._give_up_on(flight, _engine_error("the engine did not answer"))
         self._pump()
 
     def _give_up_on(self, flight: _Flight, error: ServiceError) -> None:
-        """Wait no longer for a batch that runs; its thread ends whenever it can."""
+        """Wait no longer for a batch that runs: it ends at its next operator, or when it can."""
         del self._flights[flight.batch.id]
         if flight.watch:
             flight.watch.cancel()
+        if flight.interrupt:
+            flight.interrupt.set()
         if flight.worker:
             flight.worker.stop()
         self._reject(flight, self.scheduler.failed(flight.batch.id, time.monotonic()), error)
+
+    def _tell_log(self, what: str, batch: Batch, why: str = "") -> None:
+        now = time.monotonic()
+        if now - self._told_s >= TOLD_S:
+            self._told_s = now
+            log.error("the engine %s: point %d, %d rows%s", what, batch.point, batch.rows, why)
 
     def _reject(self, flight: _Flight, requests: tuple[Request, ...], error: ServiceError) -> None:
         for request in requests:
@@ -396,6 +421,10 @@ def _settle(future: asyncio.Future[Inference], outcome: Inference | ServiceError
         future.set_exception(outcome)
     else:
         future.set_result(outcome)
+
+
+def _engine_error(what: str) -> UnavailableError:
+    return UnavailableError(f"{what}; the server's log says more", reason="engine")
 
 
 def refused(refusal: Refusal) -> ServiceError:

@@ -35,11 +35,14 @@ class FakeEngine:
         self.gate.set()
         self.ran: list[tuple[int, int]] = []
         self.error: Exception | None = None
+        self.interrupted = threading.Event()
 
     def run(self, batch: Floats, point: int, interrupt: Interrupt | None = None) -> Floats:
+        gate = self.gate
         self.ran.append((len(batch), point))
-        while not self.gate.wait(0.001):
+        while not gate.wait(0.001):
             if interrupt and interrupt.is_set:
+                self.interrupted.set()
                 raise InterruptedRunError
         if self.error:
             raise self.error
@@ -94,6 +97,19 @@ def test_an_idle_server_answers_from_the_most_accurate_point() -> None:
         assert inference.queue_ms >= 0
         assert inference.compute_ms >= 0
         assert engine.ran == [(1, 1)]
+
+    drive(scenario)
+
+
+def test_a_decision_is_counted_where_something_waits() -> None:
+    async def scenario(driver: Dispatcher, _engine: FakeEngine) -> None:
+        decisions: list[float] = []
+        driver._on_decision = decisions.append
+        for name in ("a", "b"):
+            await driver.infer(request(name), rows(0))
+        await asyncio.sleep(0.01)
+
+        assert len(decisions) == 2
 
     drive(scenario)
 
@@ -213,16 +229,21 @@ def test_too_many_rows_are_refused_with_the_limit() -> None:
     drive(scenario)
 
 
-def test_an_engine_that_raises_fails_its_batch_only() -> None:
+def test_an_engine_that_raises_fails_its_batch_only(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario(driver: Dispatcher, engine: FakeEngine) -> None:
         engine.error = RuntimeError("out of memory")
-        with pytest.raises(UnavailableError, match="the engine failed: out of memory"):
-            await driver.infer(request("a"), rows(0))
+        for name in ("a", "b"):
+            with pytest.raises(UnavailableError, match="the engine failed; the server's log") as e:
+                await driver.infer(request(name), rows(0))
+            assert e.value.members["reason"] == "engine"
         engine.error = None
 
-        np.testing.assert_array_equal((await driver.infer(request("b"), rows(0))).output, rows(1))
+        np.testing.assert_array_equal((await driver.infer(request("c"), rows(0))).output, rows(1))
 
     drive(scenario)
+    assert caplog.messages == ["the engine failed: point 1, 1 rows: RuntimeError: out of memory"], (
+        "not at every batch"
+    )
 
 
 def test_a_batch_that_cannot_be_put_together_fails_alone() -> None:
@@ -240,17 +261,51 @@ def test_a_batch_that_cannot_be_put_together_fails_alone() -> None:
     drive(scenario)
 
 
-def test_an_engine_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatcher_module, "HANG_MIN_S", 0.05)
+@pytest.fixture
+def hang_s(monkeypatch: pytest.MonkeyPatch) -> float:
+    """Return after how many seconds a batch is taken to hang."""
+    monkeypatch.setattr(dispatcher_module, "HANG_MIN_S", 0.2)
     monkeypatch.setattr(dispatcher_module, "HANG_FACTOR", 1.0)
+    return 0.2
 
+
+@pytest.mark.usefixtures("hang_s")
+def test_an_engine_that_hangs_is_left_behind(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(driver: Dispatcher, engine: FakeEngine) -> None:
+        hanging = engine.gate = threading.Event()
+        with pytest.raises(UnavailableError, match="the engine did not answer"):
+            await driver.infer(request("a"), rows(0))
+        engine.gate = threading.Event()
+        engine.gate.set()
+
+        np.testing.assert_array_equal((await driver.infer(request("b"), rows(0))).output, rows(1))
+        hanging.set()
+
+    drive(scenario)
+    assert caplog.messages == ["the engine did not answer: point 1, 1 rows"]
+
+
+@pytest.mark.usefixtures("hang_s")
+def test_a_batch_that_is_given_up_is_interrupted() -> None:
     async def scenario(driver: Dispatcher, engine: FakeEngine) -> None:
         engine.gate.clear()
         with pytest.raises(UnavailableError, match="the engine did not answer"):
             await driver.infer(request("a"), rows(0))
+
+        assert await asyncio.to_thread(engine.interrupted.wait, 5)
+
+    drive(scenario, preempts=True)
+
+
+def test_a_process_that_was_stopped_for_a_while_goes_on(hang_s: float) -> None:
+    async def scenario(driver: Dispatcher, engine: FakeEngine) -> None:
+        engine.gate.clear()
+        answer = await start(driver, request("a"), 0)
+        time.sleep(2 * hang_s)  # all of the process stands still
+        await asyncio.sleep(0)
         engine.gate.set()
 
-        np.testing.assert_array_equal((await driver.infer(request("b"), rows(0))).output, rows(1))
+        np.testing.assert_array_equal((await answer).output, rows(1))
 
     drive(scenario)
 
@@ -327,18 +382,34 @@ asyncio.run(main())
     )
 
 
-def test_a_batch_that_waits_for_a_trial_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatcher_module, "HANG_MIN_S", 0.05)
-    monkeypatch.setattr(dispatcher_module, "HANG_FACTOR", 1.0)
+def test_a_batch_that_waits_for_a_trial_does_not_hang(hang_s: float) -> None:
+    turns = Turns()
+
+    async def scenario(driver: Dispatcher, engine: FakeEngine) -> None:
+        engine.gate.clear()
+        with turns.computing:  # as a trial does
+            answer = await start(driver, request("a"), 0)
+            await asyncio.sleep(1.9 * hang_s)
+        await asyncio.sleep(0.3 * hang_s)  # it computes, and is looked at
+        engine.gate.set()
+
+        np.testing.assert_array_equal((await answer).output, rows(1))
+
+    drive(scenario, turns=turns)
+
+
+@pytest.mark.usefixtures("hang_s")
+def test_a_trial_that_hangs_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher_module, "MOST_WAITS", 1)
     turns = Turns()
 
     async def scenario(driver: Dispatcher, _engine: FakeEngine) -> None:
-        with turns.computing:  # as a trial does
-            answer = await start(driver, request("a"), 0)
-            await asyncio.sleep(0.2)
-            assert not answer.done()
+        with turns.computing:
+            with pytest.raises(UnavailableError, match="the engine did not answer"):
+                await driver.infer(request("a"), rows(0))
 
-        np.testing.assert_array_equal((await answer).output, rows(1))
+            answer = await driver.infer(request("b"), rows(0))
+            np.testing.assert_array_equal(answer.output, rows(1))
 
     drive(scenario, turns=turns)
 
