@@ -88,6 +88,7 @@ class Connection(asyncio.Protocol):
         self._answer: asyncio.Future[int] | None = None
         self._body = b""
         self._transport: asyncio.Transport | None = None
+        self.written_s: float | None = None  # the last request; None if it was not
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)  # noqa: S101  narrows: this is TCP
@@ -117,12 +118,13 @@ class Connection(asyncio.Protocol):
         Raises:
             OSError: the connection broke.
         """
+        self.written_s = None
         if self._transport is None or not self.is_open:
             raise ConnectionResetError("the server hung up")
         self._answer = asyncio.get_running_loop().create_future()
         self._body = b""
         self._transport.write(request)
-        written_s = time.perf_counter()
+        self.written_s = written_s = time.perf_counter()
         return Answer(await self._answer, self._body, written_s)
 
     @property
@@ -176,7 +178,7 @@ class Pool:
         try:
             return await connection.send(request)
         except ConnectionError:
-            return Answer(BROKEN, b"", time.perf_counter())
+            return Answer(BROKEN, b"", connection.written_s or time.perf_counter())
         finally:
             self._free.append(connection)
 

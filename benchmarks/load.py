@@ -91,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     cases = [Scenario(*case) for case in product(dict.fromkeys(arrivals), chosen.loads)]
     model = artifact.load(chosen.artifact)
     elsewhere = Elsewhere()
-    with cores_apart() as (sending, serving), ExitStack() as stack:
+    with cores_apart() as (sending, cores), ExitStack() as stack:
+        serving = {min(cores)}  # event loop and computing share it, as the simulator has it
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         profile = profiled(model, folder, serving, quick=chosen.quick)
         accuracy = [point.score.value for point in model.manifest.points]

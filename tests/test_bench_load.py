@@ -99,6 +99,19 @@ def test_a_refused_request_has_a_status_and_no_latency() -> None:
     assert math.isnan(one.latency_ms)
 
 
+def test_a_request_whose_connection_breaks_was_sent_when_it_was_written() -> None:
+    async def breaking(request: web.Request) -> web.Response:
+        await asyncio.sleep(0.3)
+        assert request.transport is not None
+        request.transport.abort()
+        return web.Response()
+
+    (one,) = sent_to(breaking, [0.0])
+
+    assert one.status == 0
+    assert one.late_ms < 200
+
+
 def test_a_server_that_is_not_there_is_an_error() -> None:
     async def run() -> list[Sent]:
         return await send_all("http://127.0.0.1:9/infer", b"", "text/plain", [0.0], [1.0])
