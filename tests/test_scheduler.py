@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.latencies import Latencies
+from server.outlook import View
 from server.preemption import MOST_PREEMPTED
 from server.requests import Admitted, Batch, Refusal, Request
 from server.scheduler import Scheduler
-from server.selector import Policy, choose, reserve
+from server.selector import Choice, Policy, choose, reserve
 
 ACCURACY = (0.6, 0.7, 0.75, 0.78)
 
@@ -834,3 +835,71 @@ def test_more_budget_never_gives_a_less_accurate_point_when_idle(
         points.append(run_now(scheduler).point)
 
     assert points[0] <= points[1]
+
+
+def test_who_comes_after_an_interruption_waits_until_the_batch_stops() -> None:
+    scheduler, running = preempting()
+    scheduler.submit(make_request("tight", 6.0, 0.002), 0.002)
+    assert scheduler.plan(0.002).preempt == running.id
+
+    tighter = scheduler.submit(make_request("tighter", 4.0, 0.002), 0.002)
+
+    assert isinstance(tighter, Admitted)  # 0.8 ms, though the batch had 6 to go
+
+
+def test_a_batch_that_ends_before_it_could_stop_runs_on() -> None:
+    scheduler, _ = preempting(1000.0)
+    now = 0.00722  # 0.78 ms to go; to stop takes up to 0.8
+
+    scheduler.submit(make_request("tight", 5.01, now, min_accuracy=0.75), now)
+
+    assert scheduler.plan(now).preempt is None
+    assert scheduler.waiting == 1
+
+
+@pytest.mark.parametrize(("floor", "is_interrupted"), [(None, True), (0.78, False)])
+def test_computing_again_counts_at_the_lowest_point_that_the_batch_allows(
+    floor: float | None, is_interrupted: bool
+) -> None:
+    scheduler = Scheduler(make_latencies(), preempts=True)
+    for second in (0.0, 1.0):  # twelve at once, twice
+        for i in range(12):
+            scheduler.submit(make_request(f"{second}.{i}", 12.0, second), second)
+            scheduler.cancel(f"{second}.{i}", second)
+    scheduler.submit(make_request("first", 100.0, 2.0, min_accuracy=floor), 2.0)
+    assert run_now(scheduler, 2.0).point == 3
+
+    scheduler.submit(make_request("second", 12.0, 2.0001), 2.0001)
+
+    assert (scheduler.plan(2.0001).preempt is not None) == is_interrupted
+
+
+@pytest.mark.parametrize(("own_target_ms", "is_interrupted"), [(10.1, False), (1000.0, True)])
+def test_a_batch_runs_on_where_only_its_own_request_would_be_late(
+    own_target_ms: float, is_interrupted: bool
+) -> None:
+    scheduler = Scheduler(make_latencies(), preempts=True)
+    scheduler.submit(make_request("runs", own_target_ms, point=3), 0.0)
+    run_now(scheduler)
+
+    answer = scheduler.submit(make_request("behind", 13.0, 0.002, point=3), 0.002)
+
+    assert isinstance(answer, Admitted) == is_interrupted  # 6 ms to go, and 8 of its own
+    assert (scheduler.plan(0.002).preempt is not None) == is_interrupted
+
+
+def test_the_policy_is_told_once_requests_were_refused_for_the_time_of_a_target() -> None:
+    told = []
+
+    def policy(view: View) -> Choice:
+        told.append(view.expected.overloaded)
+        return choose(view)
+
+    scheduler = Scheduler(make_latencies(), policy=policy)
+    for now in (0.0, 0.006, 0.012, 0.018, 0.024):
+        for i in range(60):
+            scheduler.submit(make_request(f"{now}.{i}", 20.0, now), now)
+        batch = run_now(scheduler, now)
+        scheduler.done(batch.id, 2.5, now)
+
+    assert told == [False, False, False, False, True]
