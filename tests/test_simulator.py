@@ -102,6 +102,18 @@ def test_a_batch_is_interrupted_at_the_end_of_an_operator() -> None:
     assert outcome.accuracy.tolist() == [0.8, 0.7]
 
 
+def test_what_was_received_during_an_interrupted_batch_does_not_delay_the_next() -> None:
+    alone = replica(quantiles(1.0))
+    alone = replace(alone, scheduler=Scheduler(alone.latencies, preempts=True), request_ms=1.0)
+    arrivals = Workload("given", np.array([0, 0.004]), np.array([1000.0, 6.0]))
+
+    outcome = simulate(arrivals, [alone])
+
+    # The tight one is received at 4.5 and the first stops at 5.3. The tight one then takes 4, and
+    # half a ms to answer; the first 16 again, and as much to answer.
+    assert outcome.latency_ms.tolist() == pytest.approx([26.3, 5.8])
+
+
 def test_the_next_batch_is_planned_once_the_last_is_answered() -> None:
     alone = replica(quantiles(1.0, overhead_ms=0.5))
 
