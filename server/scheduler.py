@@ -172,7 +172,7 @@ class Scheduler:
             )
         if not self._sheds or entry.expiry_s == math.inf:  # it is never late
             return None
-        with self._with(self._returning()):
+        with self._with([each for each in self._returning() if each.expiry_s < math.inf]):
             if not self._makes_late(entry, now, speed):
                 return None
         return Refusal(
