@@ -146,6 +146,7 @@ class Calibrator:
             self._update(job_id, state="cancelled", seconds_left=None)
         except Exception as error:  # a thread has nobody else to tell
             message = f"{type(error).__name__}: {error}"
+            log.warning("%s calibration failed: %s", effort.kind, message)
             self._update(job_id, state="failed", seconds_left=None, error=message)
         else:
             if note:

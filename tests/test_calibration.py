@@ -127,7 +127,9 @@ def test_cancelling_a_job_that_has_ended_leaves_it_done(measure: FakeMeasure) ->
     assert calibrator.job(job.id).state == "done"
 
 
-def test_a_failure_is_told(measure: FakeMeasure) -> None:
+def test_a_failure_is_told_and_logged(
+    measure: FakeMeasure, caplog: pytest.LogCaptureFixture
+) -> None:
     calibrator = Calibrator(measure, lambda _: None, None)
     measure.error = RuntimeError("no such kernel")
     measure.let_go.set()
@@ -137,6 +139,7 @@ def test_a_failure_is_told(measure: FakeMeasure) -> None:
 
     ended = calibrator.job(job.id)
     assert (ended.state, ended.error) == ("failed", "RuntimeError: no such kernel")
+    assert caplog.messages == ["quick calibration failed: RuntimeError: no such kernel"]
 
 
 def test_waiting_while_one_starts_is_safe(measure: FakeMeasure) -> None:

@@ -370,6 +370,7 @@ def test_a_first_calibration_that_loses_its_worker_is_begun_again(tmp_path: Path
         await until(lambda: one.told == ["measure"])
         one.die()
         await until(lambda: other.told == ["load", "ended", "stop"])
+        assert other.ended[0]["error"] == "LostError: worker 0, which measured, has ended"
         again = FakeWorker(hub, 0)
         await again.join()
 

@@ -158,7 +158,7 @@ class Hub:
                 raise CancelledError
             for other in self._others(self._lead):
                 other.tell("load", **work)
-            text = await self._member(self._lead).call("measure", **work)
+            text = await self._measured(work)
             if text is None:
                 raise CancelledError
         except CancelledError:
@@ -172,6 +172,17 @@ class Hub:
             for other in self._others(self._lead):
                 other.tell("stop")
         return Profile.from_json(text)
+
+    async def _measured(self, work: dict[str, Any]) -> str | None:
+        """Return the text of the profile that the lead measures; None when it was cancelled."""
+        lead = self._members.get(self._lead)
+        try:
+            if lead is None:
+                raise LostError
+            text: str | None = await lead.call("measure", **work)
+        except LostError:
+            raise LostError(f"worker {self._lead}, which measured, has ended") from None
+        return text
 
     def _tell_failed(self, error: BaseException) -> None:
         self._tell_end(Job(self._job, "failed", error=f"{type(error).__name__}: {error}"))
@@ -204,11 +215,6 @@ class Hub:
             return asdict(call(job_id))
         except UnknownJobError:
             return None
-
-    def _member(self, index: int) -> Channel:
-        if index not in self._members:
-            raise LostError(f"worker {index} has ended")
-        return self._members[index]
 
     def _others(self, index: int) -> list[Channel]:
         return [member for i, member in self._members.items() if i != index]
