@@ -303,7 +303,8 @@ class FakeWorker:
         self.hub.left(self.index)
 
     async def _answer(self, name: str, given: dict[str, Any]) -> Any:
-        self.told.append(name)
+        if name != "beat":
+            self.told.append(name)
         if name == "use" and not self.can_use:
             raise ValueError("no room")
         if name == "ended":
@@ -377,6 +378,44 @@ def test_a_first_calibration_that_loses_its_worker_is_begun_again(tmp_path: Path
         await until(lambda: again.told == ["measure"] and other.told[-1] == "load")
         again.let_go.set()
         await until(lambda: "use" in again.told and "use" in other.told)
+
+    with_hub(run, tmp_path)
+
+
+def test_a_first_calibration_that_loses_one_who_loads_is_begun_again(tmp_path: Path) -> None:
+    async def run(hub: Hub) -> None:
+        one, other = FakeWorker(hub, 0), FakeWorker(hub, 1)
+        await one.join()
+        await other.join()
+        await until(lambda: one.told == ["measure"])
+        other.die()
+        again = FakeWorker(hub, 1)
+        assert await again.join() is None
+        one.let_go.set()
+
+        await until(lambda: "use" in one.told and "use" in again.told)
+        assert one.ended[0]["error"] == "LostError: worker 1 ended while worker 0 measured"
+        assert one.told == ["measure", "ended", "measure", "use"]
+
+    with_hub(run, tmp_path)
+
+
+def test_a_calibration_fails_where_one_who_is_to_load_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.processes.hub._HUNG_S", 0.1)
+
+    async def run(hub: Hub) -> None:
+        one, other = FakeWorker(hub, 0), FakeWorker(hub, 1)
+        await one.join()
+        await other.join()
+        await until(lambda: one.told == ["measure"])
+        monkeypatch.setattr(other.channel, "_take", lambda _message: None)
+        one.let_go.set()
+
+        await until(lambda: bool(one.ended))
+        assert one.ended[0]["error"].startswith("TimeoutError: worker 1 hangs")
+        assert one.told == ["measure", "ended"], "it began again with one that hangs"
 
     with_hub(run, tmp_path)
 

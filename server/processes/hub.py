@@ -91,13 +91,9 @@ class Hub:
         member = self._members.get(index)
         if member is None or self._board.connections[index] == counters.ACCEPTS_NONE:
             return True
-        for _ in range(2):
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_HUNG_S):
-                    with suppress(LostError):
-                        await member.call("beat")
-                    return True
-        return False
+        with suppress(LostError):
+            return await _beats(member)
+        return True
 
     async def _join(
         self, index: int, channel: Channel, stored: str | None
@@ -153,19 +149,23 @@ class Hub:
             self._on_progress(now)
 
         self._seen = seen
+        others = {i: member for i, member in self._members.items() if i != self._lead}
         try:
             if cancelled():
                 raise CancelledError
-            for other in self._others(self._lead):
+            for other in others.values():
                 other.tell("load", **work)
             text = await self._measured(work)
             if text is None:
                 raise CancelledError
+            await self._check_loaded(others)
         except CancelledError:
             self._tell_end(Job(self._job, "cancelled"))
             raise
         except Exception as error:
             self._tell_failed(error)
+            if isinstance(error, LostError):
+                self._again = self._loop.create_task(self._first_again())
             raise
         finally:
             self._round = None
@@ -183,6 +183,28 @@ class Hub:
         except LostError:
             raise LostError(f"worker {self._lead}, which measured, has ended") from None
         return text
+
+    async def _check_loaded(self, others: dict[int, Channel]) -> None:
+        """Check that all who were to load their cores meanwhile are there, and well.
+
+        Raises:
+            LostError: one has ended; another may be in its place.
+            TimeoutError: one does not answer.
+        """
+        for index, member in others.items():
+            try:
+                well = await _beats(member)
+            except LostError:
+                raise LostError(
+                    f"worker {index} ended while worker {self._lead} measured"
+                ) from None
+            if not well:
+                raise TimeoutError(f"worker {index} hangs: it may have loaded nothing meanwhile")
+
+    async def _first_again(self) -> None:
+        """Begin a first calibration again that lost a worker; its successor may have joined."""
+        await asyncio.to_thread(self._calibrator.wait)
+        self._start_first()
 
     def _tell_failed(self, error: BaseException) -> None:
         self._tell_end(Job(self._job, "failed", error=f"{type(error).__name__}: {error}"))
@@ -234,6 +256,20 @@ class Hub:
         with suppress(TimeoutError):
             async with asyncio.timeout(_GAUGE_S):
                 await asyncio.gather(*calls, return_exceptions=True)
+
+
+async def _beats(member: Channel) -> bool:
+    """Return whether a worker's event loop turns.
+
+    Raises:
+        LostError: it has ended.
+    """
+    for _ in range(2):
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_HUNG_S):
+                await member.call("beat")
+                return True
+    return False
 
 
 def _handed(given: Given) -> dict[str, str]:
