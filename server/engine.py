@@ -33,7 +33,8 @@ class EngineError(ValueError):
 class Engine:
     """Every point of one artifact, ready to run; safe to call from several threads at once.
 
-    `note` says what the engine could not do and does without: bake its points.
+    `note` says what the engine could not do and does without: bake its points, or copy them to huge
+    pages.
     """
 
     def __init__(
@@ -168,8 +169,9 @@ class Engine:
             return None
         try:
             return HugePages(self._baked.weights_path, self._baked.plain_bytes)
-        except OSError:
-            return None  # too little memory, or pruned meanwhile: mapped
+        except OSError as error:  # too little memory, or pruned meanwhile
+            self.note = f"weights are mapped, not in huge pages: {error.strerror or error}"
+            return None
 
     def _session(self, point: int) -> ort.InferenceSession:
         options = session_options(self.intra_op_threads)

@@ -1,5 +1,6 @@
 """Weights in huge pages: computed with where they lie, the same answers, and when they are used."""
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -130,14 +131,16 @@ def test_a_file_that_ends_too_soon_is_not_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("kernel")
-def test_without_memory_for_a_copy_weights_are_mapped(
-    small_resnet: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("when", ["auto", "always"])
+def test_without_memory_for_a_copy_weights_are_mapped_and_that_is_noted(
+    small_resnet: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: When
 ) -> None:
     def none_left(*_: object) -> None:
-        raise OSError("Cannot allocate memory")
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
     monkeypatch.setattr("server.huge_pages.mmap.mmap", none_left)
-    engine = Engine(small_resnet, state_dir=tmp_path / "state", huge_pages="always")
+    engine = Engine(small_resnet, state_dir=tmp_path / "state", huge_pages=when)
 
     assert not engine.has_huge_pages
+    assert engine.note == "weights are mapped, not in huge pages: Cannot allocate memory"
     assert engine.run(pictures(1), 0).shape == (1, 10)
