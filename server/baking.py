@@ -252,7 +252,7 @@ def _write_shared(
         return (chunk not in first, -chunk.length, chunk.path, chunk.offset)
 
     offsets: dict[_Chunk, int] = {}
-    stored: dict[bytes, list[tuple[int, int]]] = defaultdict(list)  # first page -> (offset, length)
+    stored: dict[bytes, list[tuple[int, int]]] = defaultdict(list)  # beginning -> (offset, length)
     with path.open("w+b") as file:
         for chunk in sorted(chunks, key=order):
             data = chunk.read()
@@ -301,14 +301,24 @@ def _find(directory: Path, key: str, points: int) -> Baked | None:
     """Return what a directory holds if it is whole and made for `key`."""
     try:
         index = json.loads((directory / _INDEX).read_text(encoding="utf-8"))
-        whole = index["key"] == key and len(index["pages"]) == points
-        if whole and all(_sha256(directory / n) == d for n, d in index["files"].items()):
-            pages = (tuple((int(at), int(n)) for at, n in spans) for spans in index["pages"])
+        pages = tuple(tuple((int(at), int(n)) for at, n in spans) for spans in index["pages"])
+        baked, files = Baked(directory, pages, int(index["plain_bytes"])), index["files"]
+        whole = index["key"] == key and len(pages) == points and _names_all(files, baked)
+        if whole and all(_sha256(directory / n) == d for n, d in files.items()):
             mark_used(directory)
-            return Baked(directory, tuple(pages), int(index["plain_bytes"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return baked
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None  # nothing there, or damaged: baked anew
     return None
+
+
+def _names_all(files: Mapping[str, str], baked: Baked) -> bool:
+    """Return whether these are the files of all points, and the weights as long as is said."""
+    paths = [baked.weights_path, *(baked.graph_path(i) for i in range(len(baked.pages)))]
+    return (
+        files.keys() >= {path.name for path in paths}
+        and 0 <= baked.plain_bytes <= baked.weights_path.stat().st_size
+    )
 
 
 def _sha256(path: Path) -> str:

@@ -1,5 +1,7 @@
 """Baked points: one copy of what they share, and made again when the key or a byte differs."""
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +24,19 @@ def baked(artifact: Artifact, directory: Path, key: str = "this host") -> Baked:
 
 def stamp(directory: Path) -> int:
     return (directory / "baked.json").stat().st_ino
+
+
+def rewrite(directory: Path, without: str | None = None, **changes: object) -> None:
+    """Change what the index of a directory says; with a name, remove that file."""
+    if without:
+        (directory / without).unlink()
+    index = json.loads((directory / "baked.json").read_text())
+    (directory / "baked.json").write_text(json.dumps(index | changes))
+
+
+def only_weights(directory: Path) -> dict[str, str]:
+    weights = (directory / "weights.bin").read_bytes()
+    return {"weights.bin": hashlib.sha256(weights).hexdigest()}
 
 
 def test_points_share_what_they_have_in_common(small_resnet: Artifact, tmp_path: Path) -> None:
@@ -79,6 +94,11 @@ def test_weights_are_read_into_single_pages(
         lambda path: (path / "00.onnx").unlink(),
         lambda path: (path / "baked.json").write_text("{"),
         lambda path: (path / "baked.json").write_text('{"key": "this host", "pages": 7}'),
+        lambda path: rewrite(path, files={}, without="weights.bin"),
+        lambda path: rewrite(path, files=only_weights(path), without="00.onnx"),
+        lambda path: rewrite(path, plain_bytes=-1),
+        lambda path: rewrite(path, plain_bytes=float("inf")),
+        lambda path: rewrite(path, plain_bytes=(path / "weights.bin").stat().st_size + 1),
     ],
 )
 def test_what_is_damaged_is_baked_again(
