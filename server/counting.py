@@ -34,7 +34,7 @@ class Counting:
         self._flush_later()
 
     def refused(self, code: str, reason: str | None = None) -> None:
-        """Count a request that was answered with an error; a `reason` is the scheduler's."""
+        """Count a request that was answered with an error; a `reason` as `Metrics.refused`."""
         self.metrics.refused(code, reason)
         self.statistics.failed()
 

@@ -36,9 +36,7 @@ class Metrics:
         self._missed = self._counter(
             "missed", "Answers later than their target, by what made them late.", "cause"
         )
-        self._shed = self._counter(
-            "shed", "Requests refused or given up so that others are on time, by reason.", "reason"
-        )
+        self._shed = self._counter("shed", "Requests refused or given up, by reason.", "reason")
         self._preempted = self._counter(
             "preempted", "Batches interrupted for others; their requests waited again."
         )
@@ -94,7 +92,10 @@ class Metrics:
         self._latency.observe(total_ms / 1e3)
 
     def refused(self, code: str, reason: str | None = None) -> None:
-        """Count a request that was answered with an error; a `reason` is why others go first."""
+        """Count a request that was answered with an error.
+
+        One that was not wrong in itself, but refused or given up, has a `reason`.
+        """
         self._requests.labels(code, "").inc()
         if reason is not None:
             self._shed.labels(reason).inc()
