@@ -219,6 +219,8 @@ class LimitedProtocol(HttpToolsProtocol):
         if len(self.pipeline) >= MOST_PIPELINED:
             self.send_400_response(f"over {MOST_PIPELINED} requests wait on this connection")
             raise ValueError("too many pipelined requests")  # the parser stops
+        if self.expect_100_continue and self.parser.get_http_version() == "1.0":
+            self.expect_100_continue = False  # to be ignored (RFC 9110, section 10.1.1)
         self._is_at_head = True
         super().on_headers_complete()
         self._is_at_head = False

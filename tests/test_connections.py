@@ -317,6 +317,29 @@ def test_an_outcome_is_late_for_a_client_that_hung_up(
     assert caplog.records == []
 
 
+def test_a_client_that_sends_no_more_counts_as_one_that_hung_up() -> None:
+    async def scenario(driven: Driven) -> None:
+        await driven.receive(SEVEN)
+
+        assert not driven.protocol.eof_received(), "the transport would stay open"
+
+    drive(scenario)
+
+
+@pytest.mark.parametrize(("http", "continues"), [(b"HTTP/1.1", True), (b"HTTP/1.0", False)])
+def test_a_client_of_http_1_0_is_not_told_to_continue(http: bytes, continues: bool) -> None:
+    async def scenario(driven: Driven) -> None:
+        head = b"POST /usual %b\r\nexpect: 100-continue\r\ncontent-length: 2\r\n\r\n" % http
+        await driven.receive(head)
+        before = list(driven.transport.written)
+        await driven.receive(b"ab")
+
+        assert before == [b"HTTP/1.1 100 Continue\r\n\r\n"] * continues
+        assert driven.asked == [("/usual", b"ab", None)]
+
+    drive(scenario)
+
+
 def test_requests_sent_ahead_are_answered_in_their_order() -> None:
     async def scenario(driven: Driven) -> None:
         await driven.receive(SEVEN + SEVEN + SEVEN)
