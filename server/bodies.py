@@ -63,7 +63,9 @@ class Body:
             if name == b"content-length" and declared.isdigit():
                 self._check(int(declared[:20]))
             elif name == b"content-encoding":
-                _check_encoding(declared.decode("latin-1").strip())
+                _check_encoding("content-encoding", declared, {"", "identity"})
+            elif name == b"transfer-encoding":
+                _check_encoding("transfer-encoding", declared, {"chunked"})
         parts, more = [], True
         while more:  # not request.stream(): a generator takes longer
             message = await request.receive()
@@ -97,6 +99,7 @@ class Body:
         bodies.held_bytes += size
 
 
-def _check_encoding(encoding: str) -> None:
-    if encoding.lower() not in ("", "identity"):
-        raise UnsupportedEncodingError(encoding)
+def _check_encoding(header: str, declared: bytes, served: set[str]) -> None:
+    encoding = declared.decode("latin-1").strip()
+    if encoding.lower() not in served:
+        raise UnsupportedEncodingError(header, encoding)

@@ -88,10 +88,8 @@ class UnsupportedEncodingError(ServiceError):
 
     status, code, title = 415, "unsupported-encoding", "This coding of bodies is not served"
 
-    def __init__(self, encoding: str) -> None:
-        super().__init__(
-            f"content-encoding '{encoding[:40]}' is not served; send the body as it is"
-        )
+    def __init__(self, header: str, encoding: str) -> None:
+        super().__init__(f"{header} '{encoding[:40]}' is not served; send the body as it is")
 
     def headers(self) -> dict[str, str]:
         return {"Accept-Encoding": "identity"}  # RFC 9110, section 15.5.16

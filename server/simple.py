@@ -175,8 +175,8 @@ class Whole:
         arrived_s = time.monotonic()
         headers = headers_of(scope)
         kind = media_type(headers)
-        is_odd = kind == FORM or b"content-encoding" in headers
-        if is_odd or pictures.takes_long(body):
+        is_coded = b"content-encoding" in headers or b"transfer-encoding" in headers
+        if kind == FORM or is_coded or pictures.takes_long(body):
             return None
         service = self._service
         held = self._bodies.one()

@@ -9,7 +9,7 @@ import pytest
 from fastapi import Request
 
 from server.bodies import Bodies, Body
-from server.errors import TooLargeError, UnavailableError
+from server.errors import TooLargeError, UnavailableError, UnsupportedEncodingError
 
 LARGEST, TOGETHER = 100, 250
 
@@ -44,6 +44,18 @@ def test_a_body_over_its_limit_is_refused_and_given_back() -> None:
         read(body, announced=101)
 
     assert bodies.held_bytes == 0
+
+
+@pytest.mark.parametrize("coding", ["gzip, chunked", "gzip", "chunked, chunked"])
+def test_a_body_that_is_coded_for_its_way_is_refused(coding: str) -> None:
+    coded = request([b"x"])
+    coded.scope["headers"].append((b"transfer-encoding", coding.encode()))
+
+    with (
+        pytest.raises(UnsupportedEncodingError, match=f"^transfer-encoding '{coding}' is not"),
+        Bodies(LARGEST, TOGETHER).one() as body,
+    ):
+        asyncio.run(body.read(coded))
 
 
 def test_bodies_together_are_held_to_their_limit_until_they_are_given_back() -> None:

@@ -488,8 +488,12 @@ def test_both_ways_answer_alike(tiny_artifact: Artifact, tmp_path: Path) -> None
 
             assert begun == usual
             statuses.add(begun[0][:12])
-        coded = asked(address, b"/infer", b"content-encoding: br\r\ncontent-length: 2\r\n\r\n{}")
-        assert coded[0][9:12] == b"415"
+        for coding in (
+            b"content-encoding: br\r\ncontent-length: 2\r\n\r\n{}",
+            b"transfer-encoding: gzip, chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+            b"transfer-encoding: gzip\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+        ):
+            assert asked(address, b"/infer", coding)[0][9:12] == b"415"
     assert statuses == {b"HTTP/1.1 200", b"HTTP/1.1 422"}
 
 
