@@ -312,6 +312,12 @@ class Service:
     def _request(self, parameters: InferParameters, arrived_s: float, rows: int) -> Request:
         request = parameters.request(next(self._ids), arrived_s, rows)
         check_kept(self.settings.policy, request)
+        most = self.max_batch
+        if most < rows <= self.settings.max_batch:
+            raise InvalidError(
+                f"a request has 1..{most} samples, not {rows}: this host's profile has no larger "
+                "batches yet; a longer calibration (POST /profile) measures them"
+            )
         return request
 
     async def _known(self, call: Callable[[str], Awaitable[Job]], job_id: str) -> dict[str, Any]:

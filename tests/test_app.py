@@ -568,6 +568,20 @@ def test_a_stored_profile_makes_a_second_start_ready_at_once_and_warm(
         assert sorted(ran) == list(range(len(TINY_RANKS)))
 
 
+def test_samples_that_only_the_profile_has_no_batches_for_are_refused_with_the_cause(
+    client: Client, settings: Settings
+) -> None:
+    assert client.get("/v2/health/ready").status_code == 200
+    larger = settings.model_copy(update={"max_batch": 8})
+    with TestClient(create_app(larger)) as second:
+        five = second.post("/infer", json={"inputs": [SAMPLE.tolist()] * 5})
+        nine = second.post("/infer", json={"inputs": [SAMPLE.tolist()] * 9})
+
+    check_problem(five, 422, "1..4 samples, not 5: this host's profile has no larger batches yet")
+    check_problem(nine, 422, "a request has 1..4 samples, not 9")
+    assert "profile" not in nine.json()["detail"]
+
+
 def test_before_the_first_profile_it_lives_but_is_not_ready(
     settings: Settings, tmp_path: Path
 ) -> None:
