@@ -59,21 +59,28 @@ def parts(batches: Sequence[Tensor]) -> list[Tensor]:
 def average_(model: nn.Module, loss: Tensor, labels: Tensor) -> Tensor:
     """Set the gradients to their means over all processes; return the mean of the losses.
 
+    A parameter that one process left out, as of a layer that it skipped, has a gradient of zero
+    there; what all left out has none, as in one process.
     `loss` is a mean over this process' `labels`. Parts of a batch have as many pictures but not as
     many tokens, so each label that is not IGNORED weighs the same. The mean of the losses is not
     finite in any process if a loss is not in one, so that all stop together.
     """
     if size() == 1:
         return loss.detach()
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
     message = torch.cat([value.flatten() for value in (*gradients, loss.detach().float())])
     count = (labels != IGNORED).sum().to(message)
-    message = torch.cat([message * count, count.view(1)])
+    used = torch.tensor([p.grad is not None for p in trained]).to(message)
+    message = torch.cat([message * count, count.view(1), used])
     dist.all_reduce(message)
-    message = message[:-1] / message[-1]
-    *means, mean = torch.split(message, [*(g.numel() for g in gradients), 1])
-    for gradient, value in zip(gradients, means, strict=True):
-        gradient.copy_(value.view_as(gradient))
+    sums, count, used = torch.split(message, [len(message) - 1 - len(used), 1, len(used)])
+    *means, mean = torch.split(sums / count, [*(g.numel() for g in gradients), 1])
+    for parameter, gradient, value, users in zip(
+        trained, gradients, means, used.tolist(), strict=True
+    ):
+        if users:
+            parameter.grad = gradient.copy_(value.view_as(gradient))
     return mean[0]
 
 

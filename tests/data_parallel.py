@@ -63,6 +63,17 @@ def train_on_text() -> dict[str, Tensor]:
     return {name: value.detach().contiguous() for name, value in model.named_parameters()}
 
 
+def skipping() -> dict[str, Tensor]:
+    """Return the gradients that there are where each process skips other layers, and all one."""
+    model = nn.ModuleDict({name: nn.Linear(2, 1, bias=False) for name in ("0", "1", "both", "no")})
+    used = [model["both"], model[str(distributed.rank())]]
+    loss = torch.stack([layer(torch.tensor([2.0, 4.0])).sum() for layer in used]).sum()
+    torch.autograd.backward(loss)
+    distributed.average_(model, loss, torch.zeros(3))
+    found = {name: p.grad for name, p in model.named_parameters()}
+    return {name: gradient for name, gradient in found.items() if gradient is not None}
+
+
 def main(out: Path) -> None:
     """Train, and write what came of it under this process' rank."""
     torch.set_num_threads(1)
@@ -80,6 +91,7 @@ def main(out: Path) -> None:
         save_file(tensors, out / name)
         save_file(statistics(data, out), out / f"statistics-{name}")
         save_file(train_on_text(), out / f"text-{name}")
+        save_file(skipping(), out / f"skipping-{name}")
     if group and group():
         raise RuntimeError("the group, and its threads, outlive the block")
 

@@ -68,6 +68,18 @@ def test_each_token_weighs_the_same_whichever_process_has_it(together: Path, alo
         torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_layer_that_one_process_skips_has_half_its_gradient_in_both(together: Path) -> None:
+    half, whole = torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 4.0]])
+
+    for rank in (0, 1):
+        found = load_file(together / f"skipping-{rank}-of-2.safetensors")
+        assert found.keys() == {"0.weight", "1.weight", "both.weight"}  # all skip the fourth
+        assert torch.equal(found["0.weight"], half)
+        assert torch.equal(found["1.weight"], half)
+        assert torch.equal(found["both.weight"], whole)
+
+
 def test_one_process_alone_has_it_all() -> None:
     model, indices = torch.nn.Linear(2, 1), torch.arange(7)
     loss = model(torch.ones(3, 2)).sum()
