@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from maestro_core.accounting import Cost
 from maestro_core.layers import LowRankLayer
-from maestro_core.lod import importance, truncate_
+from maestro_core.lod import importance, row_squares, truncate_
 from maestro_core.proximal import apply_, scales
 
 Quantity = Literal["macs", "params"]
@@ -22,6 +22,7 @@ FALLING = 0.7  # the share of the ordered phase in which the size falls; then wh
 REACH = 1.5  # times the target: no further than from there are ranks cut that are not yet zero
 ONSET = 0.2  # of the ordered phase: when the first λ would make the first ranks zero
 GAIN = 40.0  # of the multiplier, over the phase
+SMALL = 1e-3  # of the largest row: what is smaller is no size that a layer's last rank will have
 PENALTY = 5.0
 
 
@@ -138,15 +139,19 @@ class Pursuit:
 def first_weight(layers: Sequence[LowRankLayer], rate: float, steps: int) -> float:
     """Return the λ that would make half the layers lose a rank in `ONSET` of `steps`.
 
-    By ‖u‖ / (2 rate √r) for the last row u of r, where the rate is SGD's over (1 − momentum): what
-    the lasso alone does to factors that all ranks share evenly.
+    By ‖u‖ / (2 rate √r) for the last row u of r that is not as good as zero, where the rate is
+    SGD's over (1 − momentum): what the lasso alone does to factors that all ranks share evenly.
+    Layers of zeros alone say nothing, and if there are no others u is taken to be 1: from 0 no
+    λ would ever rise.
     """
-    found = [
-        float(layer.up[-1].detach().norm()) / (2 * rate * math.sqrt(layer.rank) * ONSET * steps)
-        for layer in layers
-        if layer.rank
-    ]
-    return median(found)
+    found = []
+    for layer in layers:
+        norms = row_squares(layer.up.detach()).sqrt()
+        large = (norms > SMALL * norms.max()).nonzero() if layer.rank else norms
+        if len(large):
+            last = int(large[-1])
+            found.append(float(norms[last]) / math.sqrt(last + 1))
+    return median(found or [1.0]) / (2 * rate * ONSET * steps)
 
 
 def dual_ascent(weight: float, excess: float, passed: float) -> float:

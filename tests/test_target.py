@@ -190,3 +190,34 @@ def test_the_first_weight_is_for_the_typical_layer() -> None:
 
     norms = [float(layer.up[-1].detach().norm()) / layer.rank**0.5 for layer in layers]
     assert weight == pytest.approx(sorted(norms)[1] / 20)
+
+
+def test_ranks_and_layers_of_zeros_do_not_set_the_first_weight() -> None:
+    first, second, head = low_rank_layers(network()).values()
+    second.up.data[20:] = 0
+    head.up.data.zero_()
+
+    weight = first_weight([first, second, head, head, head], rate=0.5, steps=100)
+
+    norms = [
+        float(first.up[-1].detach().norm()) / 6,
+        float(second.up[19].detach().norm()) / 20**0.5,
+    ]
+    assert weight == pytest.approx(sum(norms) / 2 / 20)
+    assert first_weight([head], rate=0.5, steps=100) == pytest.approx(1 / 20)
+
+
+def test_a_network_whose_layers_begin_at_zero_gets_to_its_target(
+    data: Data, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = Net()
+    for layer in (model.fc2, model.head):
+        nn.init.zeros_(layer.weight)
+    factorize_(model)
+    target = Target("macs", 0.5)
+
+    train(model, data, tmp_path, replace(HYPER, target=target))
+
+    ranks = [layer.rank for layer in low_rank_layers(model).values()]
+    assert target.of(cost_of(model), ranks) <= target.most
