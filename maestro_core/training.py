@@ -39,6 +39,10 @@ class Diverged(ValueError):  # noqa: N818  it says what happened
     """The loss is no longer a finite number; the message names the step."""
 
 
+class NothingLeft(ValueError):  # noqa: N818  it says what happened
+    """Every factorised layer came to rank 0; the message names the settings that are too large."""
+
+
 def train_(
     model: nn.Module,
     data: Data | Corpus,
@@ -57,6 +61,7 @@ def train_(
 
     Raises:
         Diverged: the loss is not finite; the last checkpoint stays.
+        NothingLeft: the lasso or the threshold removed every rank; likewise.
         CheckpointError: `root` holds another run, or can't be written.
         TargetMissed: the target can't be reached, or was not.
     """
@@ -104,6 +109,7 @@ def train_(
             _shrink_(
                 model, optimizer, hyper, pursuit, is_falling=before + 1 < FALLING * phase.epochs
             )
+            _check_left(model, hyper, epoch, last)
         ranks = {name: layer.rank for name, layer in low_rank_layers(model).items()}
         lasso = pursuit.weight if pursuit else hyper.lasso
         state = checkpoint.State(epoch + 1, ranks, run, chain, lasso)
@@ -298,6 +304,16 @@ def _shrink_(
         layers = list(low_rank_layers(model).values())
         for layer, rank in zip(layers, pursuit.landing(layers), strict=True):
             truncate_(layer, rank, optimizer)
+
+
+def _check_left(model: nn.Module, hyper: HyperParameters, epoch: int, last: Path | None) -> None:
+    """Raise NothingLeft if the network has factorised layers, all of rank 0."""
+    layers = low_rank_layers(model).values()
+    if layers and not any(layer.rank for layer in layers):
+        raise NothingLeft(
+            f"no layer has a rank left after epoch {epoch + 1}: a lasso of {hyper.lasso:g} or a "
+            f"threshold of {hyper.threshold:g} is too large; last good checkpoint: {last or 'none'}"
+        )
 
 
 def _pursuit(

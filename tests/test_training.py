@@ -25,7 +25,7 @@ from maestro_core.normalisation import recalibrate
 from maestro_core.sampling import Sampling
 from maestro_core.schedule import HyperParameters, Kind, Phase, learning_rate
 from maestro_core.target import Target
-from maestro_core.training import Diverged, train_
+from maestro_core.training import Diverged, NothingLeft, train_
 from maestro_core.whitening import whiten_
 from tests.stops import Stops
 
@@ -414,6 +414,19 @@ def test_a_proximal_step_makes_exact_zeros_that_are_removed(data: Data, tmp_path
     assert ranks["fc"] < 12
     assert ranks == {name: layer.rank for name, layer in low_rank_layers(model).items()}
     assert evaluate(model, data.validation).accuracy > 0.9
+
+
+@pytest.mark.parametrize(
+    "changes", [{"threshold": 1e9}, {"lasso": 100.0, "threshold": 0.1, "proximal": True}]
+)
+def test_a_network_without_a_rank_left_is_not_saved_and_says_why(
+    data: Data, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    hyper = replace(HYPER, phases=phases(2), **changes)
+
+    with pytest.raises(NothingLeft, match=r"after epoch 1: a lasso of .* threshold of .*: none"):
+        train(network(), data, tmp_path, hyper)
+    assert checkpoint.latest(tmp_path) is None
 
 
 def test_only_the_last_checkpoint_is_kept_and_nothing_half_written(
