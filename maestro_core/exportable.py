@@ -28,8 +28,9 @@ def check_exportable(model: nn.Module, keep: Sequence[str], image: Image, labels
     Raises:
         ExportError: an embedding is not kept dense, a parameter is not a number, factors or outputs
             are not float32, there is not one output for each label, an answer depends on what else
-            is in its batch, a factorised layer is computed again in the backward pass, or torch or
-            ONNX Runtime can't run the network, or they answer differently.
+            is in its batch, no parameter is trained, a factorised layer is computed again in the
+            backward pass, or torch or ONNX Runtime can't run the network, or they answer
+            differently.
         ValueError: a factorised layer is never called, or a pattern in `keep` matches none.
     """
     check_embeddings(model, keep)
@@ -140,7 +141,8 @@ def _check_reading(model: nn.Module, error: Exception) -> None:
 
 
 def _check_backward(model: nn.Module, x: Tensor) -> None:
-    """Refuse a network that calls a factorised layer in its backward pass.
+    """Refuse a network of which nothing is trained, or that calls a factorised layer in its
+    backward pass.
 
     Ranks are lent to it for a call (`forward_at`): by then the layer is whole again, and where
     shapes are not compared, gradients are silently those of another rank.
@@ -152,8 +154,12 @@ def _check_backward(model: nn.Module, x: Tensor) -> None:
     ]
     y = model(x)
     called.clear()
-    if y.requires_grad:
-        torch.autograd.backward(y.sum())
+    if not y.requires_grad:
+        raise ExportError(
+            "no parameter of the network is trained: one at least must have requires_grad, and "
+            "its forward may not be under torch.no_grad"
+        )
+    torch.autograd.backward(y.sum())
     for handle in handles:
         handle.remove()
     if called:

@@ -84,7 +84,7 @@ def outline(model: nn.Module, keep: Sequence[str] = ()) -> nn.Module:
         if id(p) not in filled:
             drawn = 2 * torch.rand(p.shape, generator=generator, dtype=p.dtype) - 1
             laid = torch.empty_like(p, device="cpu", requires_grad=False)  # as factors are read
-            filled[id(p)] = nn.Parameter(laid.copy_(drawn))
+            filled[id(p)] = nn.Parameter(laid.copy_(drawn), p.requires_grad)
     return copy.deepcopy(copied, filled)
 
 

@@ -450,6 +450,18 @@ class Recomputing(Small):
         return self.fc(self.part(h))
 
 
+class Frozen(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False)
+
+
+class WithoutGradients(Small):
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x)
+
+
 class OfOneSize(Small):
     def forward(self, x: Tensor) -> Any:
         return super().forward(x.reshape(len(x), 3, 8, 8))
@@ -480,6 +492,8 @@ class NamedAsInput(Small):
             Recomputing,
             "'part' is computed again in the backward pass, as by torch.utils.checkpoint",
         ),
+        (Frozen, "^no parameter of the network is trained: one at least must have requires_grad"),
+        (WithoutGradients, "its forward may not be under torch.no_grad"),
         (OfOneSize, r"for batches of 2 alone: .* takes the size from x\.shape\[0\], not from len"),
         (NamedAsInput, "'image' is what graphs call their own"),
         (InPairs, "output for a batch of 2 is a tuple; for 8 labels it must be"),
