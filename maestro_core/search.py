@@ -149,14 +149,14 @@ def make_points(
 ) -> list[Point]:
     """Return the points of `chain` that are more accurate, as a whole, than all cheaper ones.
 
-    Each has the normalisation that `train` pictures give it. `on_point` is told how many of the
-    chain are done, and of how many.
+    Each has the normalisation that `train` pictures give it; where no layer is in factors, the
+    network's own. `on_point` is told how many of the chain are done, and of how many.
     """
     points, accuracies = [], []
     calibrating = train.first(CALIBRATING)
     for i, ranks in enumerate(chain):
         named = by_name(cost, ranks)
-        point = Point(ranks, recalibrate(model, named, calibrating))
+        point = Point(ranks, recalibrate(model, named, calibrating) if named else {})
         points.append(point)
         accuracies.append(evaluate(model, validation, named, point.statistics).accuracy)
         on_point(i + 1, len(chain))

@@ -25,7 +25,7 @@ from maestro_core.exportable import check_embeddings, check_exportable
 from maestro_core.factorize import factorize_, forward_at, low_rank_layers
 from maestro_core.lod import truncate_
 from maestro_core.normalisation import recalibrate
-from maestro_core.search import Point, by_name
+from maestro_core.search import Point, by_name, make_points
 from maestro_core.template import ExportError
 
 CHAIN = [(1, 0, 1, 0), (1, 2, 1, 2), (2, 9, 3, 4), (2, 12, 10, 6), (4, 20, 18, 8)]
@@ -318,6 +318,16 @@ def test_a_network_needs_one_output_for_each_label(tmp_path: Path) -> None:
         check_exportable(Net(), [], pictures().image, 9)
     check_exportable(Net(), [], pictures().image, 8)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_network_without_factors_is_exported_with_the_statistics_it_has(tmp_path: Path) -> None:
+    model = Net().eval()
+    cost = measure(model, torch.zeros(1, 3, 8, 8))
+
+    found = make_points(model, cost, [()], pictures(), pictures(), lambda *_: None)
+    made = export(model, cost, found, pictures(), DESCRIPTION, tmp_path / "net", lambda: None)
+
+    assert [point.ranks for point in made.points] == [()]
 
 
 class Small(nn.Module):
