@@ -28,9 +28,9 @@ def check_exportable(model: nn.Module, keep: Sequence[str], image: Image, labels
     Raises:
         ExportError: an embedding is not kept dense, a parameter is not a number, factors or outputs
             are not float32, there is not one output for each label, an answer depends on what else
-            is in its batch, no parameter is trained, a factorised layer is computed again in the
-            backward pass, or torch or ONNX Runtime can't run the network, or they answer
-            differently.
+            is in its batch, batch normalisation has a forward of its own, no parameter is trained,
+            a factorised layer is computed again in the backward pass, or torch or ONNX Runtime
+            can't run the network, or they answer differently.
         ValueError: a factorised layer is never called, or a pattern in `keep` matches none.
     """
     check_embeddings(model, keep)

@@ -19,6 +19,7 @@ from maestro_core.factorize import low_rank_layers
 
 INPUT, OUTPUT = "image", "logits"
 NORMALISATION = "BatchNormalization"
+_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)  # which `_normalise` stands for
 _UNLIKELY = 1_000_003.0  # no tensor is full of it, nor of what comes after
 
 
@@ -27,7 +28,11 @@ class ExportError(ValueError):
 
 
 def make_template(model: nn.Module, x: Tensor) -> ModelProto:
-    """Return `model` in ONNX, factorised layers as nodes (graph.py) for x (b >= 2, …)."""
+    """Return `model` in ONNX, factorised layers as nodes (graph.py) for x (b >= 2, …).
+
+    Raises:
+        ExportError: a layer of batch normalisation computes something else, or torch makes nothing.
+    """
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # that torchvision is missing is fine
     with warnings.catch_warnings(), _own_normalisation(model), _own_tensors(model) as own:
         # torch's exporter calls functions that torch itself deprecates.
@@ -64,15 +69,26 @@ def _own_normalisation(model: nn.Module) -> Iterator[None]:
     The exporter would fuse it into a dense convolution before it (one that is kept, or has groups),
     with the statistics of the whole network for all points.
     """
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats
+    }
     if not low_rank_layers(model):
-        layers = []
-    for layer in layers:
+        layers = {}
+    for name, layer in layers.items():
+        if getattr(layer.forward, "__func__", None) not in _FORWARDS:
+            raise ExportError(
+                f"'{name}' ({type(layer).__name__}) is batch normalisation with a forward of its "
+                f"own, which can't be exported: put what it adds, as an activation, in a module "
+                f"of its own"
+            )
+    for layer in layers.values():
         layer.forward = partial(_normalise, layer)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in layers.values():
             del layer.forward
 
 

@@ -378,6 +378,23 @@ class Normalising(Small):
         return y
 
 
+class Activated(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+class NormalisingAndMore(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = Activated(24)
+
+
+class Synchronised(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.SyncBatchNorm(24)  # type: ignore[assignment]
+
+
 class Otherwise(Small):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = super().forward(x)
@@ -512,6 +529,10 @@ class NamedAsInput(Small):
         (Centred, "depends on what else is in its batch"),
         (Random, "or on chance"),
         (Normalising, "batch normalisation must have running statistics"),
+        (
+            NormalisingAndMore,
+            r"^'norm' \(Activated\) is batch .* forward of its own, .*: put what it adds, as an",
+        ),
         (Otherwise, "ONNX Runtime's output differs from torch's"),
     ],
 )
@@ -521,6 +542,10 @@ def test_a_network_that_can_not_be_served_is_refused_untrained(
     with pytest.raises(ExportError, match=message):
         check_exportable(network(), [], pictures().image, 8)
     check_exportable(Small(), [], pictures().image, 8)
+
+
+def test_normalisation_across_processes_is_exported_as_any_other() -> None:
+    assert check_exportable(Synchronised(), [], pictures().image, 8) == ["fc"]
 
 
 class Neighbours(Small):
