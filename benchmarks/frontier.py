@@ -9,7 +9,7 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -157,18 +157,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(argv)
     if chosen.samples is not None and chosen.samples < 0:
         raise ValueError(f"--samples is {chosen.samples}, not 0 or more")
-    torch.set_num_threads(chosen.threads)
-    keep_freed_memory()
     task = TASKS[chosen.task]
     given = {name: getattr(chosen, name) for name in ("epochs", "samples")}
     task = replace(task, **{name: value for name, value in given.items() if value is not None})
+    text = isinstance(task.recipe, TextRecipe)
+    methods = chosen.methods or (TEXT if text else PICTURES)
+    names = list(dict.fromkeys([*methods, *(ABLATIONS if chosen.ablations else ())]))
+    check_epochs(task, names)
+    torch.set_num_threads(chosen.threads)
+    keep_freed_memory()
     root = chosen.work or Path("out") / f"frontier-{chosen.task}"
     with Progress(console=Console(stderr=True)) as progress:
         bench = Bench(task, load(task, chosen.data), root, progress)
-        text = isinstance(bench.data, Corpus)
-        methods = chosen.methods or (TEXT if text else PICTURES)
-        names = [*methods, *(ABLATIONS if chosen.ablations else ())]
-        made = {name: kept(bench, name) for name in dict.fromkeys(names)}
+        made = {name: kept(bench, name) for name in names}
     elsewhere = Elsewhere()
     if text:
         measure_by, rows = PERPLEXITY, {name: entry["rows"] for name, entry in made.items()}
@@ -194,6 +195,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     report.write(result, chosen.out or report.RESULTS / f"frontier-{chosen.task}.json")
     if chosen.plot:
         draw(rows, chosen.task, chosen.plot, measure_by)
+
+
+def check_epochs(task: Task, methods: Collection[str]) -> None:
+    """Refuse fewer epochs than the phases of our own method, which comes after all rivals.
+
+    Raises:
+        ValueError: how many there must be.
+    """
+    phases = len(task.recipe.training.phases)
+    if "maestro" in methods and task.epochs < phases:
+        raise ValueError(
+            f"--epochs is {task.epochs}, not {phases} or more: the method maestro trains in "
+            f"{phases} phases"
+        )
 
 
 def load(task: Task, path: Path) -> data.Data | Corpus:

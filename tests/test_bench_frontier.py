@@ -176,6 +176,14 @@ def test_fewer_epochs_than_phases_are_refused() -> None:
         scaled(PHASES, 2)
 
 
+def test_too_few_epochs_for_our_phases_are_refused_before_a_rival_is_trained(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(ValueError, match=r"--epochs is 1, not \d or more: the method maestro"):
+        frontier.main(["--data", str(tmp_path / "none"), "--epochs", "1"])
+    frontier.check_epochs(replace(TASK, epochs=1), ["dense", "svd"])
+
+
 def test_uniform_points_are_nested_and_their_ranks_allowed() -> None:
     chain = uniform_chain(Cost(TINY_LAYERS, 0, 0))
 
