@@ -22,7 +22,7 @@ from benchmarks.effort import CancelledError, Precision, Progress
 from benchmarks.profiler import Turn, alone, measure
 from benchmarks.smoothing import isotonic
 from maestro_core import graph
-from maestro_core.artifact import Layer
+from maestro_core.artifact import ArtifactError, Layer
 from server.engine import session_options
 from server.interrupt import Interrupt, InterruptedRunError
 
@@ -143,15 +143,30 @@ def layer_latencies(
 def input_shapes(
     template: ModelProto, layers: Sequence[Layer], batch: int
 ) -> list[tuple[int, ...]]:
-    """Return the shape of what each layer reads, in the order of `layers`."""
+    """Return the shape of what each layer reads, in the order of `layers`.
+
+    What ONNX does not find, as behind a recurrent layer, is as the template says.
+
+    Raises:
+        ArtifactError: that does not know a shape either; names the layer.
+    """
     whole = graph.build(template, layers, [layer.max_rank for layer in layers])
     whole.graph.input[0].type.tensor_type.shape.dim[0].dim_value = batch
     inferred = onnx.shape_inference.infer_shapes(whole, data_prop=True).graph
-    shapes = {
-        value.name: tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
-        for value in (*inferred.value_info, *inferred.input)
-    }
+    symbol = template.graph.input[0].type.tensor_type.shape.dim[0].dim_param or None
+    shapes: dict[str, tuple[int, ...]] = {}
+    for value in (*template.graph.value_info, *inferred.value_info, *inferred.input):
+        dims = value.type.tensor_type.shape.dim
+        shape = tuple(batch if d.dim_param == symbol else d.dim_value for d in dims)
+        if shape and all(shape):
+            shapes[value.name] = shape
     reads = {n.input[1]: n.input[0] for n in template.graph.node if n.domain == graph.DOMAIN}
+    for layer in layers:
+        if reads[f"{layer.name}.down"] not in shapes:
+            raise ArtifactError(
+                f"layer '{layer.name}' reads a tensor whose shape the graph does not say, so a "
+                f"search can't measure it alone: calibrate the artifact's own points, without one"
+            )
     return [shapes[reads[f"{layer.name}.down"]] for layer in layers]
 
 

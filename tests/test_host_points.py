@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto, helper
 
 from benchmarks import host_artifact, host_points, layer_latencies, networks
 from benchmarks.correction import Correction
@@ -16,7 +16,7 @@ from benchmarks.host_points import Candidate, Found, Network, Plan
 from benchmarks.layer_latencies import LayerLatency, Measuring
 from benchmarks.normalisation import recalibrated
 from maestro_core import artifact, graph, held_out
-from maestro_core.artifact import Artifact
+from maestro_core.artifact import Artifact, ArtifactError
 from maestro_core.frontier import RankTable
 from server.engine import Engine
 from server.settings import shipped_artifact
@@ -260,6 +260,34 @@ def test_layers_read_the_shapes_they_have_in_the_network(network: Network) -> No
     shapes = layer_latencies.input_shapes(network.template, TINY_LAYERS, 3)
 
     assert shapes == [(3, 1, 8, 8), (3, 384)]
+
+
+def behind_an_unknown_node(network: Network, *dims: int | str) -> ModelProto:
+    """Return the template with a node before `fc` whose output ONNX knows no shape of."""
+    template = ModelProto()
+    template.CopyFrom(network.template)
+    template.opset_import.append(helper.make_opsetid("own", 1))
+    template.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+    at, node = next((i, n) for i, n in enumerate(template.graph.node) if "fc.down" in n.input)
+    template.graph.node.insert(at, helper.make_node("Other", [node.input[0]], ["y"], domain="own"))
+    template.graph.node[at + 1].input[0] = "y"
+    template.graph.value_info.append(helper.make_tensor_value_info("y", TensorProto.FLOAT, dims))
+    return template
+
+
+def test_a_shape_that_onnx_does_not_find_is_the_template_s(network: Network) -> None:
+    template = behind_an_unknown_node(network, "batch", 384)
+
+    shapes = layer_latencies.input_shapes(template, TINY_LAYERS, 3)
+
+    assert shapes == [(3, 1, 8, 8), (3, 384)]
+
+
+def test_a_layer_of_unknown_shape_is_named(network: Network) -> None:
+    template = behind_an_unknown_node(network, "batch", "other")
+
+    with pytest.raises(ArtifactError, match="layer 'fc' reads a tensor whose shape the graph"):
+        layer_latencies.input_shapes(template, TINY_LAYERS, 3)
 
 
 def test_factors_never_get_faster_as_rank_grows(network: Network) -> None:
