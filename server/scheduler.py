@@ -172,9 +172,14 @@ class Scheduler:
             )
         if not self._sheds or entry.expiry_s == math.inf:  # it is never late
             return None
-        with self._with([each for each in self._returning() if each.expiry_s < math.inf]):
-            if not self._makes_late(entry, now, speed):
-                return None
+        returning = [each for each in self._returning() if each.expiry_s < math.inf]
+        if returning:
+            with self._with(returning):
+                is_late = self._makes_late(entry, now, speed)
+        else:
+            is_late = self._makes_late(entry, now, speed)
+        if not is_late:
+            return None
         return Refusal(
             "overloaded",
             f"{len(self._waiting)} requests wait; with this one, one would be late",

@@ -50,6 +50,7 @@ class Hub:
         self._lead, self._job = 0, ""  # of the calibration that was started last
         self._round: dict[str, Any] | None = None  # job and effort, while one measures
         self._seen: Callable[[Progress], object] = lambda _: None
+        self._again: asyncio.Task[None] | None = None  # a loop alone would let go of it
 
     async def answer(self, index: int, channel: Channel, name: str, given: dict[str, Any]) -> Any:  # noqa: ANN401  any JSON
         """Return what a worker asks for."""
