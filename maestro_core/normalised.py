@@ -7,7 +7,6 @@ is normalised. Values, gradients and running statistics are those of the two lay
 other, but for rounding; y itself is not kept for the backward pass.
 """
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -70,7 +69,8 @@ def _is_cheaper(convolution: LowRankConv2d, norm: nn.BatchNorm2d, x: Tensor) -> 
 def _moments(h: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Return mean (r,) and covariance (r, r) of h (b, r, h', w') over its `n` places."""
     mean = _sum(h) / n
-    return mean, _weight_gradient(h, h) / n - torch.outer(mean, mean)
+    places = _places(h)
+    return mean, places.t() @ places / n - torch.outer(mean, mean)
 
 
 def _sum(x: Tensor) -> Tensor:
@@ -78,29 +78,14 @@ def _sum(x: Tensor) -> Tensor:
     return x.sum((2, 3)).sum(0)
 
 
-def _weight_gradient(h: Tensor, dy: Tensor) -> Tensor:
-    """Return Σ dy hᵀ over batch and positions, (out, r)."""
-    weight = h.new_empty(dy.shape[1], h.shape[1])
-    return _backward(h, weight, dy, (False, True, False))[1].view(weight.shape)
+def _places(x: Tensor) -> Tensor:
+    """Return x (b, c, h', w') as (b·h'·w', c): a view where channels are innermost in memory."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def _input_gradient(h: Tensor, weight: Tensor, dy: Tensor) -> Tensor:
-    """Return the gradient of h, like h, whose map by `weight` (out, r) has the gradient dy."""
-    return _backward(h, weight, dy, (True, False, False))[0]
-
-
-def _backward(
-    h: Tensor, weight: Tensor, dy: Tensor, wanted: tuple[bool, bool, bool]
-) -> Sequence[Tensor]:
-    """Return the gradients that are `wanted` of a 1×1 convolution: of h, weight and bias.
-
-    `torch.nn.grad` does not see how h lies in memory: it would copy where channels are innermost.
-    """
-    stride, padding, dilation = (1, 1), (0, 0), (1, 1)
-    gradients: Sequence[Tensor] = torch.ops.aten.convolution_backward(
-        dy, h, weight[:, :, None, None], None, stride, padding, dilation, False, (0, 0), 1, wanted
-    )
-    return gradients
+def _map(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return `weight` (out, c) h + bias at every place of h (b, c, h', w')."""
+    return F.conv2d(h, weight.contiguous()[:, :, None, None], bias)
 
 
 def _remember_(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
@@ -133,9 +118,9 @@ class _Normalised(Function):
         mapped: Tensor,
         deviation: Tensor,
     ) -> Tensor:
-        scaled = (up.t() * (weight / deviation)[:, None]).contiguous()  # (out, r)
+        scaled = up.t() * (weight / deviation)[:, None]  # (out, r)
         ctx.save_for_backward(h, up, weight, mean_h, mapped, deviation, scaled)
-        return F.conv2d(h, scaled[:, :, None, None], bias - scaled @ mean_h)
+        return _map(h, scaled, bias - scaled @ mean_h)
 
     @staticmethod
     @once_differentiable
@@ -143,12 +128,13 @@ class _Normalised(Function):
         h, up, weight, mean_h, mapped, deviation, scaled = ctx.saved_tensors
         n = h.numel() // h.shape[1]
         d_bias = _sum(dy)
-        d_scaled = _weight_gradient(h, dy) - torch.outer(d_bias, mean_h)
+        d_scaled = _places(dy).t() @ _places(h) - torch.outer(d_bias, mean_h)
         d_scale = (d_scaled * up.t()).sum(1)
         d_variance = -0.5 * d_scale * weight / deviation**3
         d_up = d_scaled * (weight / deviation)[:, None] + 2 * d_variance[:, None] * mapped
         d_covariance = up @ (d_variance[:, None] * up.t())
         d_mean = -(d_bias @ scaled) - 2 * d_covariance @ mean_h
-        d_h = _input_gradient(h, scaled, dy)
-        d_h += F.conv2d(h, (2 / n * d_covariance)[:, :, None, None], d_mean / n)
+        # Channels innermost, so that what follows is added to it in place, in a pass less.
+        d_h = _map(dy, scaled.t(), d_mean / n).contiguous(memory_format=torch.channels_last)
+        _places(d_h).addmm_(_places(h), 2 / n * d_covariance)
         return d_h, d_up.t(), d_scale / deviation, d_bias, None, None, None

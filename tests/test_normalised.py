@@ -100,6 +100,24 @@ def test_values_gradients_and_statistics_are_those_of_the_two_layers(
     assert len(in_one) == 4
 
 
+@pytest.mark.parametrize("rank", [1, 5])
+@pytest.mark.parametrize("side", [2, 4])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pictures_of_few_places_in_either_layout(
+    layout: torch.memory_format, side: int, rank: int, in_one: list[Tensor]
+) -> None:
+    torch.manual_seed(0)
+    pair = Pair().double()
+    truncate_(pair.convolution, rank)
+    x = torch.randn(8, 6, side, side).double().contiguous(memory_format=layout)
+    weights = torch.randn(8, 16, side // 2, side // 2).double()
+
+    torch.testing.assert_close(
+        gradients(pair, x, weights), gradients(Apart(pair), x, weights), rtol=1e-9, atol=1e-9
+    )
+    assert in_one
+
+
 def test_numbers_are_exact_in_single_precision(in_one: list[Tensor]) -> None:
     torch.manual_seed(0)
     pair = Pair()
