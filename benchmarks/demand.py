@@ -54,11 +54,18 @@ class Demand:
     slower: float
 
 
-def demand(parts: Sequence[Taken], alike: Sequence[Taken]) -> Demand:
+def lost(sent: Sequence[Sent], interrupted_ms: float) -> float:
+    """Return the share of computing that was for batches that were interrupted, 0..1."""
+    answered_ms = sum(one.compute_ms / one.rows for one in sent if one.rows)
+    return interrupted_ms / (interrupted_ms + answered_ms) if interrupted_ms else 0.0
+
+
+def demand(parts: Sequence[Taken], alike: Sequence[Taken], lost_share: float = 0.0) -> Demand:
     """Return what a request and a batch take in the parts of a run.
 
     alike: parts of more runs than this, of some of which the batches were larger. They tell how
-    much of what both take is for a batch.
+    much of what both take is for a batch. lost_share: of computing, for batches that were
+    interrupted. The simulator interrupts its own, so that is not a slower host.
     """
     request_ms, batch_ms = _each_ms(alike)
     loop_ms = sum(part.loop_ms for part in parts)
@@ -66,7 +73,7 @@ def demand(parts: Sequence[Taken], alike: Sequence[Taken]) -> Demand:
     expected_ms = request_ms * requests + batch_ms * batches
     scale = loop_ms / expected_ms if expected_ms else 0.0
     profiled_ms = sum(part.profiled_ms for part in parts)
-    computed_ms = sum(part.computed_ms for part in parts)
+    computed_ms = (1 - lost_share) * sum(part.computed_ms for part in parts)
     slower = computed_ms / profiled_ms if profiled_ms else 1.0
     return Demand(scale * request_ms, scale * batch_ms, slower)
 

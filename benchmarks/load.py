@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks import arguments, report
-from benchmarks.demand import Demand, Taken, demand
+from benchmarks.demand import Demand, Taken, demand, lost
 from benchmarks.open_loop import Sent, send_all
 from benchmarks.own_server import Server, cores_apart, npy_sample, profiled, server
 from benchmarks.simulator import scenarios, workloads
@@ -129,12 +129,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """What became of a workload, what serving each part of it took, and by how many ms each request
-    went out late."""
+    """What became of a workload, what serving each part of it took, the share of computing that was
+    for batches that were interrupted, and by how many ms each request went out late."""
 
     figures: Figures
     parts: list[Taken]
+    lost: float
     late_ms: Array
+
+    def demand(self, alike: Sequence[Taken]) -> Demand:
+        """Return what serving took, by parts of this run and of others."""
+        return demand(self.parts, alike, self.lost)
 
 
 class Bench:
@@ -174,11 +179,12 @@ class Bench:
         live: dict[str, list[Figures]] = {}
         simulated: dict[str, dict[str, list[Figures]]] = {}
         for policy, seed, run in runs:
-            meanwhile = demand(run.parts, parts)
-            live.setdefault(policy, []).append({**run.figures, **asdict(meanwhile)})
+            meanwhile = run.demand(parts)
+            found = {**run.figures, **asdict(meanwhile), "lost": run.lost}
+            live.setdefault(policy, []).append(found)
             told = {
                 "simulated": meanwhile,
-                "beforehand": demand(before[policy].parts, parts_before),
+                "beforehand": before[policy].demand(parts_before),
                 "without_loop": replace(meanwhile, request_ms=0.0, batch_ms=0.0),
                 "as_profiled": replace(meanwhile, slower=1.0),
             }
@@ -245,7 +251,10 @@ class Bench:
 
     def _live(self, case: Scenario, policy: str, seed: int) -> Live:
         workload = case.workload(self._latencies, self._requests, seed, self._trace)
-        sent, parts = self._sent(self._servers[policy], workload)
+        server = self._servers[policy]
+        lost_before_s = server.interrupted_s()
+        sent, parts = self._sent(server, workload)
+        interrupted_ms = 1e3 * (server.interrupted_s() - lost_before_s)
         outcome = Outcome(
             replace(workload, targets_ms=workload.targets_ms + self.way_ms),
             np.array([one.latency_ms for one in sent]),
@@ -259,7 +268,7 @@ class Bench:
             "sent_late_of_target": float(np.quantile(late_ms / workload.targets_ms, 0.99)),
             "batch": _mean_batch(sent),
         }
-        return Live(found, parts, late_ms)
+        return Live(found, parts, lost(sent, interrupted_ms), late_ms)
 
     def _simulated(
         self, case: Scenario, policy: str, seed: int, told: Demand, late_ms: Array

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.simulator import scenarios
 from maestro_core.artifact import Artifact
@@ -53,6 +54,17 @@ class Server:
         }
         loop_s = took_s.pop(str(self.pid))
         return CoreTime(loop_s, sum(took_s.values()))
+
+    def interrupted_s(self) -> float:
+        """Return for how long it has computed for batches that were interrupted."""
+        with urllib.request.urlopen(f"{self.address}/metrics") as answer:  # noqa: S310  our own
+            families = text_string_to_metric_families(answer.read().decode())
+        return sum(
+            sample.value
+            for family in families
+            for sample in family.samples
+            if sample.name == "maestro_preempted_seconds_total"
+        )
 
 
 @contextmanager

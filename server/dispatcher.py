@@ -106,7 +106,7 @@ class Dispatcher:
         shares_core: bool = True,
         on_batch: Callable[[Batch, float], None] = lambda _batch, _seconds: None,
         on_decision: Callable[[float], None] = lambda _seconds: None,
-        on_preemption: Callable[[], None] = lambda: None,
+        on_preemption: Callable[[float], None] = lambda _seconds: None,
     ) -> None:
         self.scheduler = scheduler
         self._runner = runner
@@ -329,7 +329,7 @@ class Dispatcher:
         if flight.interrupt and isinstance(error, InterruptedRunError):
             for request in self.scheduler.preempted(batch_id, now):
                 self._callers[request.id] = flight.callers[request.id]
-            self._on_preemption()
+            self._on_preemption(compute_s)
         elif output is None:
             failed = self.scheduler.failed(batch_id, now)
             self._tell_log("failed", flight.batch, f": {type(error).__name__}: {error}")

@@ -40,6 +40,9 @@ class Metrics:
         self._preempted = self._counter(
             "preempted", "Batches interrupted for others; their requests waited again."
         )
+        self._preempted_s = self._counter(
+            "preempted_seconds", "Computed for batches that were interrupted, and lost."
+        )
         self._decision = self._histogram(
             "decision_seconds", "To decide what to run next.", _DECISION
         )
@@ -104,9 +107,10 @@ class Metrics:
         """Count a decision."""
         self._decision.observe(decision_s)
 
-    def preempted(self) -> None:
-        """Count a batch that was interrupted."""
+    def preempted(self, compute_s: float) -> None:
+        """Count a batch that was interrupted after so long."""
         self._preempted.inc()
+        self._preempted_s.inc(compute_s)
 
     def ran(self, point: int, size: int, compute_s: float, predicted_s: float) -> None:
         """Count a batch."""

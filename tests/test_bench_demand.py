@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.demand import Taken, demand
+from benchmarks.demand import Taken, demand, lost
 from benchmarks.open_loop import Sent
 from benchmarks.own_server import CoreTime
 
@@ -40,6 +40,18 @@ def test_runs_alike_tell_how_much_is_for_a_batch_and_the_run_how_much_it_is() ->
     found = demand(run_of(0.3, 0.6, [2, 2]), alike)
 
     assert (found.request_ms, found.batch_ms) == pytest.approx((0.3, 0.6))
+
+
+def test_what_interrupted_batches_computed_is_no_slower_host() -> None:
+    parts = run_of(0.2, 0.4, [1, 2, 4, 6])
+    sent = [*answered(12, rows=2), Sent(503, 0.0)]  # six batches of 2 ms
+
+    share = lost(sent, interrupted_ms=3.0)
+
+    assert share == pytest.approx(3 / 15)
+    assert demand(parts, parts, share).slower == pytest.approx(0.8 * demand(parts, parts).slower)
+    assert lost([], interrupted_ms=0.0) == 0
+    assert lost([], interrupted_ms=3.0) == 1
 
 
 def test_what_the_event_loop_computed_itself_is_computing() -> None:
