@@ -3,6 +3,8 @@
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch.optim import Optimizer
 
 from maestro_core import writing
 from maestro_core.factorize import low_rank_layers
+from maestro_core.locking import locked
 from maestro_core.lod import truncate_
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -69,18 +72,30 @@ def save(root: Path, model: nn.Module, optimizer: Optimizer, state: State) -> Pa
     return path
 
 
-def check_writable(root: Path) -> None:
-    """Make `root`, and see that files can be written there: the first epoch may take hours.
+@contextmanager
+def kept_in(root: Path) -> Iterator[None]:
+    """Make `root`, and keep checkpoints of other processes out of it until the block ends.
+
+    Whether files can be written there is tried at once: the first epoch may take hours.
 
     Raises:
-        CheckpointError: they can't.
+        CheckpointError: they can't, or another process trains there.
     """
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root):
-            pass
-    except OSError as error:
-        raise CheckpointError(f"{root}: cannot be written: {error.strerror or error}") from error
+    with ExitStack() as stack:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(root, wait=False))
+            with tempfile.TemporaryFile(dir=root):
+                pass
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{root}: another process trains there: choose another output directory"
+            ) from None
+        except OSError as error:
+            raise CheckpointError(
+                f"{root}: cannot be written: {error.strerror or error}"
+            ) from error
+        yield
 
 
 def save_weights(root: Path, name: str, model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -62,14 +63,25 @@ def train_(
     Raises:
         Diverged: the loss is not finite; the last checkpoint stays.
         NothingLeft: the lasso or the threshold removed every rank; likewise.
-        CheckpointError: `root` holds another run, or can't be written.
+        CheckpointError: `root` holds another run, can't be written, or is trained in by another.
         TargetMissed: the target can't be reached, or was not.
     """
+    with checkpoint.kept_in(root) if distributed.rank() == 0 else nullcontext():
+        return _train_in_(root, model, data, hyper, find, run, progress)
+
+
+def _train_in_(
+    root: Path,
+    model: nn.Module,
+    data: Data | Corpus,
+    hyper: HyperParameters,
+    find: Callable[[], Chain],
+    run: dict[str, Any],
+    progress: Progress,
+) -> Chain:
     # What teaches is as the network was before it was factorised.
     dense, teachers = copy.deepcopy(model) if hyper.taught else model, list[nn.Module]()
     last, state, optimizer = _resumed(model, hyper, root, run)
-    if state.epoch < hyper.epochs and distributed.rank() == 0:
-        checkpoint.check_writable(root)
     chain = state.chain
     steps = math.ceil(len(data.train) / hyper.batch_size)
     task = progress.add_task("training", total=hyper.epochs * steps, completed=state.epoch * steps)

@@ -4,6 +4,8 @@ import copy
 import json
 import math
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -427,6 +429,26 @@ def test_a_network_without_a_rank_left_is_not_saved_and_says_why(
     with pytest.raises(NothingLeft, match=r"after epoch 1: a lasso of .* threshold of .*: none"):
         train(network(), data, tmp_path, hyper)
     assert checkpoint.latest(tmp_path) is None
+
+
+def test_a_directory_that_another_process_trains_in_is_left_to_it(
+    data: Data, tmp_path: Path
+) -> None:
+    root = tmp_path / "checkpoints"
+    program = (
+        "import sys, pathlib; from maestro_core.locking import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])): print(flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(CheckpointError, match="another process trains there"):
+            train(network(), data, root)
+        other.kill()
+
+    assert train(network(), data, root).name == f"epoch-{HYPER.epochs:04}"
 
 
 def test_only_the_last_checkpoint_is_kept_and_nothing_half_written(
