@@ -299,8 +299,12 @@ class FakeWorker:
         return await self.channel.call("join", profile=stored)
 
     def die(self) -> None:
-        self.tasks[1].cancel()
+        self.lose()
         self.hub.left(self.index)
+
+    def lose(self) -> None:
+        """End as far as its socket goes; its process takes longer."""
+        self.tasks[1].cancel()
 
     async def _answer(self, name: str, given: dict[str, Any]) -> Any:
         if name != "beat":
@@ -376,6 +380,27 @@ def test_a_first_calibration_that_loses_its_worker_is_begun_again(tmp_path: Path
         await again.join()
 
         await until(lambda: again.told == ["measure"] and other.told[-1] == "load")
+        again.let_go.set()
+        await until(lambda: "use" in again.told and "use" in other.told)
+
+    with_hub(run, tmp_path)
+
+
+def test_a_calibration_is_not_begun_with_a_worker_that_is_ending(tmp_path: Path) -> None:
+    async def run(hub: Hub) -> None:
+        one, other = FakeWorker(hub, 0), FakeWorker(hub, 1)
+        await one.join()
+        await other.join()
+        await until(lambda: one.told == ["measure"])
+        one.lose()
+        await until(lambda: other.told == ["load", "ended", "stop"])
+        await asyncio.sleep(0.2)
+        assert other.told == ["load", "ended", "stop"], "it began again with one that is lost"
+        hub.left(0)
+        again = FakeWorker(hub, 0)
+        await again.join()
+
+        await until(lambda: again.told == ["measure"])
         again.let_go.set()
         await until(lambda: "use" in again.told and "use" in other.told)
 

@@ -33,6 +33,11 @@ class Channel:
         self._answering: set[asyncio.Task[None]] = set()
         self._is_lost = False
 
+    @property
+    def is_lost(self) -> bool:
+        """Return whether the other process has ended, or closed its socket."""
+        return self._is_lost
+
     async def call(self, name: str, **given: Any) -> Any:  # noqa: ANN401  any JSON
         """Return what the other process answers.
 

@@ -113,8 +113,12 @@ class Hub:
         return None if self._given is None else _handed(self._given)
 
     def _start_first(self) -> None:
-        """Measure once all workers run, if there is nothing to serve with yet."""
-        if self._given is None and len(self._members) == self._settings.workers:
+        """Measure once all workers run, if there is nothing to serve with yet.
+
+        A worker that ends is lost before its process is gone; its successor begins this again.
+        """
+        run = [index for index, member in self._members.items() if not member.is_lost]
+        if self._given is None and len(run) == self._settings.workers:
             self._start(min(self._members), first_effort(self._settings.calibration_budget_s))
 
     # -- calibrations ------------------------------------------------------------------------
