@@ -4,13 +4,14 @@ Every call takes `now` in seconds; a clock that runs backwards is read as standi
 runs where, and who is told, is the caller's business.
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from server.admission import Admission
-from server.explaining import explained
+from server.explaining import Planned, explained
 from server.forecast import Forecast
 from server.latencies import Latencies
 from server.outlook import Expected, Finished, View, due_by_place, limits_behind_ms
@@ -341,7 +342,8 @@ class Scheduler:
                 refusal,
                 self._tables.latencies,
                 expiry_s=self._admission.expiry_s(request),
-                planned=None if refusal else self._planned(entry, now, residual_ms, speed),
+                planned=Planned() if refusal else self._planned(entry, now, residual_ms, speed),
+                is_own=self._policy in (choose, reserve),
                 wait_ms=self._wait_ms(entry, residual_ms, self._view(now, speed)),
                 interrupts=running is not None,
                 slowdown=speed[0],
@@ -393,23 +395,20 @@ class Scheduler:
             level * p50_ms[rows - 1][lowest] if rows else 0.0,
         )
 
-    def _planned(self, entry: Entry, now: float, residual_ms: float, speed: Speed) -> int | None:
-        """Return the point of the next batch if the entry would be in it.
-
-        None if it would not, or if the policy remembers what it is asked.
-        """
-        if self._policy not in (choose, reserve):
-            return None
+    def _planned(self, entry: Entry, now: float, residual_ms: float, speed: Speed) -> Planned:
+        """Return what the next batch would mean for the entry."""
         then = now + residual_ms / MS
         gone = self._waiting.doomed(then, speed[1]) if self._sheds else []
         forecast = self._forecast.twin()  # which it would be part of, if it came
         _observe(forecast, entry.request, now)
+        policy = copy.deepcopy(self._policy)  # some remember what they are asked
         with self._without(gone), self._with([entry]):
             view = self._view(then, speed, forecast)
             view.running = min(view.running, self._slots - 1)
-            choice = self._policy(view)
-            place = self._waiting.place(entry.order) - choice.drop - choice.start
-        return choice.point if 0 <= place < choice.count else None
+            choice = policy(view)
+            place = self._waiting.place(entry.order) - choice.drop
+        is_in = 0 <= place - choice.start < choice.count
+        return Planned(choice.point if is_in else None, place < 0)
 
     @contextmanager
     def _without(self, entries: list[Entry]) -> Iterator[None]:

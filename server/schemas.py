@@ -297,7 +297,9 @@ class ExplainedRefusal(BaseModel):
 class Explained(BaseModel):
     """What would be chosen now, and why."""
 
-    point: int | None
+    point: int | None = Field(
+        description="null: refused; or a policy that is not ours gives it up, or runs it later"
+    )
     why: str
     refusal: ExplainedRefusal | None
     budget_ms: float | None

@@ -116,6 +116,51 @@ def test_a_fixed_policy_keeps_to_its_point(name: PolicyName, point: int) -> None
     assert batch.point == point
 
 
+@pytest.mark.parametrize("name", get_args(PolicyName))
+def test_explain_says_what_the_policy_then_does(name: PolicyName) -> None:
+    for target_s in (0.0001, 0.002, 0.006, 1.0, None):
+        scheduler = scheduler_of(name, LATENCIES, max_queue=10, slots=1)
+        request = Request("a", 0.0, target_s)
+
+        explanation = scheduler.explain(request, 0.0)
+        scheduler.submit(request, 0.0)
+        plan = scheduler.plan(0.0)
+
+        assert explanation.point == (plan.batch and plan.batch.point), target_s
+        assert ("gives it up" in explanation.why) == bool(plan.expired), target_s
+
+
+@pytest.mark.parametrize("name", get_args(PolicyName))
+def test_a_policy_is_explained_without_learning_of_it(name: PolicyName) -> None:
+    asked, silent = (scheduler_of(name, LATENCIES, max_queue=10, slots=1) for _ in range(2))
+    for i in range(12):
+        now = 0.05 * i
+        batches = []
+        for scheduler in (asked, silent):
+            for j in range(3):
+                scheduler.submit(Request(f"{i}.{j}", now, now + 0.02), now)
+            batch = scheduler.plan(now).batch
+            batches.append(batch and (batch.point, batch.rows))
+            if scheduler is asked:
+                scheduler.explain(Request("what if", now, now + 10.0), now)
+            if batch:
+                scheduler.done(batch.id, 30.0 if i % 2 else 4.0, now + 0.03)
+
+        assert batches[0] == batches[1], i
+
+
+def test_a_policy_that_is_not_ours_is_known_by_its_next_batch_alone() -> None:
+    scheduler = scheduler_of("smallest", LATENCIES, max_queue=10, slots=1)
+    for i in range(9):
+        scheduler.submit(Request(f"{i}", 0.0, 0.1), 0.0)
+
+    explanation = scheduler.explain(Request("later", 0.0, 0.2), 0.0)
+
+    assert explanation.point is None
+    assert "not in the policy's next batch" in explanation.why
+    assert explanation.refusal is None
+
+
 def test_an_unknown_policy_is_named_with_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"MAESTRO_POLICY: .*'maestro', .*'slackfit'.*'best'"):
         read_settings(policy="best")

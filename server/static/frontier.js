@@ -114,9 +114,9 @@ function showChoice(answer, target) {
     return;
   }
   write(byId("choice"), `Point ${verdict.point}, ${percent(verdict.accuracy, 2)} accurate`);
-  const fits = `In all ${ms(verdict.total_ms)} are counted on for it; no point in time is more accurate.`;
-  const misses = `No point makes ${ms(target)}; the fastest takes ${ms(verdict.total_ms)} in all.`;
-  write(byId("choice-why"), isInTime(verdict) ? fits : misses);
+  const fits = `In all ${ms(verdict.total_ms)} are counted on for it: ${answer.why}.`;
+  const misses = `No point makes ${ms(target)}; this one takes ${ms(verdict.total_ms)} in all.`;
+  write(byId("choice-why"), answer.points.some(isInTime) ? fits : misses);
 }
 
 /** Return whether a point makes the target, by what was left of it when the server decided.
