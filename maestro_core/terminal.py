@@ -113,19 +113,23 @@ def progress(what: str, form: Literal["text", "json"] = "text") -> Iterator[Call
     bar = Progress(*columns, TimeElapsedColumn(), console=errors, transient=True)
     task = bar.add_task(what, total=None, left="")
     state: dict[Literal["line"], tuple[int, int]] = {}
+    most_s = 1e-3  # that the trials were seen to need
 
     def update(seen: Any) -> None:  # noqa: ANN401  effort.Progress, without importing it
         with suppress(OSError):  # a full disk, or a terminal that is gone, ends no calibration
             show(seen)
 
     def show(seen: Any) -> None:  # noqa: ANN401
-        left = f"{seen.done} of {seen.total}"
+        nonlocal most_s
+        left, share = f"{seen.done} of {seen.total}", seen.done / seen.total
         if seen.left_s is not None:
-            left += f", {seen.left_s:.0f} s at most"
+            left += f" precise, {seen.left_s:.0f} s at most"
+            most_s = max(most_s, seen.left_s)
+            share = max(share, 1 - seen.left_s / most_s)  # a noisy host ends by time
         line = (seen.total, -1 if seen.left_s is None else int(seen.left_s) // 3)
         if form == "text" and errors.is_terminal:
             bar.start()
-            bar.update(task, completed=seen.done, total=seen.total, left=left)
+            bar.update(task, completed=share, total=1.0, left=left)
             if seen.done == seen.total or (seen.left_s is not None and seen.left_s <= 0):
                 bar.stop()
         elif state.get("line") != line:

@@ -189,14 +189,28 @@ def _optimise(graph: Path, to: Path, i: int, options: ort.SessionOptions) -> Mod
         ("session.model_external_initializers_file_folder_path", str(graph.parent)),
     ):
         options.add_session_config_entry(entry, value)
-    source = down_first(_read(graph)).SerializeToString()
+    model = down_first(_read(graph))
+    source = model.SerializeToString()
     try:
         ort.InferenceSession(source, options, ["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own classes share no base but this
         options.optimized_model_filepath = ""
         ort.InferenceSession(source, options, ["CPUExecutionProvider"])  # or it is the graph's
-        raise OSError(errno.EIO, f"nothing could be written ({error})") from error
+        _check_room(to, sum(_whole(tensor, to).length for tensor in _external(model)))
+        first_line = str(error).partition("\n")[0]
+        raise OSError(errno.EIO, f"nothing could be written ({first_line})") from error
     return _read(path)
+
+
+def _check_room(folder: Path, size: int) -> None:
+    """Have the system say what it has against another `size` bytes: the runtime does not tell.
+
+    Raises:
+        OSError: there is no room.
+    """
+    if size and hasattr(os, "posix_fallocate"):
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _read(graph: Path) -> ModelProto:

@@ -33,7 +33,8 @@ class AlreadyRunningError(Exception):
     """A calibration is under way: `job`. The message names it."""
 
     def __init__(self, job: "Job") -> None:
-        super().__init__(f"calibration {job.id} is running; {job.done} of {job.total} measured")
+        left = "" if job.seconds_left is None else f"; {job.seconds_left:.0f} s left at most"
+        super().__init__(f"calibration {job.id} is running{left}")
         self.job = job
 
 
@@ -45,7 +46,8 @@ class UnknownJobError(KeyError):
 class Job:
     """A calibration, as it stood when asked for.
 
-    `done` of `total` cells (point × batch size) are known well enough. `note` says what a job that
+    `done` of `total` cells (point × batch size) are known well enough: on a noisy host it may be
+    none of them when the time is over, and their intervals say so. `note` says what a job that
     is done could not do: store its profile.
     """
 

@@ -24,6 +24,7 @@ from server.patience import Patience
 
 # A request's line and headers; the parser itself has no limit.
 HEAD_BYTES = 64 * 2**10
+_LARGE_HEAD = "the request's headers are over 64 KiB"
 # Requests that wait for those before them on their connection. What one read brings is all parsed,
 # and 256 kB are 14,000 of the shortest.
 MOST_PIPELINED = 64
@@ -120,7 +121,9 @@ class LimitedProtocol(HttpToolsProtocol):
     def __init__(self, together: Together, *given: Any, **named: Any) -> None:  # noqa: ANN401
         super().__init__(*given, **named)
         self._together = together
-        self._head_bytes: int | None = None  # of the head that is arriving, if one is
+        self._head_bytes: int | None = None  # that reads before brought of the head that arrives
+        self._read_bytes = 0  # of this read
+        self._read_requests = 0  # that it has bytes of
         self._framing_bytes = 0  # of chunks' sizes and of trailers, since the last of the body came
         self._is_lost = False
         self._is_at_head = False
@@ -161,14 +164,16 @@ class LimitedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refusal is not None:
             return
+        is_amid = self._head_bytes is not None or (self.cycle is not None and self.cycle.more_body)
+        self._read_bytes, self._read_requests = len(data), int(is_amid)
         self._framing_bytes += len(data)
         self._parse(data)
         if self.cycle is not None and self.cycle.more_body:
             self._limit_framing()
-        if self._head_bytes is not None:
+        if self._head_bytes is not None and self._read_requests == 1:
             self._head_bytes += len(data)
             if self._head_bytes > HEAD_BYTES:
-                self.send_400_response("the request's headers are over 64 KiB")
+                self.send_400_response(_LARGE_HEAD)
         if self._held is not None and not _is_small(self._held[0].scope):
             self._hand_on(*self._held)
         self._watch()
@@ -198,6 +203,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         self._head_bytes = 0
+        self._read_requests += 1
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -209,7 +215,11 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_headers_complete(self) -> None:
+        most = (self._head_bytes or 0) + self._read_bytes
         self._head_bytes = None
+        if most > HEAD_BYTES and _head_size(self.url, self.headers) > HEAD_BYTES:
+            self.send_400_response(_LARGE_HEAD)
+            raise ValueError("too large a head")  # the parser stops
         self._framing_bytes = 0
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
@@ -339,6 +349,11 @@ class LimitedProtocol(HttpToolsProtocol):
     def abort(self) -> None:
         """End it, whatever is still to be sent."""
         self.transport.abort()
+
+
+def _head_size(url: bytes, headers: Iterable[tuple[bytes, bytes]]) -> int:
+    """Return about how many bytes a head had on the wire."""
+    return len(url) + sum(len(name) + len(value) + len(b": \r\n") for name, value in headers)
 
 
 def _is_small(scope: Mapping[str, Any]) -> bool:

@@ -222,6 +222,8 @@ def _input(request: Mapping[str, Any], binary: bytes, tensor: Tensor) -> Floats:
         raise BadRequestError(
             f"inputs: binary_data_size is {size!r:.40}, but {len(binary)} bytes follow the JSON"
         )
+    if "data" in entry:
+        raise BadRequestError(f"inputs: '{tensor.name}' has both data and binary_data_size")
     return shaped(_from_bytes(binary, datatype, shape), tensor)
 
 

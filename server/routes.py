@@ -27,6 +27,7 @@ from server.schemas import (
     ProfileRequest,
     parse_parameters,
     parse_profile_request,
+    single,
 )
 from server.service import Service
 from server.settings import Settings
@@ -66,8 +67,10 @@ def inference(service: Service, bodies: Bodies) -> APIRouter:
 
     @router.get("/frontier", response_model=Frontier, summary="The points, as measured here")
     async def frontier(
+        request: Request,
         batch: Annotated[int, Query(ge=1, description="Samples that run together")] = 1,
     ) -> Response:
+        single(query_of(request.scope))  # two that differ are refused
         return Json(service.frontier(batch))
 
     return router

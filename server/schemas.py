@@ -118,11 +118,11 @@ def _validate_query(query: tuple[Pair, ...]) -> InferParameters:
 
 
 def _validate_texts(pairs: Collection[Pair]) -> InferParameters:
-    own = _validate(_single(pair for pair in pairs if pair[0] != _TARGET))
+    own = _validate(single(pair for pair in pairs if pair[0] != _TARGET))
     return _together([own], [_target(text) for name, text in pairs if name == _TARGET])
 
 
-def _single(pairs: Iterable[Pair]) -> dict[str, str]:
+def single(pairs: Iterable[Pair]) -> dict[str, str]:
     """Return the value of each name.
 
     Raises:
@@ -220,7 +220,7 @@ def parse_profile_request(query: Iterable[Pair], body: Mapping[str, Any]) -> Pro
     Raises:
         InvalidError: a field is unknown, out of its range, or twice in the query with other values.
     """
-    asked = {name: _TRUTHS.get(text, text) for name, text in _single(query).items()}
+    asked = {name: _TRUTHS.get(text, text) for name, text in single(query).items()}
     try:
         ProfileRequest.model_validate(asked)  # the body may hide what is wrong with it
         return ProfileRequest.model_validate({**asked, **_without_null(body, ProfileRequest)})

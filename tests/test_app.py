@@ -328,6 +328,7 @@ def test_the_frontier_lists_every_point_with_latency(client: Client) -> None:
     assert frontier["points"][-1]["on_frontier"]
     check_problem(client.get("/frontier?batch=9"), 422, "batch 9 is not profiled; sizes are 1..4")
     check_problem(client.get("/frontier?batch=0"), 422, "batch: ")
+    check_problem(client.get("/frontier?batch=1&batch=2"), 422, "batch: given as '1' and as '2'")
 
 
 def test_a_calibration_is_a_job_and_serving_goes_on(client: Client) -> None:

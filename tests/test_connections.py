@@ -14,7 +14,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from maestro_core.artifact import Artifact
-from server.connections import MOST_PIPELINED, Limits, limited
+from server.connections import HEAD_BYTES, MOST_PIPELINED, Limits, limited
 from server.direct import FAILED
 from tests.server_process import running_server
 
@@ -377,6 +377,37 @@ def test_a_server_that_leaves_ends_connections_with_their_next_answer() -> None:
 
         assert b"\r\nconnection: close\r\n\r\ndone" in driven.transport.written[1]
         assert driven.transport.is_closed
+
+    drive(scenario)
+
+
+def padded(size: int) -> bytes:
+    """Return a request whose head is of about so many bytes."""
+    return HEAD + b"content-length: 0\r\nx-padding: " + b"1" * (size - 80) + b"\r\n\r\n"
+
+
+@pytest.mark.parametrize("piece", [200_000, 30_000, 1_000])
+def test_a_head_over_the_limit_is_refused_however_it_is_read(piece: int) -> None:
+    async def scenario(driven: Driven) -> None:
+        request = padded(HEAD_BYTES + 200)
+        await driven.receive(*[request[i : i + piece] for i in range(0, len(request), piece)])
+
+        assert driven.transport.is_closed
+        assert (driven.whole.begun, driven.asked) == ([], [])
+        check_refused(driven.transport.written, "the request's headers are over 64 KiB")
+
+    drive(scenario)
+
+
+@pytest.mark.parametrize("piece", [300_000, 150_000, 30_000])
+def test_what_comes_before_a_head_is_not_counted_as_its(piece: int) -> None:
+    async def scenario(driven: Driven) -> None:
+        body = HEAD.replace(b"infer", b"usual") + b"content-length: 70000\r\n\r\n" + bytes(70_000)
+        sent = body + 2 * padded(60_000).replace(b"infer", b"usual")
+        await driven.receive(*[sent[i : i + piece] for i in range(0, len(sent), piece)])
+
+        assert [path for path, *_ in driven.asked] == ["/usual"] * 3
+        assert not driven.transport.is_closed
 
     drive(scenario)
 

@@ -181,6 +181,7 @@ def test_classification_of_what_are_no_classes_is_refused(shape: tuple[int, ...]
         (json_request(entry={"data": [[1], [2, 3]]}), 422, "ragged"),
         (json_request(entry={"data": ["a"] * 128}), 422, "numbers only"),
         (json_request(entry={"parameters": {"binary_data_size": 9}}), 400, "0 bytes follow"),
+        (json_request(entry={"parameters": {"binary_data_size": 0}}), 400, "has both data and"),
         (whole("UINT8", 300.5), 422, "data of 'x' is UINT8, whole numbers in 0..255, not 300.5"),
         (whole("UINT8", -1), 422, "UINT8, whole numbers in 0..255, not -1"),
         (whole("UINT8", 256), 422, "not 256"),

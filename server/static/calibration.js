@@ -10,6 +10,7 @@ const ENDED = {
 };
 
 let job = null;
+let mostS = 0; // that it was seen to need
 let onProfile = async () => {};
 
 /** Start; `measured` is called when there is a new profile. */
@@ -87,6 +88,7 @@ async function cancel() {
 
 async function watch() {
   setRunning(true);
+  mostS = 0;
   try {
     while (await isUnderWay()) await new Promise((resolve) => setTimeout(resolve, LOOK_MS));
   } catch (error) {
@@ -104,6 +106,7 @@ async function watch() {
 async function isUnderWay() {
   try {
     job = await call(`/profile/jobs/${job.id}`);
+    mostS = Math.max(mostS, job.seconds_left ?? 0);
   } catch (error) {
     if (error.status !== 0) throw error;
     return true;
@@ -120,7 +123,9 @@ function setRunning(isRunning) {
 }
 
 function showJob() {
-  byId("job-progress").value = job.total ? job.done / job.total : 0;
+  // A noisy host ends by time, with few figures known well enough.
+  const spent = job.seconds_left == null || !mostS ? 0 : 1 - job.seconds_left / mostS;
+  byId("job-progress").value = Math.max(job.total ? job.done / job.total : 0, spent);
   const left = job.seconds_left == null ? "" : `; ${Math.ceil(job.seconds_left)} s left at most`;
   const done = job.total ? `${job.done} of ${job.total} figures known well enough` : "Starting";
   write(byId("job-figures"), `${done}${left}`);
