@@ -496,7 +496,7 @@ def test_a_target_is_said_once_by_the_slider_itself(reader: Reader) -> None:
     target_ms, _ = reader.move(Keys.PAGE_UP)
     slider = reader.find("#target")
 
-    assert slider.accessible_name == "Target"
+    assert slider.accessible_name.strip() == "Target"
     said = str(slider.get_attribute("aria-valuetext")).removesuffix(" milliseconds")
     assert float(said) == target_ms
 
