@@ -1,5 +1,6 @@
 """What an operator can set: `MAESTRO_…` environment variables."""
 
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +13,7 @@ from server.policy_names import OURS, PolicyName
 
 SHIPPED = "cifar10-small.maestro"
 LARGEST_BATCH = 1024
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 def shipped_artifact() -> Path:
@@ -65,6 +67,8 @@ class Settings(BaseSettings):
     def _no_empty_token(cls, value: object) -> object:
         """Return the token as a header can hold it: files that it is read from end in a newline."""
         token = value.strip() if isinstance(value, str) else value
+        if isinstance(token, str) and _CONTROL.search(token):
+            raise ValueError("no header can hold its line breaks or other control characters")
         return token or None
 
 

@@ -452,6 +452,9 @@ def test_calibrating_is_for_this_machine_or_for_the_token(settings: Settings) ->
         here.delete(own.headers["location"])
 
     assert Settings(admin_token="").admin_token is None
+    for unsendable in ("s3\ncret", "s3\rcret", "s3\0cret"):
+        with pytest.raises(ValueError, match="no header can hold"):
+            Settings(admin_token=unsendable)
     guarded = settings.model_copy(
         update={"admin_token": Settings(admin_token="s3cret\n").admin_token}
     )
