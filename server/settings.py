@@ -13,6 +13,7 @@ from server.policy_names import OURS, PolicyName
 
 SHIPPED = "cifar10-small.maestro"
 LARGEST_BATCH = 1024
+_SECRET = ("MAESTRO_ADMIN_TOKEN",)
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
@@ -83,4 +84,7 @@ def read_settings(**given: Any) -> Settings:  # noqa: ANN401  fields of Settings
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = f"MAESTRO_{'_'.join(str(part) for part in first['loc']).upper()}"
-        raise ValueError(f"{name}: {first['msg']}, not {str(first['input'])!r}") from error
+        why = first["msg"].removeprefix("Value error, ")
+        if name in _SECRET:
+            raise ValueError(f"{name}: {why}") from None
+        raise ValueError(f"{name}: {why}, not {str(first['input'])!r}") from error
