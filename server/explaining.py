@@ -95,6 +95,8 @@ def _by_our_rules(
         return planned.point, "this leaves time for others that wait or may come"
     if entry.late:
         return best, "no allowed point makes the target; the fastest is used"
+    if entry.request.deadline_s is not None and not allowed:
+        return best, "on time only if some of those before it are given up, or done sooner"
     if entry.request.point is not None:
         return best, "the request names this point"
     if entry.request.deadline_s is None:

@@ -18,8 +18,8 @@ LOOK_BACK = 4.0
 LOOSE = 8.0
 # Arrivals that every window has passed are let go when there are so many of them.
 PASSED = 64
-# Refusals so many targets apart are of one overload.
-PAUSE = 0.5
+# Requests lost so many targets apart are of one overload.
+PAUSE = 1.0
 
 
 @dataclass(slots=True)
@@ -95,11 +95,11 @@ class Forecast:
         "_at",
         "_classes",
         "_longest_ms",
+        "_losing_since_s",
+        "_lost_ms",
+        "_lost_s",
         "_newest",
         "_rate",
-        "_refused_ms",
-        "_refused_s",
-        "_refusing_since_s",
         "_shortest_ms",
         "_tau_s",
         "_windows_s",
@@ -118,8 +118,8 @@ class Forecast:
         self._rate = 0.0
         self._newest = 0
         self._at = -math.inf
-        self._refused_s = self._refusing_since_s = -math.inf
-        self._refused_ms = 0.0
+        self._lost_s = self._losing_since_s = -math.inf
+        self._lost_ms = 0.0
 
     def twin(self) -> "Forecast":
         """Return one that knows the same, and learns apart from this."""
@@ -127,8 +127,8 @@ class Forecast:
         twin.envelopes = [envelope.twin() for envelope in self.envelopes]
         twin._classes = self._classes
         twin._rate, twin._newest, twin._at = self._rate, self._newest, self._at
-        twin._refused_ms, twin._refused_s = self._refused_ms, self._refused_s
-        twin._refusing_since_s = self._refusing_since_s
+        twin._lost_ms, twin._lost_s = self._lost_ms, self._lost_s
+        twin._losing_since_s = self._losing_since_s
         return twin
 
     def observe(self, now: float, rows: int, target_ms: float) -> None:
@@ -159,18 +159,17 @@ class Forecast:
         """Return the part of the bursts that is still expected: less as nothing comes."""
         return math.exp(-max(0.0, now - self._at) / MEMORY_S)
 
-    def refused(self, now: float, target_ms: float) -> None:
-        """Take in that a request with such a target was refused, as one would be late."""
-        kind = math.frexp(target_ms)[1]
-        if kind != math.frexp(self._refused_ms)[1] or not self._is_refusing(now):
-            self._refusing_since_s = now
-        self._refused_s, self._refused_ms = now, target_ms
+    def lost(self, now: float, target_ms: float) -> None:
+        """Take in that a request was refused, or given up, as it would be late."""
+        if not self._is_losing(now):
+            self._losing_since_s = now
+        self._lost_s, self._lost_ms = now, target_ms
 
     def overloaded(self, now: float) -> bool:
-        """Return whether requests have been refused for the time of a target, without a pause of
-        half of one, and all with targets of one class. Bursts pass sooner."""
-        lasted_ms = MS * (self._refused_s - self._refusing_since_s)
-        return self._is_refusing(now) and lasted_ms >= self._refused_ms
+        """Return whether requests have been lost for the time of a target, that of the last, and
+        without a pause of one. Bursts pass sooner."""
+        lasted_ms = MS * (self._lost_s - self._losing_since_s)
+        return self._is_losing(now) and lasted_ms >= self._lost_ms
 
-    def _is_refusing(self, now: float) -> bool:
-        return MS * (now - self._refused_s) <= PAUSE * self._refused_ms
+    def _is_losing(self, now: float) -> bool:
+        return MS * (now - self._lost_s) <= PAUSE * self._lost_ms

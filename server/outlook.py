@@ -32,7 +32,7 @@ class Finished:
 class Expected:
     """What may come: mean rows a second, and bursts, of which `fading` is still expected.
 
-    overloaded: far more comes than can be served, all of it with targets of one class.
+    overloaded: more comes than can be served, for longer than a burst.
     """
 
     rate: float = 0.0

@@ -22,8 +22,13 @@ from server.slowdown import Slowdown, Speed
 from server.tables import MS, Tables
 from server.waiting import Entry, WaitingList
 
-# So many requests of lower priority give way to one, at most.
-MOST_GIVE_WAY = 8
+# So many requests of lower priority are tried at first as those that give way to one, and at most.
+FIRST_GIVE_WAY = 8
+MOST_GIVE_WAY = 64
+# One that would be late is taken in if it would be in time after this part of its wait. A queue
+# that ends where the last is just in time has heads that are just in time as well, and these only
+# allow small batches; where more wait, heads are given up for larger ones, which get more through.
+HOPE = 0.5
 
 
 @dataclass(slots=True, eq=False)
@@ -100,7 +105,7 @@ class Scheduler:
             refusal, victims = self._room(entry, now, speed)
         if refusal is not None:
             if refusal.reason == "overloaded":
-                self._forecast.refused(now, _target_ms(request))
+                self._forecast.lost(now, _target_ms(request))
             return refusal
         for victim in victims:
             self._waiting.remove(victim)
@@ -124,14 +129,34 @@ class Scheduler:
             with self._with([entry]):
                 if self._preemptible(now, speed):
                     return None, []
-        victims = self._giving_way(entry)
-        if not victims or not self._fits_without(victims, entry, now, speed):
-            return refusal, []
-        for other in victims[::-1]:  # as few as need to
+        victims = self._victims(entry, now, speed)
+        if victims:
+            return None, victims
+        hopes = refusal.reason == "overloaded" and not self._late_with(entry, now, speed, HOPE)
+        return (None if hopes else refusal), []
+
+    def _victims(self, entry: Entry, now: float, speed: Speed) -> list[Entry]:
+        """Return those that must leave for the entry, as few as may be; none if it doesn't help."""
+        lower = self._giving_way(entry)
+        if not lower:
+            return []
+        few, many = 0, FIRST_GIVE_WAY
+        while not self._fits_without(lower[:many], entry, now, speed):
+            if many >= len(lower):
+                return []
+            few, many = many, 2 * many
+        while many - few > 1:
+            half = (few + many) // 2
+            if self._fits_without(lower[:half], entry, now, speed):
+                many = half
+            else:
+                few = half
+        victims = lower[:many]
+        for other in lower[: min(many, FIRST_GIVE_WAY)][::-1]:
             fewer = [victim for victim in victims if victim is not other]
             if self._fits_without(fewer, entry, now, speed):
                 victims = fewer
-        return None, victims
+        return victims
 
     def _fits_without(self, leaving: list[Entry], entry: Entry, now: float, speed: Speed) -> bool:
         """Return whether the queue could take the entry if these others left."""
@@ -173,13 +198,7 @@ class Scheduler:
             )
         if not self._sheds or entry.expiry_s == math.inf:  # it is never late
             return None
-        returning = [each for each in self._returning() if each.expiry_s < math.inf]
-        if returning:
-            with self._with(returning):
-                is_late = self._makes_late(entry, now, speed)
-        else:
-            is_late = self._makes_late(entry, now, speed)
-        if not is_late:
+        if not self._late_with(entry, now, speed):
             return None
         return Refusal(
             "overloaded",
@@ -187,10 +206,18 @@ class Scheduler:
             retry_after_s=self._drain_s(now, speed),
         )
 
-    def _makes_late(self, entry: Entry, now: float, speed: Speed) -> bool:
-        """Return whether the entry would be late, or make one late that waits behind it."""
+    def _late_with(self, entry: Entry, now: float, speed: Speed, part: float = 1.0) -> bool:
+        """Return whether the entry would be late after a part of its wait, or make one late that
+        waits behind it."""
+        returning = [each for each in self._returning() if each.expiry_s < math.inf]
+        if not returning:
+            return self._makes_late(entry, now, speed, part)
+        with self._with(returning):
+            return self._makes_late(entry, now, speed, part)
+
+    def _makes_late(self, entry: Entry, now: float, speed: Speed, part: float) -> bool:
         view = self._view(now, speed) if self._waiting.entries else None
-        wait_ms = self._wait_ms(entry, self._residual_ms(now), view)
+        wait_ms = part * self._wait_ms(entry, self._residual_ms(now), view)
         if now + (wait_ms + speed[1] * entry.alone_ms) / MS > entry.expiry_s:
             return True
         return view is not None and self._delays(entry, view)
@@ -503,6 +530,8 @@ class Scheduler:
             return ()
         for entry in doomed:
             self._waiting.remove(entry)
+            if not entry.late:
+                self._forecast.lost(now, _target_ms(entry.request))
         return self._forget(doomed)
 
     def _next_expiry_s(self, speed: Speed) -> float | None:

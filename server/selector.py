@@ -27,7 +27,8 @@ COUNTS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 # Parts of the time limit that a batch is tried with.
 SHARES = (1.0, 0.8, 0.6, 0.4)
 # Somebody may be late by the time of so many rows before heads are passed over for the others:
-# estimates are no better, and requests that hang up or finish early make room.
+# estimates are no better, and requests that hang up or finish early make room. Under overload
+# there is no such hope, and none may be.
 LATE = 3.0
 # Where times are tight, a batch must be in time as nine in ten are: that far from the median to the
 # profiled tail, (ln 10 - ln 2) / (ln 1e4 - ln 2), with an exponential spread.
@@ -164,13 +165,11 @@ def _tight(view: View, due: Due, options: Sequence[Heads]) -> Choice | None:
     The batch itself must be in time as nine in ten are: with as usual, half of those that were
     just in time were late (2 % of what was answered at three times what point 0 carries).
 
-    None as well under overload: what is given up then makes room for what would be refused, and
-    heads that are just in time only allow small batches.
+    None under overload where anybody would be late: who is given up makes room for others.
     """
-    if view.expected.overloaded:
-        return None
     counts = [heads.count for heads in options]
-    best_ms, chosen = -LATE * view.level * view.tables.unit_ms[0], None
+    late = 0.0 if view.expected.overloaded else LATE
+    best_ms, chosen = -late * view.level * view.tables.unit_ms[0], None
     for heads, behind_ms in zip(
         options, limits_behind_ms(view, due, counts, tail=False), strict=True
     ):
