@@ -20,8 +20,9 @@ from maestro_core.layers import LowRankConv2d
 # r² by outputs. Normalisation moves 9 numbers of memory for each one of y, forth and back; the
 # moments of h cost 2 r² multiplications a position. Found on one core of an Intel Xeon, float32.
 _MOST_SQUARED = 32
-# The variance is a difference of moments: float32 leaves it three digits where the squared mean is
-# a thousand times as large. Beyond, the two layers compute it.
+# The variance is a difference of moments: float32 leaves it three digits where the squared means,
+# of y and of the terms that it adds up, are a thousand times as large. Beyond, the two layers
+# compute it.
 _MOST_MEAN = 1_000
 
 
@@ -40,7 +41,9 @@ def normalised(convolution: nn.Module, norm: nn.BatchNorm2d, x: Tensor) -> Tenso
         mapped = convolution.up.t() @ covariance_h  # (out, r)
         mean = mean_h @ convolution.up
         variance = (mapped * convolution.up.t()).sum(1).clamp(min=0)
-    if (mean.square() > _MOST_MEAN * (variance + norm.eps)).any():
+        # Terms that cancel leave their rounding, each its own: their squares add up, not they.
+        squared = mean.square() + mean_h.square() @ convolution.up.square()
+    if (squared > _MOST_MEAN * (variance + norm.eps)).any():
         return cast(Tensor, norm(convolution.expand(h, convolution.up)))
     _remember_(norm, mean, variance * n / (n - 1))
     deviation = (variance + norm.eps).sqrt()

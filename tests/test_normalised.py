@@ -143,6 +143,37 @@ def test_a_mean_that_would_cost_the_variance_its_digits_is_left_to_the_two_layer
     assert not in_one
 
 
+def cancelling(rank: int) -> Pair:
+    """Return a pair of that rank whose outputs have no mean where its inputs all have the same."""
+    torch.manual_seed(0)
+    pair = Pair(nn.BatchNorm2d(64))
+    pair.convolution = LowRankConv2d(64, 64, (1, 1), rank, bias=False)
+    with torch.no_grad():
+        pair.convolution.down.copy_(torch.eye(rank, 64).view_as(pair.convolution.down))
+        up = pair.convolution.up.normal_()
+        up.sub_(up.mean(0))
+    return pair
+
+
+@pytest.mark.parametrize("mean", [100, 3_000, 10_000])
+def test_means_that_cancel_are_left_to_the_two_layers(mean: int, in_one: list[Tensor]) -> None:
+    pair = cancelling(4)
+    apart = Apart(pair)
+    x = mean + torch.randn(32, 64, 8, 8)
+
+    torch.testing.assert_close(pair(x), apart(x), rtol=0, atol=0)
+    assert not in_one
+
+
+def test_many_small_means_that_cancel_are_exact_in_one(in_one: list[Tensor]) -> None:
+    pair = cancelling(16)
+    exact = Apart(pair).double()
+    x = 10 + torch.randn(32, 64, 8, 8)  # their sizes add up to thirty times the deviation
+
+    torch.testing.assert_close(pair(x).double(), exact(x.double()), rtol=0, atol=1e-3)
+    assert in_one
+
+
 @pytest.mark.parametrize(
     "change",
     [
