@@ -66,8 +66,8 @@ def save(root: Path, model: nn.Module, optimizer: Optimizer, state: State) -> Pa
         raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    for older in root.glob("epoch-*"):
-        if older.name < path.name:
+    for epoch, older in _by_epoch(root).items():
+        if epoch < state.epoch:
             shutil.rmtree(older, ignore_errors=True)
     return path
 
@@ -127,8 +127,8 @@ def load_weights_(root: Path, name: str, model: nn.Module) -> None:
 
 def latest(root: Path) -> Path | None:
     """Return the checkpoint in `root` with the most epochs, if there is one."""
-    found = root.glob("epoch-*")  # in four digits, or more
-    return max(found, key=lambda path: (len(path.name), path.name), default=None)
+    found = _by_epoch(root)
+    return found[max(found)] if found else None
 
 
 def read_state(path: Path) -> State:
@@ -187,6 +187,12 @@ def restore_(
             # A number of steps, a scalar, is counted on the host whatever the device.
             optimizer.state[parameter][field] = _like(parameter, value) if value.dim() else value
     return state
+
+
+def _by_epoch(root: Path) -> dict[int, Path]:
+    """Return the checkpoints in `root`: not what is named alike, as somebody's copy may be."""
+    found = {path.name.removeprefix("epoch-"): path for path in root.glob("epoch-*")}
+    return {int(digits): path for digits, path in found.items() if digits.isdecimal()}
 
 
 def _weights(root: Path, name: str) -> Path:

@@ -471,6 +471,17 @@ def test_the_checkpoint_of_the_most_epochs_is_the_last(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path) == tmp_path / "epoch-10000"
 
 
+def test_a_copy_is_neither_resumed_from_nor_removed(data: Data, tmp_path: Path) -> None:
+    first = train(network(), data, tmp_path, replace(HYPER, phases=phases(1)))
+    copies = [tmp_path / name for name in ("epoch-0001-keep", "epoch-keep", "epoch-")]
+    for path in copies:
+        shutil.copytree(first, path)
+
+    assert checkpoint.latest(tmp_path) == first
+    last = train(network(), data, tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([*copies, last])
+
+
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(
     data: Data, tmp_path: Path
 ) -> None:
