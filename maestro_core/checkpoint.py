@@ -74,12 +74,12 @@ def save(root: Path, model: nn.Module, optimizer: Optimizer, state: State) -> Pa
 
 @contextmanager
 def kept_in(root: Path) -> Iterator[None]:
-    """Make `root`, and keep checkpoints of other processes out of it until the block ends.
+    """Make `root`, and keep checkpoints of other trainings out of it until the block ends.
 
     Whether files can be written there is tried at once: the first epoch may take hours.
 
     Raises:
-        CheckpointError: they can't, or another process trains there.
+        CheckpointError: they can't, or another training runs there.
     """
     with ExitStack() as stack:
         try:
@@ -89,11 +89,12 @@ def kept_in(root: Path) -> Iterator[None]:
                 pass
         except BlockingIOError:
             raise CheckpointError(
-                f"{root}: another process trains there: choose another output directory"
+                f"{root}: another training runs there: choose another output directory"
             ) from None
         except OSError as error:
+            path = error.filename if str(error.filename).endswith(".lock") else root
             raise CheckpointError(
-                f"{root}: cannot be written: {error.strerror or error}"
+                f"{path}: cannot be written: {error.strerror or error}"
             ) from error
         yield
 

@@ -444,11 +444,47 @@ def test_a_directory_that_another_process_trains_in_is_left_to_it(
     ) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        with pytest.raises(CheckpointError, match="another process trains there"):
+        with pytest.raises(CheckpointError, match="another training runs there"):
             train(network(), data, root)
         other.kill()
 
     assert train(network(), data, root).name == f"epoch-{HYPER.epochs:04}"
+
+
+def test_a_directory_is_kept_whoever_tries_it_and_by_whatever_name(tmp_path: Path) -> None:
+    root, link = tmp_path / "root", tmp_path / "link"
+    link.symlink_to(root)
+    program = (
+        "import sys, pathlib; from maestro_core.checkpoint import kept_in\n"
+        "with kept_in(pathlib.Path(sys.argv[1])): pass"
+    )
+
+    with checkpoint.kept_in(root):
+        for path in (root, link):
+            with (
+                pytest.raises(CheckpointError, match="another training runs there"),
+                checkpoint.kept_in(path),
+            ):
+                pass
+            other = subprocess.run(
+                [sys.executable, "-c", program, str(path)],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert "another training runs there" in other.stderr
+    with checkpoint.kept_in(link):
+        pass
+
+
+def test_a_lock_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "root.lock").mkdir()
+
+    with (
+        pytest.raises(CheckpointError, match=r"root\.lock: cannot be written: Is a directory"),
+        checkpoint.kept_in(tmp_path / "root"),
+    ):
+        pass
 
 
 def test_only_the_last_checkpoint_is_kept_and_nothing_half_written(
