@@ -32,6 +32,25 @@ block = np.ones(16 * 2**20)  # 128 MiB
 with open("/proc/self/smaps_rollup") as rollup:
     print(next(line.split()[1] for line in rollup if line.startswith("AnonHugePages")))
 """
+LIMITED = """
+import mmap, os, resource
+from pathlib import Path
+from maestro_core.allocator import keep_freed_memory
+
+half = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE // 2
+used = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+_, most = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + half + 2**26, most))
+assert keep_freed_memory()
+print(len(mmap.mmap(-1, half)))
+"""
+IN_A_THREAD = """
+from concurrent.futures import ThreadPoolExecutor
+from maestro_core.allocator import keep_freed_memory
+
+with ThreadPoolExecutor(1) as pool:
+    print(int(pool.submit(keep_freed_memory).result()))
+"""
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 pytestmark = pytest.mark.skipif(
@@ -50,6 +69,14 @@ def test_a_block_asked_for_again_is_there_already(mib: int) -> None:
     again, anew = said(FAULTS, str(mib), "keep"), said(FAULTS, "128")
 
     assert 10 * again < anew
+
+
+def test_a_limited_address_space_is_left_to_others() -> None:
+    assert said(LIMITED) > 0
+
+
+def test_other_threads_than_the_main_one_are_told_that_nothing_is_kept() -> None:
+    assert said(IN_A_THREAD) == 0
 
 
 @pytest.mark.skipif(
