@@ -272,7 +272,7 @@ def _pictures(
     if y.dtype.kind not in "iu" or y.size != len(x) or y.shape not in ((len(x),), (len(x), 1)):
         raise DataError(f"{path}: y_{part} is {y.dtype} {y.shape}; it must be integers ({len(x)},)")
     labels = y.reshape(-1).astype(np.int64)
-    wrong = labels[(labels < 0) | (labels >= classes)]
+    wrong = y.reshape(-1)[(labels < 0) | (labels >= classes)]
     if wrong.size:
         raise DataError(f"{path}: y_{part} has label {wrong[0]}; labels are 0..{classes - 1}")
     return Pictures(torch.from_numpy(x), torch.from_numpy(labels), image)

@@ -93,6 +93,7 @@ def test_the_split_depends_on_the_seed_alone(tmp_path: Path) -> None:
         ({"y_train": np.zeros(30)}, "y_train is float64"),
         ({"y_test": np.full(10, 3)}, r"y_test has label 3; labels are 0\.\.2"),
         ({"y_test": np.full(10, -1)}, "y_test has label -1"),
+        ({"y_test": np.full(10, 2**63 + 1, np.uint64)}, "y_test has label 9223372036854775809;"),
         ({"y_test": np.array([None] * 10)}, "without objects"),
     ],
 )
