@@ -30,8 +30,8 @@ def begin_(model: nn.Module, root: Path, hyper: HyperParameters, epochs: int) ->
     first, _ = hyper.group(group)
     if epochs > first:
         checkpoint.load_weights_(root, _start(first), model)
-    elif distributed.rank() == 0:
-        checkpoint.save_weights(root, _start(first), model)
+    else:
+        distributed.by_first(lambda: checkpoint.save_weights(root, _start(first), model))
 
 
 def end_(
@@ -49,8 +49,7 @@ def end_(
     first, ends = hyper.group(group) if group else (0, [])
     if epochs not in ends:
         return
-    if distributed.rank() == 0:
-        checkpoint.save_weights(root, _end(epochs), model)
+    distributed.by_first(lambda: checkpoint.save_weights(root, _end(epochs), model))
     if epochs < ends[-1]:
         return
     other = copy.deepcopy(model)

@@ -6,9 +6,10 @@ whose messages are laid out once, for parameters that keep their shapes.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,12 @@ from torch import Tensor, nn
 
 from maestro_core.frontier import Chain
 from maestro_core.loss import IGNORED
+
+T = TypeVar("T")
+
+
+class FirstFailed(ValueError):  # noqa: N818  it says what happened
+    """What the first process does for all failed there, and it says why."""
 
 
 @contextmanager
@@ -42,6 +49,25 @@ def size() -> int:
 def rank() -> int:
     """Return which of them this is, from 0; the first alone writes files."""
     return dist.get_rank() if size() > 1 else 0
+
+
+def by_first(work: Callable[[], T]) -> T | None:
+    """Have the first process do `work`, the others wait for it; return what came of it, or None.
+
+    Raises:
+        FirstFailed: in the others, where `work` failed; the first raises what that did.
+    """
+    done, failed = None, torch.ones(1)
+    try:
+        if rank() == 0:
+            done = work()
+            failed.zero_()
+    finally:
+        if size() > 1:
+            dist.broadcast(failed, 0)
+    if failed and rank() > 0:
+        raise FirstFailed(f"process {rank()} of {size()} stops: the first failed, and says why")
+    return done
 
 
 def parts(batches: Sequence[Tensor]) -> list[Tensor]:

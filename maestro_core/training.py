@@ -3,7 +3,8 @@
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -64,9 +65,11 @@ def train_(
         Diverged: the loss is not finite; the last checkpoint stays.
         NothingLeft: the lasso or the threshold removed every rank; likewise.
         CheckpointError: `root` holds another run, can't be written, or is trained in by another.
+        FirstFailed: of several processes the first can't write.
         TargetMissed: the target can't be reached, or was not.
     """
-    with checkpoint.kept_in(root) if distributed.rank() == 0 else nullcontext():
+    with ExitStack() as stack:
+        distributed.by_first(lambda: stack.enter_context(checkpoint.kept_in(root)))
         return _train_in_(root, model, data, hyper, find, run, progress)
 
 
@@ -125,9 +128,7 @@ def _train_in_(
         ranks = {name: layer.rank for name, layer in low_rank_layers(model).items()}
         lasso = pursuit.weight if pursuit else hyper.lasso
         state = checkpoint.State(epoch + 1, ranks, run, chain, lasso)
-        if distributed.rank() == 0:
-            keep_teacher(root, model, hyper, epoch + 1)
-            last = checkpoint.save(root, model, optimizer, state)
+        last = distributed.by_first(partial(_keep, root, model, optimizer, hyper, state)) or last
         said = (
             f"validation {_said(data, result)}, ranks {'-'.join(map(str, ranks.values())) or 'all'}"
         )
@@ -156,6 +157,22 @@ def _resumed(
     if last:
         checkpoint.restore_(last, model, optimizer, run)
     return last, state, optimizer
+
+
+def _keep(
+    root: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    hyper: HyperParameters,
+    state: checkpoint.State,
+) -> Path:
+    """Write what is kept of an epoch that ended; return its checkpoint.
+
+    Raises:
+        CheckpointError: the disk does not take it.
+    """
+    keep_teacher(root, model, hyper, state.epoch)
+    return checkpoint.save(root, model, optimizer, state)
 
 
 def _validated(model: nn.Module, data: Data | Corpus, epoch: int) -> Result:

@@ -1,7 +1,10 @@
 """Two processes under torchrun, over gloo: the same network in both, and the one that one makes."""
 
+import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -30,6 +33,29 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run([*torchrun, *worker], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return path
+
+
+def both(path: Path) -> list[str]:
+    """Return the last line that each of two processes, which fail in `path`, says of it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+
+    def run(rank: int) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.data_parallel", str(path)],
+            cwd=ROOT,
+            env={**os.environ, **group, "RANK": str(rank)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 1
+        return done.stderr.splitlines()[-1]
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(run, range(2)))
 
 
 @pytest.mark.slow
@@ -80,6 +106,26 @@ def test_a_layer_that_one_process_skips_has_half_its_gradient_in_both(together: 
         assert torch.equal(found["both.weight"], whole)
 
 
+@pytest.mark.slow
+def test_all_stop_where_another_training_holds_the_directory(tmp_path: Path) -> None:
+    with checkpoint.kept_in(tmp_path / "checkpoints"):
+        first, second = both(tmp_path)
+
+    assert "another training runs there" in first
+    assert second.endswith("FirstFailed: process 1 of 2 stops: the first failed, and says why")
+
+
+@pytest.mark.slow
+def test_all_stop_where_a_checkpoint_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / ".epoch-0001").write_text("in the way")
+
+    first, second = both(tmp_path)
+
+    assert "epoch-0001: cannot be written: File exists" in first
+    assert second.endswith("FirstFailed: process 1 of 2 stops: the first failed, and says why")
+
+
 def test_one_process_alone_has_it_all() -> None:
     model, indices = torch.nn.Linear(2, 1), torch.arange(7)
     loss = model(torch.ones(3, 2)).sum()
@@ -92,6 +138,7 @@ def test_one_process_alone_has_it_all() -> None:
         assert torch.equal(whole, indices)
         assert distributed.average_(model, loss, torch.zeros(3)) == loss
         assert distributed.agreed([(1, 2)]) == [(1, 2)]
+        assert distributed.by_first(lambda: "done") == "done"
     assert model.weight.grad is before
 
 
