@@ -22,7 +22,7 @@ from server.slowdown import Slowdown, Speed
 from server.tables import MS, Tables
 from server.waiting import Entry, WaitingList
 
-# So many requests of lower priority are tried at first as those that give way to one, and at most.
+# So many of lower priority may give way to one: that are tried first, and at most.
 FIRST_GIVE_WAY = 8
 MOST_GIVE_WAY = 64
 # One that would be late is taken in if it would be in time after this part of its wait. A queue
