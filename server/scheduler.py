@@ -6,6 +6,7 @@ runs where, and who is told, is the caller's business.
 
 import copy
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,9 +23,9 @@ from server.slowdown import Slowdown, Speed
 from server.tables import MS, Tables
 from server.waiting import Entry, WaitingList
 
-# So many of lower priority may give way to one: that are tried first, and at most.
-FIRST_GIVE_WAY = 8
+# So many of lower priority may give way to one; whether each of the first is needed is looked at.
 MOST_GIVE_WAY = 64
+SPARED = 8
 # One that would be late is taken in if it would be in time after this part of its wait. A queue
 # that ends where the last is just in time has heads that are just in time as well, and these only
 # allow small batches; where more wait, heads are given up for larger ones, which get more through.
@@ -138,21 +139,16 @@ class Scheduler:
     def _victims(self, entry: Entry, now: float, speed: Speed) -> list[Entry]:
         """Return those that must leave for the entry, as few as may be; none if it doesn't help."""
         lower = self._giving_way(entry)
-        if not lower:
+        if not lower or not self._fits_without(lower, entry, now, speed):
             return []
-        few, many = 0, FIRST_GIVE_WAY
-        while not self._fits_without(lower[:many], entry, now, speed):
-            if many >= len(lower):
-                return []
-            few, many = many, 2 * many
-        while many - few > 1:
-            half = (few + many) // 2
-            if self._fits_without(lower[:half], entry, now, speed):
-                many = half
-            else:
-                few = half
-        victims = lower[:many]
-        for other in lower[: min(many, FIRST_GIVE_WAY)][::-1]:
+        enough = bisect_left(
+            range(len(lower)),
+            True,
+            lo=1,
+            key=lambda count: self._fits_without(lower[:count], entry, now, speed),
+        )
+        victims = lower[:enough]
+        for other in victims[:SPARED][::-1]:
             fewer = [victim for victim in victims if victim is not other]
             if self._fits_without(fewer, entry, now, speed):
                 victims = fewer

@@ -117,8 +117,8 @@ class Hub:
 
         A worker that ends is lost before its process is gone; its successor begins this again.
         """
-        run = [index for index, member in self._members.items() if not member.is_lost]
-        if self._given is None and len(run) == self._settings.workers:
+        running = sum(not member.is_lost for member in self._members.values())
+        if self._given is None and running == self._settings.workers:
             self._start(min(self._members), first_effort(self._settings.calibration_budget_s))
 
     # -- calibrations ------------------------------------------------------------------------
